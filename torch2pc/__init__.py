@@ -1,0 +1,8 @@
+"""torch2pc: train any ``nn.Sequential`` by predictive coding.
+
+This file is the table of contents: it lists the public names and nothing else.
+"""
+
+__version__ = "0.1.0"
+
+__all__: list[str] = []
