@@ -63,7 +63,7 @@ def run(options: Options) -> list[Number]:
         options,
         "figure_3",
         comparison_figure(comparison, title),
-        data=data,
+        data=data.summary(),
         settings=setup.summary(),
         series=comparison.series(),
         numbers=numbers,

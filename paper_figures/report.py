@@ -20,7 +20,6 @@ import torch
 from matplotlib.figure import Figure
 
 import torch2pc
-from paper_figures.data import DataSet
 
 
 @dataclass(frozen=True)
@@ -87,21 +86,22 @@ def save(
     name: str,
     figure: Figure,
     *,
-    data: DataSet | None,
+    data: Mapping[str, Any],
     settings: Mapping[str, Any],
     series: Mapping[str, Any],
     numbers: Sequence[Number] = (),
 ) -> None:
     """Write ``name.png`` (200 dpi), ``name.pdf`` and ``name.json`` into ``options.out``.
 
-    The JSON holds the plotted series, the settings, the data set's name and size, the numbers
-    compared with the paper's, the seed and the versions; values that are not finite become null.
+    The JSON holds the plotted series, the settings, ``data`` (the data set's name and size, as
+    `data.DataSet.summary` gives them), the numbers compared with the paper's, the seed and the
+    versions; tensors and arrays become lists, values that are not finite become null.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "figure": name,
         "settings": settings,
-        "data": None if data is None else data.summary(),
+        "data": data,
         "seed": options.seed,
         "quick": options.quick,
         "device": str(options.device),
