@@ -55,9 +55,9 @@ class Layer:
         self._buffers: Buffers | None = None
         self.has_leaves = True
 
-    def __call__(self, x: Tensor, *others: Any) -> Tensor:
+    def __call__(self, x: Any, *others: Any) -> Tensor:
         given = x.clone() if self._copies_input else x
-        version = given._version
+        version = given._version if isinstance(given, Tensor) else 0
         try:
             output = self.function(given, *others)
         except RuntimeError as error:
@@ -65,7 +65,7 @@ class Layer:
             if given is x and "leaf Variable that requires grad" in str(error):
                 raise self._wrote_input() from error
             raise
-        if given is x and x._version != version:
+        if given is x and isinstance(x, Tensor) and x._version != version:
             raise self._wrote_input()
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise TypeError(
@@ -80,22 +80,17 @@ class Layer:
             "clone the input first, or give the module an attribute inplace=True to be handed a copy"
         )
 
-    def record(self, x: Tensor, *others: Any) -> Tensor:
+    def record(self, x: Any, *others: Any) -> Tensor:
         """The first evaluation, noting what it draws and changes, so that it can be replayed."""
         random = random_state(self._devices)
         buffers = Buffers(modules_in(self.function))
         output = self(x, *others)
         self._random = random if random_state_differs(random) else None
         self._buffers = buffers if buffers.differ() else None
-        self.has_leaves = bool(leaves_between(output, [x]))
+        self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
         return output
 
-    @property
-    def is_random(self) -> bool:
-        """Whether the recorded evaluation drew random numbers."""
-        return self._random is not None
-
-    def replay(self, x: Tensor, *others: Any) -> Tensor:
+    def replay(self, x: Any, *others: Any) -> Tensor:
         """The recorded function, evaluated at another input."""
         if self._random is not None:
             set_random_state(self._random)
@@ -180,8 +175,7 @@ class Network:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Leaves the generators as they are before the body, whatever the body replays."""
-        is_random = any(layer.is_random for layer in [*self.layers, self.loss])
-        random = random_state(self.devices) if is_random else []
+        random = random_state(self.devices)
         try:
             yield
         finally:
@@ -307,14 +301,19 @@ def add_updates(
 
 def check_loss(Loss: Tensor) -> Tensor:
     """The loss is one number that gradients can flow from."""
-    if Loss.numel() != 1:
-        raise ValueError(
-            f"LossFun must return a scalar, got shape {tuple(Loss.shape)}; "
-            "use reduction='mean' or 'sum'"
-        )
+    check_scalar("LossFun", Loss)
     if not Loss.requires_grad:
         raise _independent_loss()
     return Loss
+
+
+def check_scalar(name: str, energy: Tensor) -> None:
+    """What a loss or a prior returned is one number."""
+    if energy.numel() != 1:
+        raise ValueError(
+            f"{name} must return a scalar, got shape {tuple(energy.shape)}; "
+            "for a loss, use reduction='mean' or 'sum'"
+        )
 
 
 def belief_like(vhat: Tensor) -> Tensor:

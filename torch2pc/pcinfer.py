@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch2pc.layers import Inference, Network
 from torch2pc.state import devices_of, modules_in, unchanged_on_failure, write_gradients
 from torch2pc.strict import strict
 
-ALGORITHMS: dict[str, Callable[[Network, Any, Any, Any], Inference]] = {
+ALGORITHMS: dict[str, Callable[..., Inference]] = {
     "Exact": exact,
     "FixedPred": fixed_pred,
     "Strict": strict,
@@ -140,15 +141,29 @@ def PCInfer(
     if ErrType == "Strict":
         check_vinit_length(vinit, len(model) + 1)
 
-    modules = modules_in(model, LossFun)
+    algorithm = partial(ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit)
+    return infer(algorithm, model, LossFun, X, Y, accumulate)
+
+
+def infer(
+    algorithm: Callable[[Network], Inference],
+    model: nn.Sequential,
+    LossFun: Callable[[Tensor, Any], Tensor],
+    X: Tensor,
+    Y: Any,
+    accumulate: bool,
+    prior: object = None,
+) -> PCResult:
+    """Run a checked call: all of its effects, or an exception and none of them."""
+    modules = modules_in(model, LossFun, prior)
     devices = devices_of(modules, X)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         unchanged_on_failure(modules, devices),
     ):
-        network = Network(model, LossFun, X, Y, devices)
-        vhat, Loss, dLdy, v, epsilon, updates = ALGORITHMS[ErrType](network, eta, n, vinit)
+        inference = algorithm(Network(model, LossFun, X, Y, devices))
+        vhat, Loss, dLdy, v, epsilon, updates = inference
         if X.is_leaf and epsilon[0] is not None:
             updates[X] = epsilon[0].clone()
         write_gradients(updates, accumulate)
