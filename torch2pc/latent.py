@@ -15,7 +15,7 @@ from torch2pc.checks import (
     check_precision,
     check_tensor,
 )
-from torch2pc.layers import Inference, Layer, Network
+from torch2pc.layers import Inference, Layer, Network, outside_autocast
 from torch2pc.pcinfer import PCResult, infer
 from torch2pc.strict import Relaxation
 
@@ -106,11 +106,12 @@ def PCInferLatent(
 
     def relax(network: Network) -> Inference:
         of_beliefs = None if prior is None else Layer(prior, "prior", network.devices)
-        relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
-        with network.replaying():
-            for _ in range(n):
-                relaxation.step()
-            relaxation.take_errors()
-            return relaxation.result()
+        with outside_autocast(network.X.device):
+            relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
+            with network.replaying():
+                for _ in range(n):
+                    relaxation.step()
+                relaxation.take_errors()
+                return relaxation.result()
 
     return infer(relax, model, LossFun, Xinit.detach(), Y, accumulate, prior)

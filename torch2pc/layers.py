@@ -9,7 +9,7 @@ turned into beliefs, is up to ``exact.py``, ``fixed_pred.py`` and ``strict.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -252,19 +252,23 @@ def gradient(
     """``J^T arriving`` for each input; None for one that the outputs do not depend on."""
     if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
-    device_type = outputs[0].device.type
     # Backward passes belong outside autocast: the types were chosen in the forward pass.
-    outside = (
-        torch.autocast(device_type, enabled=False)
-        if torch.is_autocast_enabled(device_type)
-        else nullcontext()
-    )
-    with outside:
-        return list(
-            torch.autograd.grad(
-                outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
-            )
+    with outside_autocast(outputs[0].device):
+        found = torch.autograd.grad(
+            outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
         )
+    # A tensor hook may have returned a tensor that is not ours to write into.
+    return [
+        of_x.clone() if x._backward_hooks and of_x is not None else of_x
+        for x, of_x in zip(inputs, found, strict=True)
+    ]
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off for the body, if it is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:

@@ -81,8 +81,13 @@ def PCInfer(
       taken at the returned ``v`` with the ``epsilon`` of the last iteration.
 
     The call has the side effects of one forward pass: dropout masks are drawn once and kept, running
-    statistics move once, and if it raises, everything is as it was. With half-precision outputs,
-    beliefs and errors are held in float32.
+    statistics move once, and if it raises, everything is as it was. Hooks of modules fire as in one
+    forward pass; with Strict, those of a layer fire at each of its evaluations. Tensor hooks of a
+    parameter see each layer's gradient before FixedPred weighs it; post-accumulate-grad hooks run
+    when ``.grad`` is written. With half-precision outputs, beliefs and errors are held in float32;
+    Strict runs outside autocast, as its errors are differences too small for half precision. With a
+    ``GradScaler``, let ``LossFun`` return the scaled loss: that scales the updates of Exact and
+    FixedPred, but changes the energy that Strict descends.
 
     Args:
         model: an ``nn.Sequential`` on any device, of any floating type, with batched inputs.

@@ -10,6 +10,9 @@ by repeating n times, all layers at once,
 
 Each layer needs no more than its own input, its own belief and the error from the layer above, and
 that is all that is held at a time: the beliefs and one layer's graph.
+
+The errors are small differences of predictions: a belief moves by far less than the 1/256 of its
+value that bfloat16 resolves. So this algorithm runs outside autocast, in the parameters' own type.
 """
 
 from __future__ import annotations
@@ -30,17 +33,19 @@ from torch2pc.layers import (
     check_scalar,
     gradient,
     leaves_between,
+    outside_autocast,
     own,
 )
 
 
 def strict(network: Network, eta: float, n: int, vinit: Sequence[Any] | None) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
-    relaxation = Relaxation(network, eta, vinit)
-    with network.replaying():
-        for _ in range(n):
-            relaxation.step()
-        return relaxation.result()
+    with outside_autocast(network.X.device):
+        relaxation = Relaxation(network, eta, vinit)
+        with network.replaying():
+            for _ in range(n):
+                relaxation.step()
+            return relaxation.result()
 
 
 class Relaxation:
@@ -145,7 +150,8 @@ class Relaxation:
             asks_loss = l == L and network.loss.has_leaves
             if not (layer.has_leaves or asks_input or asks_loss):
                 continue
-            x = self._input_of(l).requires_grad_(asks_input)
+            x = self._input_of(l)
+            x.requires_grad_(x.is_floating_point())
             prediction = layer.replay(x)
             leaves = leaves_between(prediction, [x])
             asked = [*leaves, x] if asks_input else leaves
