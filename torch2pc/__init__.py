@@ -3,6 +3,8 @@
 This file is the table of contents: it lists the public names and nothing else.
 """
 
+from torch2pc.memory import PCRNN
+
 __version__ = "0.1.0"
 
-__all__: list[str] = []
+__all__ = ["PCRNN"]
