@@ -1,0 +1,120 @@
+"""The command line: ``python -m paper_figures`` draws the figures and compares their numbers.
+
+How to add a figure is said in ``__init__.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import paper_figures
+from paper_figures.data import DataError, MissingData
+from paper_figures.report import Number, Options, table
+
+
+def figure_modules() -> dict[str, ModuleType]:
+    """Every figure of this package by its name: ``3`` is in ``figure_3.py``."""
+    names = [module.name for module in pkgutil.iter_modules(paper_figures.__path__)]
+    return {
+        name.removeprefix("figure_"): importlib.import_module(f"paper_figures.{name}")
+        for name in sorted(names)
+        if name.startswith("figure_")
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw what the arguments ask for; the exit status is 0 if all went well."""
+    modules = figure_modules()
+    asked = parse(modules, arguments)
+    options = Options(asked.data, asked.out, asked.device, asked.seed, asked.quick)
+    chosen = asked.figure or [name for name in modules if getattr(modules[name], "DEFAULT", True)]
+    missing = []
+    for name in chosen:
+        start = time.perf_counter()
+        try:
+            numbers = modules[name].run(options)
+        except MissingData as reason:
+            missing.append(f"figure {name} is not drawn: {reason}")
+            continue
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print_numbers(modules[name], numbers, time.perf_counter() - start)
+    print(*missing, f"The files are in {options.out}.", sep="\n")
+    return 1 if missing and asked.figure else 0
+
+
+def parse(modules: dict[str, ModuleType], arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m paper_figures",
+        description="Draws the figures of Rosenbaum, PLOS ONE 17(3) e0266102 (2022), "
+        "with torch2pc, and sets our numbers beside the paper's.",
+        epilog="figures:\n" + "\n".join(f"  {name:12} {title(modules[name])}" for name in modules),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--figure",
+        nargs="+",
+        choices=list(modules),
+        metavar="NAME",
+        help="draw these only (default: all but those marked 'by name only')",
+    )
+    parser.add_argument(
+        "--data",
+        type=folder,
+        metavar="DIR",
+        help="folder with the full data sets; what it lacks is replaced by the embedded digits",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures"
+    )
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--quick", action="store_true", help="shortened runs: everything is drawn, less is learned"
+    )
+    return parser.parse_args(arguments)
+
+
+def folder(given: str) -> Path:
+    path = Path(given)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{given!r} is not a folder")
+    return path
+
+
+def device(given: str) -> torch.device:
+    try:
+        return torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{given!r} cannot be used: {reason}") from error
+
+
+def title(module: ModuleType) -> str:
+    first_line = (module.__doc__ or "").strip().partition("\n")[0]
+    return first_line if getattr(module, "DEFAULT", True) else f"{first_line} (by name only)"
+
+
+def print_numbers(module: ModuleType, numbers: Sequence[Number], seconds: float) -> None:
+    print(f"\n{title(module)} ({seconds:.0f} s)")
+    if numbers:
+        print(table(numbers))
+    if any(number.check for number in numbers):
+        print("* does not depend on the data set")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

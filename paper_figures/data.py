@@ -1,0 +1,199 @@
+"""Data sets: files into tensors, and batches drawn from them.
+
+Every malformed file raises `DataError` with the file's name and what to do about it; a file that is
+not there raises `MissingData`. Fetching files is in `download`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EMBEDDED = Path(__file__).parent / "digits"
+EMBEDDED_NAME = "embedded digits"
+
+# MNIST's four files and the MD5 sums of their uncompressed contents. Other sets of the same format,
+# such as Fashion-MNIST, have the same names and other contents.
+IDX_FILES = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c629615203637",
+}
+
+
+class DataError(Exception):
+    """A data file that is there but cannot be used; the message names it and the mend."""
+
+
+class MissingData(Exception):
+    """A data file that is not there; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """X: (batch, channels, height, width), floats in [0, 1]. labels: (batch,), integers."""
+
+    X: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Labelled images for training and for testing.
+
+    Images are bytes (count, channels, height, width), kept so because a batch is quickly made
+    float and CIFAR-10 as floats would fill 700 MB; labels are int64 (count,).
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def summary(self) -> dict[str, str | int]:
+        return {
+            "name": self.name,
+            "training images": len(self.train_images),
+            "test images": len(self.test_images),
+        }
+
+    def described(self, steps: int, batch_size: int) -> str:
+        """The data set's name and size, and how many epochs ``steps`` steps are."""
+        epochs = steps / (len(self.train_images) // batch_size)
+        count = f"{len(self.train_images):,}".replace(",", " ")
+        return (
+            f"{self.name} ({count} training images): "
+            f"{steps} steps of {batch_size} are {epochs:.2g} epochs"
+        )
+
+    def train_batches(
+        self, steps: int, batch_size: int, seed: int, device: torch.device
+    ) -> Iterator[Batch]:
+        """``steps`` batches, each epoch in a new random order, an incomplete last batch dropped."""
+        generator = torch.Generator().manual_seed(seed)
+        per_epoch = len(self.train_images) // batch_size
+        if per_epoch == 0:
+            raise DataError(
+                f"{self.name} has {len(self.train_images)} training images, "
+                f"fewer than one batch of {batch_size}"
+            )
+        for step in range(steps):
+            if step % per_epoch == 0:
+                order = torch.randperm(len(self.train_images), generator=generator)
+            start = step % per_epoch * batch_size
+            chosen = order[start : start + batch_size]
+            yield _batch(self.train_images, self.train_labels, chosen, device)
+
+    def test_batches(
+        self, steps: int, batch_size: int, seed: int, device: torch.device
+    ) -> Iterator[Batch]:
+        """``steps`` batches, each drawn anew from all test images."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            chosen = torch.randperm(len(self.test_images), generator=generator)[:batch_size]
+            yield _batch(self.test_images, self.test_labels, chosen, device)
+
+    def all_test_batches(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Every test image once, in order."""
+        for chosen in torch.arange(len(self.test_images)).split(batch_size):
+            yield _batch(self.test_images, self.test_labels, chosen, device)
+
+
+def _batch(images: Tensor, labels: Tensor, chosen: Tensor, device: torch.device) -> Batch:
+    X = images[chosen].to(device).to(torch.get_default_dtype()) / 255
+    return Batch(X, labels[chosen].to(device))
+
+
+def load_digits(folder: Path | None) -> DataSet:
+    """The digits in ``folder``, or the embedded ones where there are none (or no folder).
+
+    Any four IDX files with MNIST's names will do, plain or gzipped, in the folder itself or in its
+    ``mnist`` or ``MNIST/raw``.
+    """
+    for place in () if folder is None else (folder, folder / "mnist", folder / "MNIST" / "raw"):
+        if any(_idx_path(place, name) for name in IDX_FILES):
+            return load_idx(place)
+    return load_idx(EMBEDDED)
+
+
+def load_idx(folder: Path) -> DataSet:
+    """The data set whose four IDX files lie in ``folder``."""
+    missing = [name for name in IDX_FILES if _idx_path(folder, name) is None]
+    if missing:
+        raise MissingData(
+            f"{folder} lacks {', '.join(missing)} (plain or .gz): "
+            "put the missing files beside the others, or run with --download"
+        )
+    paths = [_idx_path(folder, name) for name in IDX_FILES]
+    train_images, train_labels, test_images, test_labels = map(read_idx, paths)
+    for images, labels, of in (train_images, train_labels, 0), (test_images, test_labels, 2):
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+            raise DataError(
+                f"{paths[of]} has shape {tuple(images.shape)} and {paths[of + 1]} has shape "
+                f"{tuple(labels.shape)}, but they must be (count, height, width) and (count,): "
+                "take all four files from the same source"
+            )
+    return DataSet(
+        _name_of(folder, train_images),
+        train_images.unsqueeze(1),
+        train_labels.long(),
+        test_images.unsqueeze(1),
+        test_labels.long(),
+    )
+
+
+def read_idx(path: Path) -> Tensor:
+    """An IDX file of bytes, plain or gzipped, as a uint8 tensor.
+
+    The format: two zero bytes, a type byte (8 for unsigned bytes), the number of dimensions, each
+    dimension as a big-endian 32-bit integer, then the values.
+    """
+    mend = "fetch the file again"
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a complete gzip file ({error}): {mend}") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise DataError(
+            f"{path} starts with the bytes {content[:4].hex(' ') or '(none)'}, but an IDX file of "
+            f"bytes starts with 00 00 08: {mend}"
+        )
+    start = 4 + 4 * content[3]
+    shape = tuple(np.frombuffer(content[4:start], ">u4").tolist()) if len(content) >= start else ()
+    if len(shape) != content[3] or len(content) - start != math.prod(shape):
+        raise DataError(
+            f"{path} holds {len(content)} bytes, but its header of {content[3]} dimensions "
+            f"{shape} announces {start + math.prod(shape)}: {mend}"
+        )
+    if 0 in shape:
+        raise DataError(f"{path} announces the shape {shape}, so it holds nothing: {mend}")
+    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).reshape(shape)
+
+
+def _idx_path(folder: Path, name: str) -> Path | None:
+    for path in folder / name, folder / f"{name}.gz":
+        if path.is_file():
+            return path
+    return None
+
+
+def _name_of(folder: Path, train_images: Tensor) -> str:
+    if folder == EMBEDDED:
+        return EMBEDDED_NAME
+    header = b"\x00\x00\x08\x03" + np.array(train_images.shape, ">u4").tobytes()
+    digest = hashlib.md5(header + train_images.numpy().tobytes(), usedforsecurity=False)
+    is_mnist = digest.hexdigest() == IDX_FILES["train-images-idx3-ubyte"]
+    return "MNIST" if is_mnist else f"IDX files of {folder.resolve().name}"

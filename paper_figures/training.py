@@ -1,0 +1,243 @@
+"""Predictive coding against backprop: the training loop of figures 1, 3 and 5, and its measures.
+
+Two copies of a network start from the same weights and see the same batches. One is trained with
+`torch2pc.PCInfer`, the other with ``loss.backward()``; at each step the predictive coding update is
+compared with the gradient at the same weights. What is drawn of it is in `plotting`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from paper_figures.data import Batch, DataSet
+from paper_figures.report import Number, Options
+from torch2pc import PCInfer
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def squared_error(output: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared error against one-hot labels: output (batch, classes), labels (batch,)."""
+    targets = functional.one_hot(labels, output.shape[1])
+    return functional.mse_loss(output, targets.to(output.dtype))
+
+
+def cross_entropy(output: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy: output (batch, classes), labels (batch,)."""
+    return functional.cross_entropy(output, labels)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a network is trained, in the paper's symbols; Adam with PyTorch's other settings."""
+
+    ErrType: str
+    eta: float
+    n: int
+    LossFun: LossFunction
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+    def summary(self) -> dict[str, str | float]:
+        return {**vars(self), "LossFun": self.LossFun.__name__, "optimizer": "Adam"}
+
+
+@dataclass
+class Curves:
+    """One value a step; accuracy is the share of right answers in the batch."""
+
+    train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+
+    def append(self, train: tuple[float, float], test: tuple[float, float]) -> None:
+        self.train_loss.append(train[0])
+        self.train_accuracy.append(train[1])
+        self.test_loss.append(test[0])
+        self.test_accuracy.append(test[1])
+
+
+@dataclass
+class Comparison:
+    """What `compare_with_backprop` measured.
+
+    PC, BP: the curves of the two networks; PC_accuracy, BP_accuracy: on all test images at the end.
+    relative_error, angle: the predictive coding update against the gradient, (steps, layers).
+    """
+
+    PC: Curves = field(default_factory=Curves)
+    BP: Curves = field(default_factory=Curves)
+    PC_accuracy: float = math.nan
+    BP_accuracy: float = math.nan
+    relative_error: list[list[float]] = field(default_factory=list)
+    angle: list[list[float]] = field(default_factory=list)
+
+    def series(self) -> dict[str, object]:
+        return {
+            "PC": vars(self.PC),
+            "BP": vars(self.BP),
+            "relative error": self.relative_error,
+            "angle in degrees": self.angle,
+            "PC accuracy on all test images": self.PC_accuracy,
+            "BP accuracy on all test images": self.BP_accuracy,
+        }
+
+
+def compare_with_backprop(
+    model: nn.Sequential, data: DataSet, setup: Setup, options: Options, title: str
+) -> Comparison:
+    """Train ``model`` by predictive coding and a copy of it by backprop, over the same batches."""
+    comparison = Comparison()
+    PC_model = model.to(options.device)
+    BP_model = copy.deepcopy(PC_model)
+    PC_optimizer = torch.optim.Adam(PC_model.parameters(), lr=setup.learning_rate)
+    BP_optimizer = torch.optim.Adam(BP_model.parameters(), lr=setup.learning_rate)
+
+    batches = paired_batches(data, setup, options)
+    for train, test in tqdm(batches, title, setup.steps, unit="step"):
+        gradients = weight_gradients(PC_model, setup.LossFun, train)
+        result = PCInfer(
+            PC_model, setup.LossFun, train.X, train.labels, setup.ErrType, setup.eta, setup.n
+        )
+        updates = [weight.grad for weight in weights_of(PC_model)]
+        comparison.relative_error.append(list(map(relative_error, updates, gradients)))
+        comparison.angle.append(list(map(angle, updates, gradients)))
+        PC_train = result.Loss.item(), accuracy(result.vhat[-1], train.labels)
+        PC_optimizer.step()
+        comparison.PC.append(PC_train, evaluate(PC_model, setup.LossFun, test))
+
+        BP_train = backprop_step(BP_model, BP_optimizer, setup.LossFun, train)
+        comparison.BP.append(BP_train, evaluate(BP_model, setup.LossFun, test))
+
+    comparison.PC_accuracy = test_accuracy(PC_model, data, options.device)
+    comparison.BP_accuracy = test_accuracy(BP_model, data, options.device)
+    return comparison
+
+
+def train_by_backprop(
+    model: nn.Sequential, data: DataSet, setup: Setup, options: Options, title: str
+) -> nn.Sequential:
+    """``model`` after ``setup.steps`` steps of backprop, without any measurement."""
+    model.to(options.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=setup.learning_rate)
+    batches = data.train_batches(setup.steps, setup.batch_size, options.seed, options.device)
+    for batch in tqdm(batches, title, setup.steps, unit="step"):
+        backprop_step(model, optimizer, setup.LossFun, batch)
+    return model
+
+
+def backprop_step(
+    model: nn.Sequential, optimizer: torch.optim.Optimizer, LossFun: LossFunction, batch: Batch
+) -> tuple[float, float]:
+    """One step of backprop; the loss and accuracy on its batch before the step."""
+    optimizer.zero_grad()
+    output = model(batch.X)
+    loss = LossFun(output, batch.labels)
+    loss.backward()
+    optimizer.step()
+    return loss.item(), accuracy(output, batch.labels)
+
+
+def paired_batches(data: DataSet, setup: Setup, options: Options) -> Iterator[tuple[Batch, Batch]]:
+    """A training batch and a random test batch of the same size for every step."""
+    train = data.train_batches(setup.steps, setup.batch_size, options.seed, options.device)
+    test = data.test_batches(setup.steps, setup.batch_size, options.seed, options.device)
+    return zip(train, test, strict=True)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Sequential, LossFun: LossFunction, batch: Batch) -> tuple[float, float]:
+    """The loss and the accuracy on one batch."""
+    output = model(batch.X)
+    return LossFun(output, batch.labels).item(), accuracy(output, batch.labels)
+
+
+@torch.no_grad()
+def test_accuracy(model: nn.Sequential, data: DataSet, device: torch.device) -> float:
+    """The share of all test images that the model gets right."""
+    right = 0
+    for batch in data.all_test_batches(1000, device):
+        right += int((model(batch.X).argmax(1) == batch.labels).sum())
+    return right / len(data.test_images)
+
+
+def accuracy(output: Tensor, labels: Tensor) -> float:
+    return (output.argmax(1) == labels).to(torch.float32).mean().item()
+
+
+def weights_of(model: nn.Sequential) -> list[Tensor]:
+    """The weight of each layer that has one, from the input to the output."""
+    weights = []
+    for layer in model:
+        named = [value for name, value in layer.named_parameters() if name.endswith("weight")]
+        weights += named[:1]
+    return weights
+
+
+def weight_gradients(model: nn.Sequential, LossFun: LossFunction, batch: Batch) -> list[Tensor]:
+    """The gradient of the loss for each layer's weight, leaving ``.grad`` alone."""
+    loss = LossFun(model(batch.X), batch.labels)
+    return list(torch.autograd.grad(loss, weights_of(model)))
+
+
+def relative_error(update: Tensor, gradient: Tensor) -> float:
+    """``||update - gradient|| / ||gradient||``, computed in float64."""
+    update, gradient = update.double(), gradient.double()
+    return ((update - gradient).norm() / gradient.norm()).item()
+
+
+def angle(update: Tensor, gradient: Tensor) -> float:
+    """The angle between an update and the gradient in degrees, computed in float64."""
+    update, gradient = update.double().flatten(), gradient.double().flatten()
+    cosine = update @ gradient / (update.norm() * gradient.norm())
+    # Rounding can carry the cosine of parallel vectors past 1, where acos is not a number.
+    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).item()
+
+
+def loss_numbers(
+    comparison: Comparison, paper: Mapping[str, Mapping[int, float]], tolerance: float = 0.35
+) -> list[Number]:
+    """The training losses at the paper's steps, of ``PC`` and of ``BP``.
+
+    The paper's are those of single batches, which vary by about the tolerance, a share of their
+    value; ours are means over the 21 steps around.
+    """
+    numbers = []
+    for who, values in paper.items():
+        losses = getattr(comparison, who).train_loss
+        numbers += [
+            Number(
+                f"{who} loss at step {step}",
+                value,
+                statistics.fmean(losses[step - 10 : step + 11]),
+                tolerance * value,
+            )
+            for step, value in values.items()
+            if step + 10 < len(losses)
+        ]
+    return numbers
+
+
+def layer_numbers(
+    what: str,
+    paper: Sequence[float],
+    ours: Sequence[float],
+    tolerances: Sequence[float],
+    check: bool = False,
+) -> list[Number]:
+    """One number a layer."""
+    return [
+        Number(f"{what}, layer {layer}", *values, check)
+        for layer, values in enumerate(zip(paper, ours, tolerances, strict=True), 1)
+    ]

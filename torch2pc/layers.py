@@ -1,0 +1,396 @@
+"""A module as a fixed function for the duration of one call: predict, replay, backpropagate.
+
+A ``Layer`` runs one item of the model, keeps it from writing into its input, and can be run again
+as the function that it was the first time, with the same random numbers and the same buffers. A
+``Network`` is the layers of a model and its loss. Which errors are propagated, and how they are
+turned into beliefs, is up to ``exact.py``, ``fixed_pred.py`` and ``strict.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+
+from torch2pc.state import (
+    Buffers,
+    devices_of,
+    modules_in,
+    random_state,
+    random_state_differs,
+    set_random_state,
+)
+
+
+class Inference(NamedTuple):
+    """What an algorithm finds: PCInfer's results, and each parameter's update."""
+
+    vhat: list[Tensor]
+    Loss: Tensor
+    dLdy: Tensor
+    v: list[Tensor]
+    epsilon: list[Tensor | None]
+    updates: dict[Tensor, Tensor]
+
+
+class Layer:
+    """One item of the model, or the loss, as a function whose side effects happen once.
+
+    ``layer(x)`` evaluates it, with the side effects of the module, and ``record(x)`` does so noting
+    what they were. After that ``replay(x)`` evaluates the same function at another input: random
+    numbers are drawn from the same state, and buffers are read as they were and left as they are.
+    (The generators are put back once, after the last replay, by ``Network.replaying``.)
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, devices: set[torch.device]) -> None:
+        self.function = function
+        self.name = f"{name} ({_type_name(function)})"
+        self._devices = devices
+        self._copies_input = isinstance(function, nn.Module) and _may_write_input(function)
+        self._random: list[tuple[torch.device, Tensor]] | None = None
+        self._buffers: Buffers | None = None
+        self.has_leaves = True
+
+    def __call__(self, x: Tensor, *others: Any) -> Tensor:
+        given = x.clone() if self._copies_input else x
+        version = given._version
+        try:
+            output = self.function(given, *others)
+        except RuntimeError as error:
+            # The error that autograd raises for a write into a leaf does not say whose it is.
+            if given is x and "leaf Variable that requires grad" in str(error):
+                raise self._wrote_input() from error
+            raise
+        if given is x and x._version != version:
+            raise self._wrote_input()
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise TypeError(
+                f"{self.name} must return one floating-point tensor, got "
+                f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}"
+            )
+        return output
+
+    def _wrote_input(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name} wrote into its input in place, which destroys the belief stored there; "
+            "clone the input first, or give the module an attribute inplace=True to be handed a copy"
+        )
+
+    def record(self, x: Tensor, *others: Any) -> Tensor:
+        """The first evaluation, noting what it draws and changes, so that it can be replayed."""
+        random = random_state(self._devices)
+        buffers = Buffers(modules_in(self.function))
+        output = self(x, *others)
+        self._random = random if random_state_differs(random) else None
+        self._buffers = buffers if buffers.differ() else None
+        self.has_leaves = bool(leaves_between(output, [x]))
+        return output
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the recorded evaluation drew random numbers."""
+        return self._random is not None
+
+    def replay(self, x: Tensor, *others: Any) -> Tensor:
+        """The recorded function, evaluated at another input."""
+        if self._random is not None:
+            set_random_state(self._random)
+        if self._buffers is None:
+            return self(x, *others)
+        with self._buffers.swapped_in():
+            return self(x, *others)
+
+
+class Network:
+    """The layers of a model, its loss, and the data: all that the three algorithms work on."""
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        LossFun: Callable[[Tensor, Any], Tensor],
+        X: Tensor,
+        Y: Any,
+        devices: set[torch.device] | None = None,
+    ) -> None:
+        if devices is None:
+            devices = devices_of(modules_in(model, LossFun), X)
+        self.model, self.X, self.Y, self.devices = model, X, Y, devices
+        self.layers = [Layer(item, f"model[{index}]", devices) for index, item in enumerate(model)]
+        self.loss = Layer(LossFun, "LossFun", devices)
+
+    def feed_forward(self) -> Graph:
+        """One forward pass, with its autograd graph."""
+        vhat = [_input_copy(self.X)]
+
+        def walk(x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = _differentiable(_with_own_memory(layer(x), x))
+                vhat.append(x)
+            return x
+
+        vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
+        Loss = check_loss(self.loss(vhat[-1], self.Y))
+        return Graph(vhat, Loss)
+
+    def record(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """One forward pass without a graph across layers; returns vhat, Loss and dLdy, detached.
+
+        After it each layer, and the loss, can be replayed.
+        """
+        vhat = [_input_copy(self.X)]
+
+        def walk(x: Tensor) -> Tensor:
+            vhat[0] = x.detach()  # a pre-hook of the model may have changed it
+            for layer in self.layers:
+                x = x.detach().requires_grad_(x.is_floating_point())
+                # With gradients on, as in every replay: under no_grad some modules take another
+                # path, and autocast would cache weights that are cut off from the graph.
+                x = _with_own_memory(layer.record(x), x).detach()
+                vhat.append(x)
+            return x
+
+        output = self._through_hooks_of_model(walk, vhat[0])
+        if output.data_ptr() != vhat[-1].data_ptr():
+            raise ValueError(
+                "model must have no forward hook that replaces its output with ErrType='Strict', "
+                "which evaluates the items one by one; register the hook on the last item"
+            )
+        prediction = vhat[-1].detach().requires_grad_()
+        Loss = check_loss(self.loss.record(prediction, self.Y))
+        (dLdy,) = gradient(Loss, [prediction])
+        if dLdy is None:
+            raise _independent_loss()
+        return vhat, Loss.detach(), dLdy
+
+    def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``walk(x)`` as the forward of the model, so that the hooks of the container run too."""
+        self.model.__dict__["forward"] = walk
+        try:
+            output = self.model._call_impl(x)  # type: ignore[no-untyped-call]
+        finally:
+            del self.model.__dict__["forward"]
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model must return a tensor, but a hook made it {_type_name(output)}")
+        return output
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Leaves the generators as they are before the body, whatever the body replays."""
+        is_random = any(layer.is_random for layer in [*self.layers, self.loss])
+        random = random_state(self.devices) if is_random else []
+        try:
+            yield
+        finally:
+            set_random_state(random)
+
+
+class Graph:
+    """A forward pass with its autograd graph, ready for one backward pass."""
+
+    def __init__(self, vhat: list[Tensor], Loss: Tensor) -> None:
+        self.vhat, self.Loss = vhat, Loss
+        # The leaves (parameters, mostly) of each layer, and as the last entry the loss's.
+        self.leaves = [
+            leaves_between(output, [x]) for x, output in zip(vhat, [*vhat[1:], Loss], strict=True)
+        ]
+
+    @property
+    def shares_leaves(self) -> bool:
+        """Whether a parameter is used by more than one layer."""
+        found = [leaf for leaves in self.leaves for leaf in leaves]
+        return len(set(found)) < len(found)
+
+    def backpropagate(
+        self, layer_by_layer: bool = False
+    ) -> tuple[list[Any], list[tuple[int, Tensor, Tensor]]]:
+        """The gradients of the loss, in one backward pass.
+
+        Returns g_l = dLoss/dvhat_l for l = 0..L (entry 0 is None unless the input requires grad),
+        and (l, leaf, gradient) for every leaf that the loss depends on; the loss itself counts as
+        layer L+1. A leaf of several layers gets one gradient for all of them or, with
+        ``layer_by_layer``, one for each.
+        """
+        L = len(self.vhat) - 1
+        every = [(l, leaf) for l, leaves in enumerate(self.leaves, start=1) for leaf in leaves]
+        if layer_by_layer:
+            passes = [
+                (output, [l - 1], [(l, leaf) for leaf in leaves])
+                for l, (output, leaves) in enumerate(
+                    zip([*self.vhat[1:], self.Loss], self.leaves, strict=True), start=1
+                )
+            ]
+        else:
+            once = list({leaf: (l, leaf) for l, leaf in reversed(every)}.values())
+            passes = [(self.Loss, list(range(L + 1)), once)]
+
+        g: list[Any] = [None] * (L + 1)
+        gradients: list[tuple[int, Tensor, Tensor]] = []
+        arriving: Tensor | None = None
+        for output, activations, leaves in reversed(passes):
+            activations = [l for l in activations if self.vhat[l].requires_grad]
+            inputs = [*(self.vhat[l] for l in activations), *(leaf for _, leaf in leaves)]
+            # A weight computed once for two layers (parametrize.cached) has a graph in both.
+            found = gradient(output, inputs, arriving, retain_graph=layer_by_layer)
+            for l, g_l in zip(activations, found, strict=False):
+                if g_l is None and l == L:
+                    raise _independent_loss()
+                g[l] = arriving = torch.zeros_like(self.vhat[l]) if g_l is None else g_l
+            gradients += [
+                (l, leaf, of_leaf)
+                for (l, leaf), of_leaf in zip(leaves, found[len(activations) :], strict=True)
+                if of_leaf is not None
+            ]
+        return g, gradients
+
+
+def gradient(
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    arriving: Tensor | None = None,
+    retain_graph: bool = False,
+) -> list[Tensor | None]:
+    """``J^T arriving`` for each input; None for one that the output does not depend on."""
+    if not output.requires_grad or not inputs:
+        return [None] * len(inputs)
+    device_type = output.device.type
+    # Backward passes belong outside autocast: the types were chosen in the forward pass.
+    outside = (
+        torch.autocast(device_type, enabled=False)
+        if torch.is_autocast_enabled(device_type)
+        else nullcontext()
+    )
+    with outside:
+        return list(
+            torch.autograd.grad(
+                output, inputs, arriving, retain_graph=retain_graph, allow_unused=True
+            )
+        )
+
+
+def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves that require grad and were used to compute ``output`` from ``inputs``.
+
+    Read off the autograd graph, so that it is right for shared, frozen, unused and parametrized
+    parameters, and for those that belong to no module; faster than listing parameters, too.
+    """
+    if not output.requires_grad:
+        return []
+    seen: set[Node] = {get_gradient_edge(x).node for x in inputs if x.requires_grad}
+    waiting = [get_gradient_edge(output).node]
+    leaves = []
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # an AccumulateGrad node's leaf
+        if variable is not None and not node.next_functions:
+            leaves.append(variable)
+        waiting.extend(before for before, _ in node.next_functions if before is not None)
+    return leaves
+
+
+def add_updates(
+    updates: dict[Tensor, Tensor], leaves: Iterable[Tensor], found: Iterable[Tensor | None]
+) -> None:
+    """Add the gradients found for ``leaves`` to ``updates``; a shared parameter sums its own."""
+    for leaf, update in zip(leaves, found, strict=True):
+        if update is not None:
+            updates[leaf] = updates[leaf] + update if leaf in updates else update
+
+
+def check_loss(Loss: Tensor) -> Tensor:
+    """The loss is one number that gradients can flow from."""
+    if Loss.numel() != 1:
+        raise ValueError(
+            f"LossFun must return a scalar, got shape {tuple(Loss.shape)}; "
+            "use reduction='mean' or 'sum'"
+        )
+    if not Loss.requires_grad:
+        raise _independent_loss()
+    return Loss
+
+
+def belief_like(vhat: Tensor) -> Tensor:
+    """A copy of ``vhat`` to hold beliefs: float32 for half precision, where updates would vanish."""
+    return vhat.to(belief_dtype(vhat), copy=True)
+
+
+def belief_dtype(vhat: Tensor) -> torch.dtype:
+    """The type in which beliefs and errors about ``vhat`` are held."""
+    half = vhat.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half else vhat.dtype
+
+
+def own(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same values, each tensor with memory of its own (copied only where it is shared)."""
+    starts: set[int] = set()
+    result = []
+    for tensor in tensors:
+        tensor = tensor.detach()
+        if tensor.layout == torch.strided:
+            if tensor.data_ptr() in starts or 0 in tensor.stride():
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
+            starts.add(tensor.data_ptr())
+        result.append(tensor)
+    return result
+
+
+def _independent_loss() -> ValueError:
+    return ValueError(
+        "LossFun must depend on the output of the model, got a loss with no gradient for it"
+    )
+
+
+def _input_copy(X: Tensor) -> Tensor:
+    # A copy: whatever a layer does to it, the user's X stays as it is.
+    copy = X.detach().clone()
+    return copy.requires_grad_() if X.requires_grad else copy
+
+
+def _differentiable(output: Tensor) -> Tensor:
+    # The output of layers without parameters, or frozen ones, on an input that needs no gradient.
+    return output if output.requires_grad else output.detach().requires_grad_()
+
+
+def _with_own_memory(output: Tensor, x: Tensor) -> Tensor:
+    """A copy of ``output`` where it is a parameter or a buffer, or a view of one.
+
+    The optimizer would change it later. A view of the input ``x`` is fine: that is ours.
+    """
+    base = output._base if output._is_view() else output
+    base_of_input = x._base if x._is_view() else x
+    return (
+        output.clone()
+        if base is not None and base.is_leaf and base is not base_of_input
+        else output
+    )
+
+
+def _may_write_input(module: nn.Module) -> bool:
+    """Whether a module says that it works in place, and may do so on its own input."""
+    if type(module) is nn.Sequential:
+        for child in module:
+            if _may_write_input(child):
+                return True
+            if not _may_return_input(child):
+                return False
+        return False
+    if not module._modules:
+        return bool(getattr(module, "inplace", False))
+    return any(getattr(inner, "inplace", False) for inner in modules_in(module))
+
+
+def _may_return_input(module: nn.Module) -> bool:
+    views = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+    if type(module) is nn.Sequential:
+        return all(_may_return_input(child) for child in module)
+    return isinstance(module, views)
+
+
+def _type_name(value: object) -> str:
+    return getattr(value, "__name__", None) or type(value).__name__

@@ -1,0 +1,155 @@
+"""The public function: check, feed forward, infer the errors, write them into ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torch2pc.checks import (
+    check_eta,
+    check_LossFun,
+    check_model,
+    check_n,
+    check_tensor,
+    check_vinit_length,
+)
+from torch2pc.exact import exact
+from torch2pc.fixed_pred import fixed_pred
+from torch2pc.layers import Inference, Network
+from torch2pc.state import devices_of, modules_in, unchanged_on_failure, write_gradients
+from torch2pc.strict import strict
+
+ALGORITHMS: dict[str, Callable[[Network, Any, Any, Any], Inference]] = {
+    "Exact": exact,
+    "FixedPred": fixed_pred,
+    "Strict": strict,
+}
+
+
+class PCResult(NamedTuple):
+    """What ``PCInfer`` returns, in the order in which Torch2PC returns it; nothing requires grad.
+
+    The lists have L+1 entries, one for the input and one for each layer's output.
+    """
+
+    vhat: list[Tensor]
+    """Feed-forward values: ``vhat[0] = X``, ``vhat[l] = model[l-1](vhat[l-1])``."""
+    Loss: Tensor
+    """``LossFun(vhat[L], Y)``, a scalar."""
+    dLdy: Tensor
+    """dLoss/dvhat_L, with the shape of the output."""
+    v: list[Tensor]
+    """Beliefs; ``v[0]`` is the input."""
+    epsilon: list[Tensor | None]
+    """Prediction errors; ``epsilon[0]`` is None unless ``X.requires_grad``."""
+
+
+def PCInfer(
+    model: nn.Sequential,
+    LossFun: Callable[[Tensor, Any], Tensor],
+    X: Tensor,
+    Y: Any,
+    ErrType: str,
+    eta: float = 0.1,
+    n: int = 20,
+    vinit: Sequence[Any] | None = None,
+    *,
+    accumulate: bool = False,
+) -> PCResult:
+    r"""Compute predictive coding updates for a batch and write them into ``.grad``.
+
+    A drop-in replacement for ``loss.backward()``: call it, then ``optimizer.step()``. Each of the
+    L items of ``model`` is one layer ``f_l`` (nest an ``nn.Sequential`` to make several modules one
+    layer), with belief ``v_l``, and ``vhat_l`` is its output in a feed-forward pass. The update of
+    layer l's parameters is ``(df_l/dtheta_l)^T epsilon_l``, where the prediction error ``epsilon_l``
+    is, for ``ErrType``
+
+    - ``"Exact"``: ``epsilon_l = dLoss/dvhat_l`` and ``v_l = vhat_l - epsilon_l``; the updates are
+      the gradients of the loss, as ``Loss.backward()`` leaves them.
+    - ``"FixedPred"``: ``epsilon_L = dLoss/dvhat_L`` and, from ``v = vhat``, n times
+      ``epsilon_l = vhat_l - v_l``, ``v_l += eta (epsilon_l - J_{l+1}(vhat_l)^T epsilon_{l+1})``.
+      Computed in closed form: ``epsilon_l = c dLoss/dvhat_l`` with ``c = P[Binomial(n-1, eta) >= L-l]``
+      (for 0 <= eta <= 1), in one forward and one backward pass whatever ``n`` is.
+    - ``"Strict"``: from ``v = vinit`` (or ``vhat``), n times ``epsilon_l = f_l(v_{l-1}) - v_l`` with
+      ``epsilon_L = dLossFun(f_L(v_{L-1}), Y)/df_L``, then
+      ``v_l += eta (epsilon_l - J_{l+1}(v_l)^T epsilon_{l+1})``: gradient descent on the energy
+      ``F = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} ||f_l(v_{l-1}) - v_l||^2``. The updates are
+      taken at the returned ``v`` with the ``epsilon`` of the last iteration.
+
+    The call has the side effects of one forward pass: dropout masks are drawn once and kept, running
+    statistics move once, and if it raises, everything is as it was. With half-precision outputs,
+    beliefs and errors are held in float32.
+
+    Args:
+        model: an ``nn.Sequential`` on any device, of any floating type, with batched inputs.
+        LossFun: called as ``LossFun(output, Y)``; returns a scalar tensor. If it has parameters,
+            they get their gradient too.
+        X: the input batch, ``(batch, *features)``; integers for a model that starts with an
+            embedding. If it requires grad, ``epsilon[0] = J_1^T epsilon_1`` is returned, and put into
+            ``X.grad`` where X is a leaf; otherwise ``X.backward(epsilon[0])`` carries on.
+        Y: the targets, handed to ``LossFun`` as they are.
+        ErrType: ``"Exact"``, ``"FixedPred"`` or ``"Strict"``.
+        eta: the step size of the beliefs. Not used by Exact.
+        n: the number of iterations, at least 1. Not used by Exact.
+        vinit: initial beliefs for Strict, L+1 entries, of which the first (the input) and the last
+            are not used. Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
+        accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
+
+    Returns:
+        ``PCResult(vhat, Loss, dLdy, v, epsilon)``.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; ``LossFun`` is not
+            callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is no number, ``n`` no int;
+            a layer returns something other than one floating-point tensor.
+        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite; ``n`` < 1;
+            ``vinit`` does not fit the layers' outputs; ``X`` was made under
+            ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
+        RuntimeError: a layer wrote into its input without an ``inplace`` attribute that says so.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch2pc import PCInfer
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 3))
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        >>> X, Y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> vhat, Loss, dLdy, v, epsilon = PCInfer(
+        ...     model, nn.CrossEntropyLoss(), X, Y, "FixedPred", eta=0.1, n=20)
+        >>> optimizer.step()
+        >>> [tuple(e.shape) for e in epsilon[1:]]
+        [(16, 8), (16, 3)]
+
+    Source: R. Rosenbaum, On the relationship between predictive coding and backpropagation,
+    PLOS ONE 17(3): e0266102 (2022). Strict is the algorithm of Whittington and Bogacz, Neural
+    Computation 29(5) (2017); FixedPred that of Millidge, Tschantz and Buckley, arXiv:2006.04182
+    (2020).
+    """
+    check_model(model)
+    check_LossFun(LossFun)
+    check_tensor("X", X)
+    if ErrType not in ALGORITHMS:
+        accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
+        raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
+    if ErrType != "Exact":
+        check_eta(eta)
+        check_n(n)
+    if ErrType == "Strict":
+        check_vinit_length(vinit, len(model) + 1)
+
+    modules = modules_in(model, LossFun)
+    devices = devices_of(modules, X)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        unchanged_on_failure(modules, devices),
+    ):
+        network = Network(model, LossFun, X, Y, devices)
+        vhat, Loss, dLdy, v, epsilon, updates = ALGORITHMS[ErrType](network, eta, n, vinit)
+        if X.is_leaf and epsilon[0] is not None:
+            updates[X] = epsilon[0].clone()
+        write_gradients(updates, accumulate)
+    return PCResult(vhat, Loss, dLdy, v, epsilon)
