@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +44,11 @@ class Retrieval(NamedTuple):
     """Index of the centre nearest to the cause after each pass, `(passes, tries, batch)`;
     `nearest[-1]` is what was retrieved in the end."""
 
-    def best(self) -> Tensor:
-        """The index retrieved when each try keeps its pass of least error, `(tries, batch)`."""
-        # A NaN would win the comparison; a diverged pass is never the best.
-        best = self.errors.nan_to_num(nan=math.inf, posinf=math.inf).argmin(0, keepdim=True)
-        return self.nearest.gather(0, best)[0]
+    def best_so_far(self) -> Tensor:
+        """The index if each try stopped at its pass of least error so far, like `nearest`."""
+        # A NaN would count as the least; a diverged pass is never the best.
+        errors = self.errors.nan_to_num(nan=math.inf, posinf=math.inf)
+        return self.nearest.gather(0, errors.cummin(0).indices)
 
 
 class _Rates(NamedTuple):
@@ -427,10 +427,10 @@ def _progress_bar(rates: list[_Rates], show: bool) -> Iterable[_Rates]:
 
 
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int >= 1, got {value!r}")
     if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise ValueError(f"{name} must be an int >= 1, got {value}")
 
 
 def _check_number(name: str, value: float, *, least: float = -math.inf) -> None:
