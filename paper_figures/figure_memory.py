@@ -3,8 +3,9 @@
 A `torch2pc.PCRNN` learns one cause for each letter. Then a letter's trajectory is clamped at its
 output and the cause, started at random, is inferred in repeated passes over the trajectory. Letters
 generated from the learned causes (A), the causes (B), four retrieval paths of one letter (C),
-generation error (D) and tries whose nearest cause is right (E) against passes, and tries that are
-right in the end against noise on the target (F), with the settings of the model's source and ours.
+generation error (D) and tries whose nearest cause is right (E) against passes, and tries
+that are right against noise on the target (F) and in each seed's network (G), with the settings of
+the model's source and with ours.
 
 Source of the model, the reference settings and the numbers called the paper's: L. Annabi,
 "Structured memory retrieval". There the letters are those of the UCI file that `letters` can read.
@@ -34,6 +35,9 @@ TAU = 50
 TRAINING_STEPS = 1000
 LEARNING_RATE = 0.03
 TRIES = 4
+# All passes of our settings; of the reference's, the passes at which the two are compared.
+COMPARED_PASSES = 300
+REFERENCE_PASSES = 1000
 # Standard deviations of the noise added to each coordinate of the targets, whose own is 0.83.
 NOISE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 
@@ -99,7 +103,10 @@ def run(options: Options) -> list[Number]:
     targets = letters.trajectories.to(options.device)
     seeds = range(options.seed, options.seed + (2 if options.quick else 5))
     noise = NOISE[::3] if options.quick else NOISE
-    passes = {REFERENCE.name: 300 if options.quick else 1000, OURS.name: 300}
+    passes = {
+        REFERENCE.name: COMPARED_PASSES if options.quick else REFERENCE_PASSES,
+        OURS.name: COMPARED_PASSES,
+    }
 
     models, found, right_in_noise = {}, {}, {}
     for settings in REFERENCE, OURS:
@@ -114,7 +121,7 @@ def run(options: Options) -> list[Number]:
             for model, seed in zip(models[name], seeds, strict=True)
         ]
     same_networks = [
-        right(retrieve(model, targets, OURS, 300, seed).nearest)[-1]
+        right(retrieve(model, targets, OURS, COMPARED_PASSES, seed).nearest)[-1]
         for model, seed in zip(models[REFERENCE.name], seeds, strict=True)
     ]
 
@@ -124,10 +131,10 @@ def run(options: Options) -> list[Number]:
     }
     numbers = compared(losses, found, fmean(same_networks))
     title = (
-        f"PCRNN with {letters.name}: training loss / variance "
-        f"{fmean(losses[REFERENCE.name]):.4f} (reference settings), "
-        f"{fmean(losses[OURS.name]):.4f} (ours); mean of {len(seeds)} seeds"
+        f"PCRNN, {letters.name}, mean of {len(seeds)} seeds"
         + (" (shortened run: fewer seeds, passes and noise levels)" if options.quick else "")
+        + f"\ntraining loss / variance: {fmean(losses[REFERENCE.name]):.4f} (reference settings), "
+        f"{fmean(losses[OURS.name]):.4f} (ours)"
     )
     save(
         options,
@@ -160,7 +167,7 @@ def run(options: Options) -> list[Number]:
                     "generation error": [result.errors.mean((1, 2)) for result in found[name]],
                     "right": [right(result.nearest) for result in found[name]],
                     "right at least error": [right(result.best_so_far()) for result in found[name]],
-                    "right with noise": right_in_noise[name],
+                    "right with noise, in the end and at least error": right_in_noise[name],
                     "causes": [model.centres for model in models[name]],
                 }
                 for name in found
@@ -218,14 +225,21 @@ def right(index: Tensor) -> list[float]:
 
 def right_with_noise(
     model: PCRNN, targets: Tensor, settings: Settings, noise: Sequence[float], seed: int
-) -> list[float]:
-    """Share of the tries that are right after 300 passes, for each level of noise."""
+) -> list[tuple[float, float]]:
+    """Share of the tries that are right after `COMPARED_PASSES`, in the end and at least error.
+
+    One pair for each level of noise.
+    """
     generator = torch.Generator().manual_seed(seed)
     # The same noise at every level, only larger; all levels are searched in one batch.
     pattern = torch.randn(targets.shape, generator=generator).to(targets.device)
     noisy = torch.cat([targets + level * pattern for level in noise], dim=1)
-    index = retrieve(model, noisy, settings, 300, seed).nearest[-1]
-    return [right(part.unsqueeze(0))[0] for part in index.chunk(len(noise), dim=1)]
+    result = retrieve(model, noisy, settings, COMPARED_PASSES, seed)
+    in_the_end, at_best = (
+        [right(part)[0] for part in index[-1:].chunk(len(noise), dim=2)]
+        for index in (result.nearest, result.best_so_far())
+    )
+    return list(zip(in_the_end, at_best, strict=True))
 
 
 def compared(
@@ -279,7 +293,7 @@ def drawn(
     model: PCRNN,
     found: Mapping[str, Sequence[Retrieval]],
     noise: Sequence[float],
-    right_in_noise: Mapping[str, Sequence[Sequence[float]]],
+    right_in_noise: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
     title: str,
 ) -> Figure:
     figure = Figure(figsize=(9, 8.4), layout="constrained")
@@ -300,16 +314,17 @@ def drawn(
     shares.legend(fontsize=6.5)
     for settings in REFERENCE, OURS:
         colour, runs = settings.colour, np.array(right_in_noise[settings.name])
-        noisy.plot(noise, runs.mean(0), "o-", markersize=3, color=colour, label=settings.name)
-        noisy.fill_between(noise, runs.min(0), runs.max(0), color=colour, alpha=0.15, linewidth=0)
-        per_seed = [right(result.nearest)[299] for result in found[settings.name]]
+        for index, style in enumerate(("o-", "o:")):
+            mean, low, high = (f(runs[..., index], 0) for f in (np.mean, np.min, np.max))
+            noisy.plot(noise, mean, style, markersize=3, color=colour)
+            noisy.fill_between(noise, low, high, color=colour, alpha=0.12, linewidth=0)
+        per_seed = [right(result.nearest)[COMPARED_PASSES - 1] for result in found[settings.name]]
         seeds.plot(range(len(per_seed)), per_seed, "o", color=colour, label=settings.name)
         seeds.axhline(fmean(per_seed), color=colour, linewidth=0.8)
-    noisy.set(xlabel="standard deviation of the noise on the target", ylim=(0, 1.02))
-    noisy.set(ylabel="share right after 300 passes")
-    noisy.legend()
+    noisy.set(xlabel="noise on the target (standard deviation)", ylim=(0, 1.02))
+    noisy.set(ylabel=f"share right after {COMPARED_PASSES} passes")
     seeds.set(xlabel="seed", ylim=(0, 1.02), xticks=range(len(per_seed)))
-    seeds.set(ylabel="share right after 300 passes")
+    seeds.set(ylabel=f"share right after {COMPARED_PASSES} passes")
     for axes, name in zip((causes, paths, errors, shares, noisy, seeds), "BCDEFG", strict=True):
         letter(axes, name)
     return figure
@@ -321,7 +336,7 @@ def draw_letters(figure: SubFigure, letters: Letters, model: PCRNN) -> None:
     generated = model(model.centres, steps=len(targets)).x_pred.cpu()
     rows = 2
     columns = -(-len(letters.characters) // rows)
-    axes_of = figure.subplots(rows, columns, squeeze=False).flat
+    axes_of = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in axes_of:
         axes.set_axis_off()
     for index, axes in zip(range(len(letters.characters)), axes_of, strict=False):

@@ -270,7 +270,7 @@ class PCRNN(nn.Module):
         >>> model.set_centres(causes)
         >>> targets = model(causes, steps=60).x_pred.detach()
         >>> found = model.retrieve(targets, tries=2, passes=5, progress=False)
-        >>> found.paths.shape, found.errors.shape, found.index[-1].shape
+        >>> found.paths.shape, found.errors.shape, found.nearest[-1].shape
         (torch.Size([6, 2, 3, 2]), torch.Size([5, 2, 3]), torch.Size([2, 3]))
         """
         if self.centres is None:
