@@ -161,7 +161,7 @@ class Network:
             )
         prediction = vhat[-1].detach().requires_grad_()
         Loss = check_loss(self.loss.record(prediction, self.Y))
-        (dLdy,) = gradient(Loss, [prediction])
+        (dLdy,) = gradient([Loss], [prediction])
         if dLdy is None:
             raise _independent_loss()
         return vhat, Loss.detach(), dLdy
@@ -205,58 +205,60 @@ class Graph:
         return len(set(found)) < len(found)
 
     def backpropagate(
-        self, layer_by_layer: bool = False
+        self, keep_graph: bool = False
     ) -> tuple[list[Any], list[tuple[int, Tensor, Tensor]]]:
         """The gradients of the loss, in one backward pass.
 
         Returns g_l = dLoss/dvhat_l for l = 0..L (entry 0 is None unless the input requires grad),
-        and (l, leaf, gradient) for every leaf that the loss depends on; the loss itself counts as
-        layer L+1. A leaf of several layers gets one gradient for all of them or, with
-        ``layer_by_layer``, one for each.
+        and (l, leaf, gradient) for every leaf that the loss depends on, with the layer that uses it
+        first; the loss itself counts as layer L+1.
+        """
+        asked = [l for l, vhat_l in enumerate(self.vhat) if vhat_l.requires_grad]
+        leaves = self._leaves_with_layer()
+        inputs = [*(self.vhat[l] for l in asked), *leaves]
+        found = gradient([self.Loss], inputs, keep_graph=keep_graph)
+        if found[len(asked) - 1] is None:
+            raise _independent_loss()
+        g: list[Any] = [None] * len(self.vhat)
+        for l, g_l in zip(asked, found, strict=False):
+            g[l] = torch.zeros_like(self.vhat[l]) if g_l is None else g_l
+        return g, [
+            (l, leaf, of_leaf)
+            for (leaf, l), of_leaf in zip(leaves.items(), found[len(asked) :], strict=True)
+            if of_leaf is not None
+        ]
+
+    def weighted_gradients(
+        self, g: Sequence[Any], leaves: Sequence[Tensor], c: Sequence[float]
+    ) -> list[Any]:
+        """For each leaf, the sum over the layers l that use it of c[l] (df_l/dleaf)^T g_l.
+
+        A second backward pass, for shared parameters, changed at each vhat_l so that c[l] g_l goes
+        on from it: as g_l = J_{l+1}^T g_{l+1}, what arrives is c[l+1] g_l; the difference is added.
         """
         L = len(self.vhat) - 1
-        every = [(l, leaf) for l, leaves in enumerate(self.leaves, start=1) for leaf in leaves]
-        if layer_by_layer:
-            passes = [
-                (output, [l - 1], [(l, leaf) for leaf in leaves])
-                for l, (output, leaves) in enumerate(
-                    zip([*self.vhat[1:], self.Loss], self.leaves, strict=True), start=1
-                )
-            ]
-        else:
-            once = list({leaf: (l, leaf) for l, leaf in reversed(every)}.values())
-            passes = [(self.Loss, list(range(L + 1)), once)]
+        added = [(c[l] - c[l + 1]) * g[l] for l in range(1, L)]
+        start = torch.ones_like(self.Loss)
+        return gradient([self.Loss, *self.vhat[1:L]], leaves, [start, *added])
 
-        g: list[Any] = [None] * (L + 1)
-        gradients: list[tuple[int, Tensor, Tensor]] = []
-        arriving: Tensor | None = None
-        for output, activations, leaves in reversed(passes):
-            activations = [l for l in activations if self.vhat[l].requires_grad]
-            inputs = [*(self.vhat[l] for l in activations), *(leaf for _, leaf in leaves)]
-            # A weight computed once for two layers (parametrize.cached) has a graph in both.
-            found = gradient(output, inputs, arriving, retain_graph=layer_by_layer)
-            for l, g_l in zip(activations, found, strict=False):
-                if g_l is None and l == L:
-                    raise _independent_loss()
-                g[l] = arriving = torch.zeros_like(self.vhat[l]) if g_l is None else g_l
-            gradients += [
-                (l, leaf, of_leaf)
-                for (l, leaf), of_leaf in zip(leaves, found[len(activations) :], strict=True)
-                if of_leaf is not None
-            ]
-        return g, gradients
+    def _leaves_with_layer(self) -> dict[Tensor, int]:
+        found: dict[Tensor, int] = {}
+        for l, leaves in enumerate(self.leaves, start=1):
+            for leaf in leaves:
+                found.setdefault(leaf, l)
+        return found
 
 
 def gradient(
-    output: Tensor,
+    outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    arriving: Tensor | None = None,
-    retain_graph: bool = False,
+    arriving: Sequence[Tensor] | None = None,
+    keep_graph: bool = False,
 ) -> list[Tensor | None]:
-    """``J^T arriving`` for each input; None for one that the output does not depend on."""
-    if not output.requires_grad or not inputs:
+    """``J^T arriving`` for each input; None for one that the outputs do not depend on."""
+    if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
-    device_type = output.device.type
+    device_type = outputs[0].device.type
     # Backward passes belong outside autocast: the types were chosen in the forward pass.
     outside = (
         torch.autocast(device_type, enabled=False)
@@ -266,7 +268,7 @@ def gradient(
     with outside:
         return list(
             torch.autograd.grad(
-                output, inputs, arriving, retain_graph=retain_graph, allow_unused=True
+                outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
             )
         )
 

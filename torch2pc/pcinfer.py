@@ -131,7 +131,7 @@ def PCInfer(
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("X", X)
-    if ErrType not in ALGORITHMS:
+    if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
         accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
     if ErrType != "Exact":

@@ -98,10 +98,10 @@ class Relaxation:
             prediction = self.network.layers[l - 1].replay(x)
             if l < L:
                 epsilon[l] = prediction.detach() - v[l]
-                (arriving,) = gradient(prediction, [x], epsilon[l].to(prediction.dtype))
+                (arriving,) = gradient([prediction], [x], [epsilon[l].to(prediction.dtype)])
             else:
                 Loss = self.network.loss.replay(prediction, self.network.Y)
-                epsilon_L, arriving = gradient(Loss, [prediction, x])
+                epsilon_L, arriving = gradient([Loss], [prediction, x])
                 epsilon[L] = torch.zeros_like(v[L]) if epsilon_L is None else epsilon_L.to(v[L])
             v[l - 1].add_(epsilon[l - 1], alpha=self.eta)
             if arriving is not None:
@@ -126,7 +126,7 @@ class Relaxation:
             prediction = layer.replay(x)
             leaves = leaves_between(prediction, [x])
             asked = [*leaves, x] if asks_input else leaves
-            found = gradient(prediction, asked, self.epsilon[l].to(prediction.dtype))
+            found = gradient([prediction], asked, [self.epsilon[l].to(prediction.dtype)])
             if asks_input:
                 *found, input_error = found
                 input_error = torch.zeros_like(x) if input_error is None else input_error
@@ -135,7 +135,7 @@ class Relaxation:
                 output = prediction.detach().requires_grad_()
                 Loss = network.loss.replay(output, network.Y)
                 leaves = leaves_between(Loss, [output])
-                add_updates(updates, leaves, gradient(Loss, leaves))
+                add_updates(updates, leaves, gradient([Loss], leaves))
         return input_error, updates
 
     def _input_of(self, l: int) -> Tensor:
