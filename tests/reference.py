@@ -139,3 +139,67 @@ def energy(model: nn.Sequential, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> 
     errors = [model[l - 1](v[l - 1]) - v[l] for l in range(1, L)]
     squares = sum((e.square().sum() for e in errors), torch.zeros((), dtype=v[-1].dtype))
     return (LossFun(model[-1](v[L - 1]), Y) + squares / 2).detach()
+
+
+class Frozen(nn.Module):
+    """A layer that draws the same random numbers and finds the same buffers at each evaluation."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.random = torch.get_rng_state()
+        self.values = [b.clone() for b in layer.buffers()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_rng_state(self.random)
+        for buffer, value in zip(self.layer.buffers(), self.values, strict=True):
+            buffer.data = value.clone()
+        return self.layer(x.clone())  # it may work in place
+
+
+def freeze(model: nn.Sequential, X: Tensor) -> nn.Sequential:
+    """``model`` with each layer frozen as it is when a forward pass from ``X`` comes to it.
+
+    The parameters are those of ``model``; use a copy, as its buffers move.
+    """
+    frozen = nn.Sequential()
+    for layer in model:
+        frozen.append(Frozen(layer))
+        X = layer(X).detach()
+    return frozen
+
+
+def latent_energy(
+    model: nn.Sequential,
+    LossFun: Loss,
+    Y: Any,
+    v: Sequence[Tensor],
+    pi: Sequence[float],
+    prior: Callable[[list[Tensor]], Tensor] | None,
+) -> Tensor:
+    """F(v) = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} pi_l ||f_l(v_{l-1}) - v_l||^2 + prior(v)"""
+    L = len(model)
+    F = LossFun(model[-1](v[L - 1]), Y)
+    for l in range(1, L):
+        F = F + 0.5 * pi[l - 1] * (model[l - 1](v[l - 1]) - v[l]).square().sum()
+    return F if prior is None else F + prior(list(v[:L]))
+
+
+def latent(
+    model: nn.Sequential,
+    LossFun: Loss,
+    Y: Any,
+    Xinit: Tensor,
+    eta: float,
+    n: int,
+    pi: Sequence[float],
+    prior: Callable[[list[Tensor]], Tensor] | None = None,
+) -> list[Tensor]:
+    """The beliefs v_0..v_{L-1} after n steps of gradient descent on F, by autograd."""
+    v = feed_forward(model, Xinit)[:-1]
+    for _ in range(n):
+        v = [v_l.detach().requires_grad_() for v_l in v]
+        F = latent_energy(model, LossFun, Y, v, pi, prior)
+        gradients = torch.autograd.grad(F, v, allow_unused=True, materialize_grads=True)
+        v = [v_l - eta * gradient for v_l, gradient in zip(v, gradients, strict=True)]
+    return [v_l.detach() for v_l in v]

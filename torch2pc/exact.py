@@ -59,7 +59,7 @@ def weighted_backpropagation(
     else:
         found = own([*epsilon, *(of_leaf for _, _, of_leaf in gradients)])
         epsilon, updates = found[:L], found[L:]
-        if is_scaled:
+        if updates and is_scaled:
             torch._foreach_mul_(updates, [c[l] for l, _, _ in gradients])
     epsilon_0 = None if g[0] is None else g[0] * c[0]
     return Inference(

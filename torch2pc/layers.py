@@ -9,7 +9,7 @@ turned into beliefs, is up to ``exact.py``, ``fixed_pred.py`` and ``strict.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -55,9 +55,9 @@ class Layer:
         self._buffers: Buffers | None = None
         self.has_leaves = True
 
-    def __call__(self, x: Tensor, *others: Any) -> Tensor:
+    def __call__(self, x: Any, *others: Any) -> Tensor:
         given = x.clone() if self._copies_input else x
-        version = given._version
+        version = given._version if isinstance(given, Tensor) else 0
         try:
             output = self.function(given, *others)
         except RuntimeError as error:
@@ -65,7 +65,7 @@ class Layer:
             if given is x and "leaf Variable that requires grad" in str(error):
                 raise self._wrote_input() from error
             raise
-        if given is x and x._version != version:
+        if given is x and isinstance(x, Tensor) and x._version != version:
             raise self._wrote_input()
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise TypeError(
@@ -80,22 +80,17 @@ class Layer:
             "clone the input first, or give the module an attribute inplace=True to be handed a copy"
         )
 
-    def record(self, x: Tensor, *others: Any) -> Tensor:
+    def record(self, x: Any, *others: Any) -> Tensor:
         """The first evaluation, noting what it draws and changes, so that it can be replayed."""
         random = random_state(self._devices)
         buffers = Buffers(modules_in(self.function))
         output = self(x, *others)
         self._random = random if random_state_differs(random) else None
         self._buffers = buffers if buffers.differ() else None
-        self.has_leaves = bool(leaves_between(output, [x]))
+        self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
         return output
 
-    @property
-    def is_random(self) -> bool:
-        """Whether the recorded evaluation drew random numbers."""
-        return self._random is not None
-
-    def replay(self, x: Tensor, *others: Any) -> Tensor:
+    def replay(self, x: Any, *others: Any) -> Tensor:
         """The recorded function, evaluated at another input."""
         if self._random is not None:
             set_random_state(self._random)
@@ -180,8 +175,7 @@ class Network:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Leaves the generators as they are before the body, whatever the body replays."""
-        is_random = any(layer.is_random for layer in [*self.layers, self.loss])
-        random = random_state(self.devices) if is_random else []
+        random = random_state(self.devices)
         try:
             yield
         finally:
@@ -258,19 +252,23 @@ def gradient(
     """``J^T arriving`` for each input; None for one that the outputs do not depend on."""
     if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
-    device_type = outputs[0].device.type
     # Backward passes belong outside autocast: the types were chosen in the forward pass.
-    outside = (
-        torch.autocast(device_type, enabled=False)
-        if torch.is_autocast_enabled(device_type)
-        else nullcontext()
-    )
-    with outside:
-        return list(
-            torch.autograd.grad(
-                outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
-            )
+    with outside_autocast(outputs[0].device):
+        found = torch.autograd.grad(
+            outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
         )
+    # A tensor hook may have returned a tensor that is not ours to write into.
+    return [
+        of_x.clone() if x._backward_hooks and of_x is not None else of_x
+        for x, of_x in zip(inputs, found, strict=True)
+    ]
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off for the body, if it is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
@@ -307,14 +305,19 @@ def add_updates(
 
 def check_loss(Loss: Tensor) -> Tensor:
     """The loss is one number that gradients can flow from."""
-    if Loss.numel() != 1:
-        raise ValueError(
-            f"LossFun must return a scalar, got shape {tuple(Loss.shape)}; "
-            "use reduction='mean' or 'sum'"
-        )
+    check_scalar("LossFun", Loss)
     if not Loss.requires_grad:
         raise _independent_loss()
     return Loss
+
+
+def check_scalar(name: str, energy: Tensor) -> None:
+    """What a loss or a prior returned is one number."""
+    if energy.numel() != 1:
+        raise ValueError(
+            f"{name} must return a scalar, got shape {tuple(energy.shape)}; "
+            "for a loss, use reduction='mean' or 'sum'"
+        )
 
 
 def belief_like(vhat: Tensor) -> Tensor:
