@@ -308,12 +308,12 @@ def drawn(
     paths.set(xlabel="first cause")
     draw_passes(errors, found, lambda result: result.errors.mean((1, 2)).tolist(), "-")
     errors.set(xlabel="pass", ylabel="generation error", xscale="log", ylim=(0, None))
-    draw_passes(shares, found, lambda result: right(result.nearest), "-", ", after the pass")
+    draw_passes(shares, found, lambda result: right(result.nearest), "-")
     draw_passes(
-        shares, found, lambda result: right(result.best_so_far()), ":", ", at least error so far"
+        shares, found, lambda result: right(result.best_so_far()), ":", ", least error so far"
     )
     shares.set(xlabel="pass", ylabel="share of tries right", xscale="log", ylim=(0, 1.02))
-    shares.legend(fontsize=6.5, loc="lower right")
+    shares.legend(fontsize=6, loc="lower right")
     for settings in REFERENCE, OURS:
         colour, runs = settings.colour, np.array(right_in_noise[settings.name])
         for index, style in enumerate(("o-", "o:")):
@@ -393,5 +393,5 @@ def draw_passes(
             values,
             style,
             color=settings.colour,
-            label=settings.name.replace(" settings", what),
+            label=settings.name + what,
         )

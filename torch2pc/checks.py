@@ -94,3 +94,28 @@ def check_vinit_entries(vinit: Sequence[Any], vhat: Sequence[Tensor], v: Sequenc
                 f"vinit[{l}] must be {accepted}, "
                 f"got shape {tuple(given.shape)}, {given.dtype}, on {given.device}"
             )
+
+
+def check_precision(precision: object, length: int) -> list[float]:
+    """``precision`` as a list of ``length`` numbers, one for each hidden layer."""
+    if precision is None:
+        return [1.0] * length
+    if isinstance(precision, Real):
+        values: Sequence[Any] = [precision] * length
+    elif isinstance(precision, Sequence) and not isinstance(precision, str):
+        values = precision
+    else:
+        raise TypeError(
+            f"precision must be a number or a list of numbers, got {type(precision).__name__}"
+        )
+    if len(values) != length:
+        raise ValueError(
+            f"precision must have len(model) - 1 = {length} entries, one for each hidden belief, "
+            f"got {len(values)}"
+        )
+    for l, value in enumerate(values, start=1):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"precision of layer {l} must be a number, got {type(value).__name__}")
+        if not (math.isfinite(value) and float(value) > 0):
+            raise ValueError(f"precision of layer {l} must be finite and > 0, got {value}")
+    return [float(value) for value in values]

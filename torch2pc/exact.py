@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torch2pc.layers import (
     Graph,
     Inference,
     Network,
-    add_updates,
     belief_dtype,
     own,
 )
@@ -43,20 +41,32 @@ def weighted_backpropagation(
     # c[l] is layer l's; the input's error arrives through layer 1, and the loss's own parameters
     # get their gradient as it is.
     c = [c_epsilon[L - 1], *reversed(c_epsilon), 1.0]
-    (g_0, *g), gradients = graph.backpropagate(len(set(c)) > 1 and graph.shares_leaves)
+    is_scaled = any(c_l != 1 for c_l in c)
+    shares = is_scaled and graph.shares_leaves
+    g, gradients = graph.backpropagate(keep_graph=shares)
 
     vhat = [x.detach() for x in graph.vhat]
     v, epsilon = [vhat[0].clone()], []
-    for vhat_l, g_l, c_v_l, c_l in zip(vhat[1:], g, reversed(c_v), c[1:-1], strict=True):
+    for vhat_l, g_l, c_v_l, c_l in zip(vhat[1:], g[1:], reversed(c_v), c[1:-1], strict=True):
         g_l = g_l.to(belief_dtype(vhat_l))
         v.append(torch.sub(vhat_l, g_l, alpha=c_v_l))
         epsilon.append(g_l if c_l == 1 else g_l * c_l)
 
-    found = own([*epsilon, *(of_leaf for _, _, of_leaf in gradients)])
-    epsilon, of_leaves = found[:L], found[L:]
-    if any(c_l != 1 for c_l in c):
-        torch._foreach_mul_(of_leaves, [c[l] for l, _, _ in gradients])
-    updates: dict[Tensor, Tensor] = {}
-    add_updates(updates, [leaf for _, leaf, _ in gradients], of_leaves)
-    epsilon_0 = None if g_0 is None else g_0 * c[0]
-    return Inference(vhat, graph.Loss.detach(), g[-1].clone(), v, [epsilon_0, *epsilon], updates)
+    leaves = [leaf for _, leaf, _ in gradients]
+    if shares:
+        updates = own(graph.weighted_gradients(g, leaves, c))
+        epsilon = own(epsilon)
+    else:
+        found = own([*epsilon, *(of_leaf for _, _, of_leaf in gradients)])
+        epsilon, updates = found[:L], found[L:]
+        if updates and is_scaled:
+            torch._foreach_mul_(updates, [c[l] for l, _, _ in gradients])
+    epsilon_0 = None if g[0] is None else g[0] * c[0]
+    return Inference(
+        vhat,
+        graph.Loss.detach(),
+        g[-1].clone(),
+        v,
+        [epsilon_0, *epsilon],
+        dict(zip(leaves, updates, strict=True)),
+    )

@@ -9,7 +9,7 @@ turned into beliefs, is up to ``exact.py``, ``fixed_pred.py`` and ``strict.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -55,9 +55,9 @@ class Layer:
         self._buffers: Buffers | None = None
         self.has_leaves = True
 
-    def __call__(self, x: Tensor, *others: Any) -> Tensor:
+    def __call__(self, x: Any, *others: Any) -> Tensor:
         given = x.clone() if self._copies_input else x
-        version = given._version
+        version = given._version if isinstance(given, Tensor) else 0
         try:
             output = self.function(given, *others)
         except RuntimeError as error:
@@ -65,7 +65,7 @@ class Layer:
             if given is x and "leaf Variable that requires grad" in str(error):
                 raise self._wrote_input() from error
             raise
-        if given is x and x._version != version:
+        if given is x and isinstance(x, Tensor) and x._version != version:
             raise self._wrote_input()
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise TypeError(
@@ -80,22 +80,17 @@ class Layer:
             "clone the input first, or give the module an attribute inplace=True to be handed a copy"
         )
 
-    def record(self, x: Tensor, *others: Any) -> Tensor:
+    def record(self, x: Any, *others: Any) -> Tensor:
         """The first evaluation, noting what it draws and changes, so that it can be replayed."""
         random = random_state(self._devices)
         buffers = Buffers(modules_in(self.function))
         output = self(x, *others)
         self._random = random if random_state_differs(random) else None
         self._buffers = buffers if buffers.differ() else None
-        self.has_leaves = bool(leaves_between(output, [x]))
+        self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
         return output
 
-    @property
-    def is_random(self) -> bool:
-        """Whether the recorded evaluation drew random numbers."""
-        return self._random is not None
-
-    def replay(self, x: Tensor, *others: Any) -> Tensor:
+    def replay(self, x: Any, *others: Any) -> Tensor:
         """The recorded function, evaluated at another input."""
         if self._random is not None:
             set_random_state(self._random)
@@ -161,7 +156,7 @@ class Network:
             )
         prediction = vhat[-1].detach().requires_grad_()
         Loss = check_loss(self.loss.record(prediction, self.Y))
-        (dLdy,) = gradient(Loss, [prediction])
+        (dLdy,) = gradient([Loss], [prediction])
         if dLdy is None:
             raise _independent_loss()
         return vhat, Loss.detach(), dLdy
@@ -180,8 +175,7 @@ class Network:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Leaves the generators as they are before the body, whatever the body replays."""
-        is_random = any(layer.is_random for layer in [*self.layers, self.loss])
-        random = random_state(self.devices) if is_random else []
+        random = random_state(self.devices)
         try:
             yield
         finally:
@@ -205,70 +199,76 @@ class Graph:
         return len(set(found)) < len(found)
 
     def backpropagate(
-        self, layer_by_layer: bool = False
+        self, keep_graph: bool = False
     ) -> tuple[list[Any], list[tuple[int, Tensor, Tensor]]]:
         """The gradients of the loss, in one backward pass.
 
         Returns g_l = dLoss/dvhat_l for l = 0..L (entry 0 is None unless the input requires grad),
-        and (l, leaf, gradient) for every leaf that the loss depends on; the loss itself counts as
-        layer L+1. A leaf of several layers gets one gradient for all of them or, with
-        ``layer_by_layer``, one for each.
+        and (l, leaf, gradient) for every leaf that the loss depends on, with the layer that uses it
+        first; the loss itself counts as layer L+1.
+        """
+        asked = [l for l, vhat_l in enumerate(self.vhat) if vhat_l.requires_grad]
+        leaves = self._leaves_with_layer()
+        inputs = [*(self.vhat[l] for l in asked), *leaves]
+        found = gradient([self.Loss], inputs, keep_graph=keep_graph)
+        if found[len(asked) - 1] is None:
+            raise _independent_loss()
+        g: list[Any] = [None] * len(self.vhat)
+        for l, g_l in zip(asked, found, strict=False):
+            g[l] = torch.zeros_like(self.vhat[l]) if g_l is None else g_l
+        return g, [
+            (l, leaf, of_leaf)
+            for (leaf, l), of_leaf in zip(leaves.items(), found[len(asked) :], strict=True)
+            if of_leaf is not None
+        ]
+
+    def weighted_gradients(
+        self, g: Sequence[Any], leaves: Sequence[Tensor], c: Sequence[float]
+    ) -> list[Any]:
+        """For each leaf, the sum over the layers l that use it of c[l] (df_l/dleaf)^T g_l.
+
+        A second backward pass, for shared parameters, changed at each vhat_l so that c[l] g_l goes
+        on from it: as g_l = J_{l+1}^T g_{l+1}, what arrives is c[l+1] g_l; the difference is added.
         """
         L = len(self.vhat) - 1
-        every = [(l, leaf) for l, leaves in enumerate(self.leaves, start=1) for leaf in leaves]
-        if layer_by_layer:
-            passes = [
-                (output, [l - 1], [(l, leaf) for leaf in leaves])
-                for l, (output, leaves) in enumerate(
-                    zip([*self.vhat[1:], self.Loss], self.leaves, strict=True), start=1
-                )
-            ]
-        else:
-            once = list({leaf: (l, leaf) for l, leaf in reversed(every)}.values())
-            passes = [(self.Loss, list(range(L + 1)), once)]
+        added = [(c[l] - c[l + 1]) * g[l] for l in range(1, L)]
+        start = torch.ones_like(self.Loss)
+        return gradient([self.Loss, *self.vhat[1:L]], leaves, [start, *added])
 
-        g: list[Any] = [None] * (L + 1)
-        gradients: list[tuple[int, Tensor, Tensor]] = []
-        arriving: Tensor | None = None
-        for output, activations, leaves in reversed(passes):
-            activations = [l for l in activations if self.vhat[l].requires_grad]
-            inputs = [*(self.vhat[l] for l in activations), *(leaf for _, leaf in leaves)]
-            # A weight computed once for two layers (parametrize.cached) has a graph in both.
-            found = gradient(output, inputs, arriving, retain_graph=layer_by_layer)
-            for l, g_l in zip(activations, found, strict=False):
-                if g_l is None and l == L:
-                    raise _independent_loss()
-                g[l] = arriving = torch.zeros_like(self.vhat[l]) if g_l is None else g_l
-            gradients += [
-                (l, leaf, of_leaf)
-                for (l, leaf), of_leaf in zip(leaves, found[len(activations) :], strict=True)
-                if of_leaf is not None
-            ]
-        return g, gradients
+    def _leaves_with_layer(self) -> dict[Tensor, int]:
+        found: dict[Tensor, int] = {}
+        for l, leaves in enumerate(self.leaves, start=1):
+            for leaf in leaves:
+                found.setdefault(leaf, l)
+        return found
 
 
 def gradient(
-    output: Tensor,
+    outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    arriving: Tensor | None = None,
-    retain_graph: bool = False,
+    arriving: Sequence[Tensor] | None = None,
+    keep_graph: bool = False,
 ) -> list[Tensor | None]:
-    """``J^T arriving`` for each input; None for one that the output does not depend on."""
-    if not output.requires_grad or not inputs:
+    """``J^T arriving`` for each input; None for one that the outputs do not depend on."""
+    if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
-    device_type = output.device.type
     # Backward passes belong outside autocast: the types were chosen in the forward pass.
-    outside = (
-        torch.autocast(device_type, enabled=False)
-        if torch.is_autocast_enabled(device_type)
-        else nullcontext()
-    )
-    with outside:
-        return list(
-            torch.autograd.grad(
-                output, inputs, arriving, retain_graph=retain_graph, allow_unused=True
-            )
+    with outside_autocast(outputs[0].device):
+        found = torch.autograd.grad(
+            outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
         )
+    # A tensor hook may have returned a tensor that is not ours to write into.
+    return [
+        of_x.clone() if x._backward_hooks and of_x is not None else of_x
+        for x, of_x in zip(inputs, found, strict=True)
+    ]
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off for the body, if it is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
@@ -305,14 +305,19 @@ def add_updates(
 
 def check_loss(Loss: Tensor) -> Tensor:
     """The loss is one number that gradients can flow from."""
-    if Loss.numel() != 1:
-        raise ValueError(
-            f"LossFun must return a scalar, got shape {tuple(Loss.shape)}; "
-            "use reduction='mean' or 'sum'"
-        )
+    check_scalar("LossFun", Loss)
     if not Loss.requires_grad:
         raise _independent_loss()
     return Loss
+
+
+def check_scalar(name: str, energy: Tensor) -> None:
+    """What a loss or a prior returned is one number."""
+    if energy.numel() != 1:
+        raise ValueError(
+            f"{name} must return a scalar, got shape {tuple(energy.shape)}; "
+            "for a loss, use reduction='mean' or 'sum'"
+        )
 
 
 def belief_like(vhat: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch2pc.layers import Inference, Network
 from torch2pc.state import devices_of, modules_in, unchanged_on_failure, write_gradients
 from torch2pc.strict import strict
 
-ALGORITHMS: dict[str, Callable[[Network, Any, Any, Any], Inference]] = {
+ALGORITHMS: dict[str, Callable[..., Inference]] = {
     "Exact": exact,
     "FixedPred": fixed_pred,
     "Strict": strict,
@@ -80,8 +81,13 @@ def PCInfer(
       taken at the returned ``v`` with the ``epsilon`` of the last iteration.
 
     The call has the side effects of one forward pass: dropout masks are drawn once and kept, running
-    statistics move once, and if it raises, everything is as it was. With half-precision outputs,
-    beliefs and errors are held in float32.
+    statistics move once, and if it raises, everything is as it was. Hooks of modules fire as in one
+    forward pass; with Strict, those of a layer fire at each of its evaluations. Tensor hooks of a
+    parameter see each layer's gradient before FixedPred weighs it; post-accumulate-grad hooks run
+    when ``.grad`` is written. With half-precision outputs, beliefs and errors are held in float32;
+    Strict runs outside autocast, as its errors are differences too small for half precision. With a
+    ``GradScaler``, let ``LossFun`` return the scaled loss: that scales the updates of Exact and
+    FixedPred, but changes the energy that Strict descends.
 
     Args:
         model: an ``nn.Sequential`` on any device, of any floating type, with batched inputs.
@@ -131,7 +137,7 @@ def PCInfer(
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("X", X)
-    if ErrType not in ALGORITHMS:
+    if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
         accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
     if ErrType != "Exact":
@@ -140,15 +146,29 @@ def PCInfer(
     if ErrType == "Strict":
         check_vinit_length(vinit, len(model) + 1)
 
-    modules = modules_in(model, LossFun)
+    algorithm = partial(ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit)
+    return infer(algorithm, model, LossFun, X, Y, accumulate)
+
+
+def infer(
+    algorithm: Callable[[Network], Inference],
+    model: nn.Sequential,
+    LossFun: Callable[[Tensor, Any], Tensor],
+    X: Tensor,
+    Y: Any,
+    accumulate: bool,
+    prior: object = None,
+) -> PCResult:
+    """Run a checked call: all of its effects, or an exception and none of them."""
+    modules = modules_in(model, LossFun, prior)
     devices = devices_of(modules, X)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         unchanged_on_failure(modules, devices),
     ):
-        network = Network(model, LossFun, X, Y, devices)
-        vhat, Loss, dLdy, v, epsilon, updates = ALGORITHMS[ErrType](network, eta, n, vinit)
+        inference = algorithm(Network(model, LossFun, X, Y, devices))
+        vhat, Loss, dLdy, v, epsilon, updates = inference
         if X.is_leaf and epsilon[0] is not None:
             updates[X] = epsilon[0].clone()
         write_gradients(updates, accumulate)

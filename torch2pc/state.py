@@ -83,17 +83,17 @@ class Buffers:
     def differ(self) -> bool:
         """Whether any buffer was written to or replaced since."""
         return any(
-            module._buffers.get(name) is not buffer or _version(buffer) != version
+            module._buffers.get(name) is not buffer or _written(module, buffer, version, value)
             for module, table in self._tables
-            for name, version, _, buffer in table
+            for name, version, value, buffer in table
         )
 
     def restore(self) -> None:
         """Put back both the tensors and their values."""
         for module, table in self._tables:
             module._buffers.clear()
-            for name, version, value, buffer in table:
-                if buffer is not None and value is not None and buffer._version != version:
+            for name, _, value, buffer in table:
+                if buffer is not None and value is not None:
                     with torch.no_grad():
                         buffer.copy_(value)
                 module._buffers[name] = buffer
@@ -117,15 +117,21 @@ class Buffers:
                 module._buffers.update(table_now)
 
 
-def _version(buffer: Tensor | None) -> int:
-    return 0 if buffer is None or buffer.is_inference() else buffer._version
+def _written(module: nn.Module, buffer: Tensor | None, version: int, value: Tensor | None) -> bool:
+    if buffer is None or value is None:
+        return buffer is not None
+    if buffer._version != version:
+        return True
+    # Normalisation layers write their running statistics without counting up the version. To
+    # compare values on another device would wait for it, so there training mode counts as written.
+    return not torch.equal(buffer, value) if buffer.device.type == "cpu" else module.training
 
 
 def _version_and_copy(buffer: Tensor | None) -> tuple[int, Tensor | None]:
     # A lazy module's buffers have no value yet.
     if buffer is None or torch.nn.parameter.is_lazy(buffer):
         return 0, None
-    return _version(buffer), buffer.detach().clone()
+    return buffer._version, buffer.detach().clone()
 
 
 @contextmanager

@@ -10,6 +10,9 @@ by repeating n times, all layers at once,
 
 Each layer needs no more than its own input, its own belief and the error from the layer above, and
 that is all that is held at a time: the beliefs and one layer's graph.
+
+The errors are small differences of predictions: a belief moves by far less than the 1/256 of its
+value that bfloat16 resolves. So this algorithm runs outside autocast, in the parameters' own type.
 """
 
 from __future__ import annotations
@@ -23,39 +26,34 @@ from torch import Tensor
 from torch2pc.checks import check_vinit_entries
 from torch2pc.layers import (
     Inference,
+    Layer,
     Network,
     add_updates,
     belief_like,
+    check_scalar,
     gradient,
     leaves_between,
+    outside_autocast,
     own,
 )
 
 
 def strict(network: Network, eta: float, n: int, vinit: Sequence[Any] | None) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
-    relaxation = Relaxation(network, eta, vinit)
-    with network.replaying():
-        for _ in range(n):
-            relaxation.step()
-        input_error, updates = relaxation.updates()
-    found = own([*relaxation.epsilon[1:], *updates.values()])
-    L = len(network.layers)
-    return Inference(
-        relaxation.vhat,
-        relaxation.Loss,
-        relaxation.dLdy,
-        relaxation.v,
-        [input_error, *found[:L]],
-        dict(zip(updates, found[L:], strict=True)),
-    )
+    with outside_autocast(network.X.device):
+        relaxation = Relaxation(network, eta, vinit)
+        with network.replaying():
+            for _ in range(n):
+                relaxation.step()
+            return relaxation.result()
 
 
 class Relaxation:
     """The iteration, one step at a time; iterating over it yields (v, epsilon) after each step.
 
     The lists that it yields are its own and change with the next step: copy what is to be kept.
-    Steps and ``updates()`` belong inside ``with network.replaying()``.
+    Steps and ``updates()`` belong inside ``with network.replaying()``. What ``latent.py`` adds to
+    the energy is optional: a first belief that is free, precisions, and a prior.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
@@ -65,16 +63,35 @@ class Relaxation:
     ...         error = epsilon[1].norm()
     """
 
-    def __init__(self, network: Network, eta: float, vinit: Sequence[Any] | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        eta: float,
+        vinit: Sequence[Any] | None = None,
+        *,
+        free_input: bool = False,
+        precision: Sequence[float] | None = None,
+        prior: Layer | None = None,
+    ) -> None:
         self.network, self.eta = network, eta
         self.vhat, self.Loss, self.dLdy = network.record()
-        self.v = [self.vhat[0].clone(), *(belief_like(vhat_l) for vhat_l in self.vhat[1:])]
+        self.v = [belief_like(vhat_l) for vhat_l in self.vhat]
+        if not free_input:
+            self.v[0] = self.vhat[0].clone()
         self.epsilon = [torch.zeros_like(v_l) for v_l in self.v]
         self.epsilon[-1].copy_(self.dLdy)
+        # precision[l] weighs the error of layer l; that of the output is in the loss.
+        self.precision = [1.0, *(precision or [1.0] * (len(network.layers) - 1)), 1.0]
+        self.prior = prior
+        # The lowest layer whose input moves: nothing below it is evaluated in a step.
+        self._lowest = 1 if free_input else 2
         # The lowest layer that any error has reached. Beliefs that start at their predictions have
         # none, and the output's error climbs down one layer in each step; the layers below it
         # would be evaluated where they were before, to propagate zeros.
         self._reached = len(network.layers)
+        if prior is not None:
+            check_scalar("prior", prior.record(self._free_beliefs()))
+            self._reached = 1
         if vinit is not None:
             check_vinit_entries(vinit, self.vhat, self.v)
             for v_l, given in zip(self.v[1:-1], vinit[1:-1], strict=True):
@@ -88,8 +105,9 @@ class Relaxation:
 
     def step(self) -> None:
         """Move all beliefs once."""
-        v, epsilon, L = self.v, self.epsilon, len(self.network.layers)
-        lowest = max(2, self._reached)
+        v, epsilon, eta, L = self.v, self.epsilon, self.eta, len(self.network.layers)
+        of_prior = self._gradient_of_prior()
+        lowest = max(self._lowest, self._reached)
         if lowest == 2 <= L:
             epsilon[1] = self.vhat[1] - v[1]  # the input is clamped, and so is its prediction
         # Upwards, so that v_{l-1} can move as soon as layer l has been evaluated there.
@@ -98,21 +116,31 @@ class Relaxation:
             prediction = self.network.layers[l - 1].replay(x)
             if l < L:
                 epsilon[l] = prediction.detach() - v[l]
-                (arriving,) = gradient(prediction, [x], epsilon[l].to(prediction.dtype))
+                (arriving,) = gradient([prediction], [x], [self._weighted_error(l, prediction)])
             else:
-                Loss = self.network.loss.replay(prediction, self.network.Y)
-                epsilon_L, arriving = gradient(Loss, [prediction, x])
-                epsilon[L] = torch.zeros_like(v[L]) if epsilon_L is None else epsilon_L.to(v[L])
-            v[l - 1].add_(epsilon[l - 1], alpha=self.eta)
-            if arriving is not None:
-                v[l - 1].sub_(arriving, alpha=self.eta)
+                arriving = self._take_output_error(prediction, x)
+            if l > 1:
+                v[l - 1].add_(epsilon[l - 1], alpha=eta * self.precision[l - 1])
+            for descended in (arriving, of_prior[l - 1]):
+                if descended is not None:
+                    v[l - 1].sub_(descended, alpha=eta)
         self._reached = max(1, self._reached - 1)
+
+    def take_errors(self) -> None:
+        """Bring ``epsilon`` up to the beliefs as they are now, without moving them."""
+        L = len(self.network.layers)
+        for l, layer in enumerate(self.network.layers, start=1):
+            prediction = layer.replay(self._input_of(l))
+            if l < L:
+                self.epsilon[l] = prediction.detach() - self.v[l]
+            else:
+                self._take_output_error(prediction.detach().requires_grad_(), None)
 
     def updates(self) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
         """The input's error (if the input requires grad) and the parameters' updates.
 
-        (df_l(v_{l-1})/dtheta_l)^T epsilon_l, with the beliefs as they are now and the errors of
-        the last step.
+        (df_l(v_{l-1})/dtheta_l)^T epsilon_l, with the beliefs as they are now and the errors as
+        they were last taken.
         """
         network, L = self.network, len(self.network.layers)
         updates: dict[Tensor, Tensor] = {}
@@ -122,22 +150,70 @@ class Relaxation:
             asks_loss = l == L and network.loss.has_leaves
             if not (layer.has_leaves or asks_input or asks_loss):
                 continue
-            x = self._input_of(l).requires_grad_(asks_input)
+            x = self._input_of(l)
+            x.requires_grad_(x.is_floating_point())
             prediction = layer.replay(x)
             leaves = leaves_between(prediction, [x])
             asked = [*leaves, x] if asks_input else leaves
-            found = gradient(prediction, asked, self.epsilon[l].to(prediction.dtype))
+            found = gradient([prediction], asked, [self._weighted_error(l, prediction)])
             if asks_input:
                 *found, input_error = found
                 input_error = torch.zeros_like(x) if input_error is None else input_error
             add_updates(updates, leaves, found)
             if asks_loss:
                 output = prediction.detach().requires_grad_()
-                Loss = network.loss.replay(output, network.Y)
-                leaves = leaves_between(Loss, [output])
-                add_updates(updates, leaves, gradient(Loss, leaves))
+                _add_own_gradients(updates, network.loss.replay(output, network.Y), [output])
+        if self.prior is not None and self.prior.has_leaves:
+            beliefs = self._free_beliefs()
+            _add_own_gradients(updates, self.prior.replay(beliefs), beliefs)
         return input_error, updates
+
+    def result(self) -> Inference:
+        """What was inferred, in tensors that share no memory."""
+        input_error, updates = self.updates()
+        L = len(self.network.layers)
+        found = own([*self.epsilon[1:], *updates.values()])
+        return Inference(
+            self.vhat,
+            self.Loss,
+            self.dLdy,
+            self.v,
+            [input_error, *found[:L]],
+            dict(zip(updates, found[L:], strict=True)),
+        )
 
     def _input_of(self, l: int) -> Tensor:
         """The belief that layer l predicts from, in the type that the layer works in."""
-        return (self.v[l - 1] if l > 1 else self.vhat[0]).detach().to(self.vhat[l - 1].dtype)
+        return self.v[l - 1].detach().to(self.vhat[l - 1].dtype)
+
+    def _weighted_error(self, l: int, prediction: Tensor) -> Tensor:
+        error = self.epsilon[l].to(prediction.dtype)
+        return error if self.precision[l] == 1 else error * self.precision[l]
+
+    def _take_output_error(self, prediction: Tensor, x: Tensor | None) -> Tensor | None:
+        """Set epsilon_L to the loss's gradient at ``prediction``; returns that at ``x``."""
+        Loss = self.network.loss.replay(prediction, self.network.Y)
+        inputs = [prediction] if x is None else [prediction, x]
+        epsilon_L, *arriving = gradient([Loss], inputs)
+        self.epsilon[-1] = (
+            torch.zeros_like(self.v[-1]) if epsilon_L is None else epsilon_L.to(self.v[-1].dtype)
+        )
+        return arriving[0] if arriving else None
+
+    def _free_beliefs(self) -> list[Tensor]:
+        """v_0..v_{L-1} as the prior is given them."""
+        return [v_l.detach().requires_grad_() for v_l in self.v[:-1]]
+
+    def _gradient_of_prior(self) -> list[Tensor | None]:
+        if self.prior is None:
+            return [None] * len(self.v)
+        beliefs = self._free_beliefs()
+        return gradient([self.prior.replay(beliefs)], beliefs)
+
+
+def _add_own_gradients(
+    updates: dict[Tensor, Tensor], energy: Tensor, inputs: Sequence[Tensor]
+) -> None:
+    """Add the gradients of a loss's or a prior's own parameters to ``updates``."""
+    leaves = leaves_between(energy, inputs)
+    add_updates(updates, leaves, gradient([energy], leaves))

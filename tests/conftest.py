@@ -1,0 +1,26 @@
+"""Settings for all tests: the hypothesis profile and a fixed seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "torch2pc",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("torch2pc")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    # Many small operations: a second thread costs more than it brings.
+    torch.set_num_threads(1)

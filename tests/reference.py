@@ -1,0 +1,205 @@
+"""The plain algorithms, written for clarity: the oracle that the library is held against.
+
+Every function takes a model without randomness or changing buffers, in float64, and evaluates the
+layers as often as the equations name them. Parameter updates are returned in a dict, not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, Any], Tensor]
+
+
+class Reference(NamedTuple):
+    vhat: list[Tensor]
+    Loss: Tensor
+    dLdy: Tensor
+    v: list[Tensor]
+    epsilon: list[Tensor]
+    updates: dict[nn.Parameter, Tensor]
+
+
+def feed_forward(model: nn.Sequential, X: Tensor) -> list[Tensor]:
+    """vhat_0 = X, vhat_l = f_l(vhat_{l-1})"""
+    vhat = [X.detach()]
+    for layer in model:
+        vhat.append(layer(vhat[-1]).detach())
+    return vhat
+
+
+def input_vjp(layer: nn.Module, a: Tensor, e: Tensor) -> Tensor:
+    """J(a)^T e"""
+    a = a.detach().requires_grad_()
+    output = layer(a)
+    if not output.requires_grad:
+        return torch.zeros_like(a)
+    (result,) = torch.autograd.grad(output, a, e, allow_unused=True, materialize_grads=True)
+    return result
+
+
+def loss_gradient(LossFun: Loss, y: Tensor, Y: Any) -> tuple[Tensor, Tensor]:
+    """LossFun(y, Y) and its gradient with respect to y"""
+    y = y.detach().requires_grad_()
+    value = LossFun(y, Y)
+    return value.detach(), torch.autograd.grad(value, y)[0]
+
+
+def parameter_updates(
+    model: nn.Sequential, inputs: Sequence[Tensor], epsilon: Sequence[Tensor]
+) -> dict[nn.Parameter, Tensor]:
+    """sum over l of (df_l(inputs_{l-1}) / dtheta)^T epsilon_l, for every parameter"""
+    updates: dict[nn.Parameter, Tensor] = {}
+    for l, layer in enumerate(model, start=1):
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        if parameters:
+            output = layer(inputs[l - 1].detach())
+            found = torch.autograd.grad(output, parameters, epsilon[l], allow_unused=True)
+            for p, update in zip(parameters, found, strict=True):
+                if update is not None:
+                    updates[p] = updates[p] + update if p in updates else update
+    return updates
+
+
+def input_error(model: nn.Sequential, X: Tensor, epsilon: Sequence[Tensor]) -> Tensor | None:
+    """J_1(X)^T epsilon_1"""
+    return input_vjp(model[0], X, epsilon[1]) if X.is_floating_point() else None
+
+
+def exact(model: nn.Sequential, LossFun: Loss, X: Tensor, Y: Any) -> Reference:
+    vhat = feed_forward(model, X)
+    Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
+    L = len(model)
+    epsilon: list[Any] = [None] * L + [dLdy]
+    for l in range(L - 1, 0, -1):
+        epsilon[l] = input_vjp(model[l], vhat[l], epsilon[l + 1])
+    v = [X, *(vhat[l] - epsilon[l] for l in range(1, L + 1))]
+    updates = parameter_updates(model, vhat, epsilon)
+    epsilon[0] = input_error(model, X, epsilon)
+    return Reference(vhat, Loss, dLdy, v, epsilon, updates)
+
+
+def fixed_pred(
+    model: nn.Sequential, LossFun: Loss, X: Tensor, Y: Any, eta: float, n: int
+) -> Reference:
+    vhat = feed_forward(model, X)
+    Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
+    L = len(model)
+    v = list(vhat)
+    epsilon: list[Any] = [None] * L + [dLdy]
+    for _ in range(n):
+        for l in range(1, L):
+            epsilon[l] = vhat[l] - v[l]
+        v = [
+            v[l] + eta * (epsilon[l] - input_vjp(model[l], vhat[l], epsilon[l + 1]))
+            if 0 < l < L
+            else v[l]
+            for l in range(L + 1)
+        ]
+    updates = parameter_updates(model, vhat, epsilon)
+    epsilon[0] = input_error(model, X, epsilon)
+    return Reference(vhat, Loss, dLdy, v, epsilon, updates)
+
+
+def strict(
+    model: nn.Sequential,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    eta: float,
+    n: int,
+    vinit: Sequence[Any] | None = None,
+) -> Reference:
+    vhat = feed_forward(model, X)
+    Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
+    L = len(model)
+    v = list(vhat) if vinit is None else [X, *vinit[1:L], vhat[L]]
+    for _ in range(n):
+        predictions = [None, *(model[l - 1](v[l - 1]).detach() for l in range(1, L + 1))]
+        epsilon: list[Any] = [None, *(predictions[l] - v[l] for l in range(1, L)), None]
+        _, epsilon[L] = loss_gradient(LossFun, predictions[L], Y)
+        v = [
+            v[l] + eta * (epsilon[l] - input_vjp(model[l], v[l], epsilon[l + 1]))
+            if 0 < l < L
+            else v[l]
+            for l in range(L + 1)
+        ]
+    updates = parameter_updates(model, v, epsilon)
+    epsilon[0] = input_error(model, X, epsilon)
+    return Reference(vhat, Loss, dLdy, v, epsilon, updates)
+
+
+def energy(model: nn.Sequential, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
+    """F(v) = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} ||f_l(v_{l-1}) - v_l||^2"""
+    L = len(model)
+    errors = [model[l - 1](v[l - 1]) - v[l] for l in range(1, L)]
+    squares = sum((e.square().sum() for e in errors), torch.zeros((), dtype=v[-1].dtype))
+    return (LossFun(model[-1](v[L - 1]), Y) + squares / 2).detach()
+
+
+class Frozen(nn.Module):
+    """A layer that draws the same random numbers and finds the same buffers at each evaluation."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.random = torch.get_rng_state()
+        self.values = [b.clone() for b in layer.buffers()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_rng_state(self.random)
+        for buffer, value in zip(self.layer.buffers(), self.values, strict=True):
+            buffer.data = value.clone()
+        return self.layer(x.clone())  # it may work in place
+
+
+def freeze(model: nn.Sequential, X: Tensor) -> nn.Sequential:
+    """``model`` with each layer frozen as it is when a forward pass from ``X`` comes to it.
+
+    The parameters are those of ``model``; use a copy, as its buffers move.
+    """
+    frozen = nn.Sequential()
+    for layer in model:
+        frozen.append(Frozen(layer))
+        X = layer(X).detach()
+    return frozen
+
+
+def latent_energy(
+    model: nn.Sequential,
+    LossFun: Loss,
+    Y: Any,
+    v: Sequence[Tensor],
+    pi: Sequence[float],
+    prior: Callable[[list[Tensor]], Tensor] | None,
+) -> Tensor:
+    """F(v) = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} pi_l ||f_l(v_{l-1}) - v_l||^2 + prior(v)"""
+    L = len(model)
+    F = LossFun(model[-1](v[L - 1]), Y)
+    for l in range(1, L):
+        F = F + 0.5 * pi[l - 1] * (model[l - 1](v[l - 1]) - v[l]).square().sum()
+    return F if prior is None else F + prior(list(v[:L]))
+
+
+def latent(
+    model: nn.Sequential,
+    LossFun: Loss,
+    Y: Any,
+    Xinit: Tensor,
+    eta: float,
+    n: int,
+    pi: Sequence[float],
+    prior: Callable[[list[Tensor]], Tensor] | None = None,
+) -> list[Tensor]:
+    """The beliefs v_0..v_{L-1} after n steps of gradient descent on F, by autograd."""
+    v = feed_forward(model, Xinit)[:-1]
+    for _ in range(n):
+        v = [v_l.detach().requires_grad_() for v_l in v]
+        F = latent_energy(model, LossFun, Y, v, pi, prior)
+        gradients = torch.autograd.grad(F, v, allow_unused=True, materialize_grads=True)
+        v = [v_l - eta * gradient for v_l, gradient in zip(v, gradients, strict=True)]
+    return [v_l.detach() for v_l in v]

@@ -1,0 +1,155 @@
+"""Bad input: the right error, which names the argument, and nothing changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.cases import Case, assert_close
+from torch2pc import PCInfer
+
+ERR_TYPES = ["Exact", "FixedPred", "Strict"]
+X, Y = torch.ones(6, 4), torch.zeros(6, 3)
+
+
+class Overriding(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class TakesTheLast(nn.Module):
+    """An in-place write that no ``inplace`` attribute announces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, -1] = 0
+        return 2 * x
+
+
+def make_model(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), *more, nn.Linear(5, 3))
+
+
+def under_inference_mode() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(6, 4)
+
+
+def beliefs(**changed: Any) -> list[Any]:
+    """A valid vinit for ``make_model()``, with entries 1 to 3 replaced as given."""
+    valid = {f"v{l}": torch.zeros(6, 5) for l in (1, 2, 3)}
+    return [None, *(valid | changed).values(), None]
+
+
+ARGUMENTS = [
+    (dict(model=nn.Linear(4, 3)), TypeError, "model must be an nn.Sequential, got Linear"),
+    (dict(model=nn.ModuleList([nn.Linear(4, 3)])), TypeError, "model .* got ModuleList"),
+    (dict(model=nn.Sequential()), ValueError, "model must have at least one layer"),
+    (dict(model=Overriding(nn.Linear(4, 3))), TypeError, "model .* Overriding, which overrides"),
+    (dict(LossFun="mse"), TypeError, "LossFun must be a callable .* got str"),
+    (dict(X=[[1.0]]), TypeError, "X must be a torch.Tensor, got list"),
+    (dict(X=under_inference_mode()), ValueError, "X must be .*inference_mode"),
+    (dict(ErrType="exact"), ValueError, "ErrType must be one of .*Exact.*, got 'exact'"),
+    (dict(ErrType=["Exact"]), ValueError, "ErrType must be one of"),
+    (dict(ErrType="FixedPred", eta="big"), TypeError, "eta must be a finite number, got str"),
+    (dict(ErrType="FixedPred", eta=float("nan")), ValueError, "eta must be a finite number"),
+    (dict(ErrType="Strict", eta=float("inf")), ValueError, "eta must be a finite number, got inf"),
+    (dict(ErrType="Strict", n=0), ValueError, "n must be an int >= 1, got 0"),
+    (dict(ErrType="FixedPred", n=2.0), TypeError, "n must be an int >= 1, got float"),
+    (dict(ErrType="Strict", n=True), TypeError, "n must be an int >= 1, got bool"),
+    (dict(ErrType="Strict", vinit=torch.ones(5)), TypeError, "vinit must be None or a list"),
+    (dict(ErrType="Strict", vinit=beliefs()[1:]), ValueError, r"vinit must have .* = 5 entries"),
+    (dict(ErrType="Strict", vinit=beliefs(v2=None)), TypeError, r"vinit\[2\] must be a tensor"),
+    (
+        dict(ErrType="Strict", vinit=beliefs(v1=torch.ones(6, 4))),
+        ValueError,
+        r"vinit\[1\] .*\(6, 5\).* got shape \(6, 4\)",
+    ),
+    (
+        dict(ErrType="Strict", vinit=beliefs(v3=torch.ones(6, 5).double())),
+        ValueError,
+        r"vinit\[3\] .*float32.*float64",
+    ),
+    (
+        dict(ErrType="Strict", vinit=beliefs(v3=torch.ones(6, 5, device="meta"))),
+        ValueError,
+        r"vinit\[3\] .*on cpu.*on meta",
+    ),
+]
+
+FOUND_ON_THE_WAY = [
+    (
+        dict(model=make_model(nn.LSTM(5, 5))),
+        TypeError,
+        r"model\[3\] \(LSTM\) must return one .*tuple",
+    ),
+    (
+        dict(model=make_model(TakesTheLast())),
+        RuntimeError,
+        r"model\[3\] \(TakesTheLast\) wrote into",
+    ),
+    (dict(LossFun=nn.MSELoss(reduction="none")), ValueError, r"LossFun .*\(6, 3\).*reduction"),
+    (dict(LossFun=lambda yhat, Y: 1.0), TypeError, "LossFun .*must return one .*tensor, got float"),
+    (dict(LossFun=lambda yhat, Y: Y.sum()), ValueError, "LossFun must depend on the output"),
+    (
+        dict(LossFun=lambda yhat, Y: Y.requires_grad_().sum(), Y=Y.clone()),
+        ValueError,
+        "LossFun must depend on the output",
+    ),
+]
+
+
+def check_raises(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = arguments.get("model", make_model())
+    arguments = dict(model=model, LossFun=nn.MSELoss(), X=X, Y=Y, ErrType="Exact") | arguments
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    before = copy.deepcopy(model)
+    random = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        PCInfer(**arguments)
+
+    assert torch.equal(torch.get_rng_state(), random)
+    assert_close(model.state_dict(), before.state_dict(), tolerance=0)
+    assert all((p.grad == 7).all() and p.requires_grad for p in model.parameters())
+    assert torch.equal(X, torch.ones(6, 4)) and X.grad is None
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS)
+def test_bad_argument(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    check_raises(arguments, error, message)
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+@pytest.mark.parametrize(("arguments", "error", "message"), FOUND_ON_THE_WAY)
+def test_bad_layer_or_loss(
+    ErrType: str, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    check_raises({"ErrType": ErrType, **arguments}, error, message)
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+def test_writing_into_X_is_an_error_that_leaves_it_as_it_was(ErrType: str) -> None:
+    case = Case(nn.Sequential(TakesTheLast(), nn.Linear(4, 3)), nn.MSELoss(), X.clone(), Y)
+    with pytest.raises(RuntimeError, match=r"model\[0\] \(TakesTheLast\) wrote into its input"):
+        case.infer(ErrType)
+    assert torch.equal(case.X, X)
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+def test_non_finite_values_pass_through(ErrType: str) -> None:
+    case = Case(make_model(), nn.MSELoss(), torch.full((6, 4), torch.inf), Y)
+    result = case.infer(ErrType)
+    assert result.Loss.isnan() and case.model[0].weight.grad.isnan().any()
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    import numpy as np
+
+    case = Case(make_model().eval(), nn.MSELoss(), X, Y)
+    expected = case.infer("Strict", eta=0.5, n=3)
+    found = case.infer("Strict", eta=np.float32(0.5), n=np.int64(3))
+    assert_close(list(found), list(expected), tolerance=0)
