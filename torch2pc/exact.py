@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from torch2pc.layers import Graph, Inference, Network, in_belief_dtype, own
+from torch2pc.layers import Inference, Network, detached, in_belief_dtype, own
 
 
 def exact(network: Network, eta: Any, n: Any, vinit: Any) -> Inference:
     """Infer by one forward and one backward pass; ``eta``, ``n`` and ``vinit`` have no use here."""
     ones = [1.0] * len(network.layers)
-    return weighted_backpropagation(network.feed_forward(), ones, ones)
+    return weighted_backpropagation(network, ones, ones)
 
 
 def weighted_backpropagation(
-    graph: Graph, c_epsilon: Sequence[float], c_v: Sequence[float]
+    network: Network, c_epsilon: Sequence[float], c_v: Sequence[float]
 ) -> Inference:
     """Errors and beliefs that are multiples of the gradients g_l = dLoss/dvhat_l:
 
@@ -31,12 +31,11 @@ def weighted_backpropagation(
 
     The update of layer l's parameters is c_epsilon[L-l] times their gradient.
     """
-    L = len(c_epsilon)
+    graph, L = network.feed_forward(), len(c_epsilon)
     # c[l] is layer l's; the input's error arrives through layer 1, and the loss's own parameters
     # get their gradient as it is.
     c = [c_epsilon[L - 1], *reversed(c_epsilon), 1.0]
     is_scaled = any(c_l != 1 for c_l in c)
-    scale = torch.tensor(c, dtype=torch.float64).unbind()  # tensors: faster factors than numbers
     shares = is_scaled and graph.shares_leaves
     g, gradients = graph.backpropagate(keep_graph=shares)
 
@@ -47,6 +46,7 @@ def weighted_backpropagation(
         for vhat_l, error, c_l in zip(vhat[1:], errors, reversed(c_v), strict=True)
     ]
     if is_scaled:
+        scale = torch.tensor(c, dtype=torch.float64).unbind()  # faster factors than numbers
         errors = [error * scale_l for error, scale_l in zip(errors, scale[1:-1], strict=True)]
 
     leaves = [leaf for _, leaf, _ in gradients]
@@ -60,9 +60,9 @@ def weighted_backpropagation(
                     update.mul_(scale[l])
     return Inference(
         vhat,
-        graph.Loss.detach(),
+        graph.Loss.detach().clone(),
         g[-1].clone(),
-        [vhat[0].clone(), *v],
+        [detached(network.X), *v],
         [None if g[0] is None else g[0] * c[0], *found[:L]],
         dict(zip(leaves, found[L:], strict=True)),
     )

@@ -206,7 +206,7 @@ class Graph:
         self.layer_of: dict[Tensor, int] = {}
         self.shares_leaves = False
         for l, output in enumerate([*vhat[1:], Loss], start=1):
-            for leaf in leaves_between(output, vhat[l - 1 : l]):
+            for leaf in leaves_between(output, (vhat[l - 1],)):
                 if self.layer_of.setdefault(leaf, l) != l:
                     self.shares_leaves = True
 
@@ -261,11 +261,10 @@ def gradient(
         found = torch.autograd.grad(
             outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
         )
-    # A tensor hook may have returned a tensor that is not ours to write into.
-    return [
-        of_x.clone() if x._backward_hooks and of_x is not None else of_x
-        for x, of_x in zip(inputs, found, strict=True)
-    ]
+    if any([x._backward_hooks for x in inputs]):
+        # A tensor hook may have returned a tensor that is not ours to write into.
+        found = tuple(None if of_x is None else of_x.clone() for of_x in found)
+    return list(found)
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -281,17 +280,22 @@ def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
     Read off the autograd graph, so that it is right for shared, frozen, unused and parametrized
     parameters, and for those that belong to no module; faster than listing parameters, too.
     """
-    seen = {x.grad_fn or get_gradient_edge(x).node for x in inputs if x.requires_grad}
+    seen: set[Any] = {None}
+    for x in inputs:
+        if x.requires_grad:
+            seen.add(x.grad_fn or get_gradient_edge(x).node)
     waiting: list[Any] = [output.grad_fn]
     leaves = []
     for node in waiting:
-        if node is not None and node not in seen:
-            seen.add(node)
-            before = node.next_functions
-            if before:
-                waiting += [function for function, _ in before]
-            elif hasattr(node, "variable"):  # it accumulates the gradient of a leaf
-                leaves.append(node.variable)
+        if node in seen:
+            continue
+        seen.add(node)
+        before = node.next_functions
+        if before:
+            for function, _ in before:
+                waiting.append(function)
+        elif hasattr(node, "variable"):  # it accumulates the gradient of a leaf
+            leaves.append(node.variable)
     return leaves
 
 
@@ -350,6 +354,11 @@ def _independent_loss() -> ValueError:
     return ValueError(
         "LossFun must depend on the output of the model, got a loss with no gradient for it"
     )
+
+
+def detached(X: Tensor) -> Tensor:
+    """X itself where it can be returned as it is."""
+    return X.detach() if X.requires_grad else X
 
 
 def _input_copy(X: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch2pc.layers import (
     Network,
     add_updates,
     check_scalar,
+    detached,
     gradient,
     in_belief_dtype,
     leaves_between,
@@ -79,7 +80,7 @@ class Relaxation:
         self.vhat, self.Loss, self.dLdy = network.record()
         self.v = [in_belief_dtype(vhat_l).clone() for vhat_l in self.vhat]
         if not free_input:
-            self.v[0] = self.vhat[0].clone()
+            self.v[0] = detached(network.X)
         self.epsilon = [torch.zeros_like(v_l) for v_l in self.v]
         self.epsilon[-1].copy_(self.dLdy)
         # precision[l] weighs the error of layer l; that of the output is in the loss.
@@ -117,13 +118,14 @@ class Relaxation:
         of_prior = self._gradient_of_prior()
         lowest = max(self._lowest, self._reached)
         if lowest == 2 <= L:
-            epsilon[1] = self.vhat[1] - v[1]  # the input is clamped, and so is its prediction
+            # The input is clamped, and so is its prediction.
+            torch.sub(self.vhat[1], v[1], out=epsilon[1])
         # Upwards, so that v_{l-1} can move as soon as layer l has been evaluated there.
         for l in range(lowest, L + 1):
             x = self._input_of(l).requires_grad_()
             prediction = self.network.layers[l - 1].replay(x)
             if l < L:
-                epsilon[l] = prediction.detach() - v[l]
+                torch.sub(prediction.detach(), v[l], out=epsilon[l])
                 (arriving,) = gradient([prediction], [x], [self._weighted_error(l, prediction)])
             else:
                 arriving = self._take_output_error(prediction, x)
@@ -140,7 +142,7 @@ class Relaxation:
         for l, layer in enumerate(self.network.layers, start=1):
             prediction = layer.replay(self._input_of(l))
             if l < L:
-                self.epsilon[l] = prediction.detach() - self.v[l]
+                torch.sub(prediction.detach(), self.v[l], out=self.epsilon[l])
             else:
                 self._take_output_error(prediction.detach().requires_grad_(), None)
 
@@ -233,7 +235,8 @@ class Relaxation:
 
     def _input_of(self, l: int) -> Tensor:
         """The belief that layer l predicts from, in the type that the layer works in."""
-        return self.v[l - 1].detach().to(self.vhat[l - 1].dtype)
+        belief = self.v[l - 1] if l >= self._lowest else self.vhat[0]
+        return belief.detach().to(self.vhat[l - 1].dtype)
 
     def _weighted_error(self, l: int, prediction: Tensor) -> Tensor:
         error = self.epsilon[l].to(prediction.dtype)
