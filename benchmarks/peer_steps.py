@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -80,12 +81,12 @@ def pcx(sizes: list[int]) -> Run:
     class Model(pxc.EnergyModule):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = [pxnn.Linear(*size) for size in zip(sizes, sizes[1:])]  # noqa: B905, RUF007
+            self.layers = [pxnn.Linear(*size) for size in itertools.pairwise(sizes)]
             self.vodes = [pxc.Vode() for _ in self.layers]
             self.vodes[-1].h.frozen = True
 
         def __call__(self, x: Any, y: Any) -> Any:
-            for layer, vode in list(zip(self.layers, self.vodes))[:-1]:  # noqa: B905
+            for layer, vode in list(zip(self.layers, self.vodes, strict=True))[:-1]:
                 x = vode(jax.nn.relu(layer(x)))
             self.vodes[-1](self.layers[-1](x))
             if y is not None:
@@ -93,7 +94,6 @@ def pcx(sizes: list[int]) -> Run:
             return self.vodes[-1].get("u")
 
     batched = pxu.M(pxc.VodeParam | pxc.VodeParam.Cache).to((None, 0))
-    beliefs = pxu.M_hasnot(pxc.VodeParam, frozen=True)
 
     @pxf.vmap(batched, in_axes=(0, 0), out_axes=0)
     def forward(x: Any, y: Any, *, model: Model) -> Any:
@@ -103,6 +103,9 @@ def pcx(sizes: list[int]) -> Run:
     def energy(x: Any, *, model: Model) -> Any:
         y = model(x, None)
         return jax.lax.psum(model.energy(), "batch"), y
+
+    def beliefs() -> Any:
+        return pxu.M_hasnot(pxc.VodeParam, frozen=True)
 
     def gradient(of: Any) -> Any:
         return pxf.value_and_grad(of.to([False, True]), has_aux=True)(energy)
@@ -116,7 +119,7 @@ def pcx(sizes: list[int]) -> Run:
             forward(x, y, model=model)
         for _ in range(T):
             with pxu.step(model, clear_params=pxc.VodeParam.Cache):
-                _, g = gradient(pxu.M_hasnot(pxc.VodeParam, frozen=True))(x, model=model)
+                _, g = gradient(beliefs())(x, model=model)
             optim_h.step(model, g["model"])
         with pxu.step(model, clear_params=pxc.VodeParam.Cache):
             _, g = gradient(pxu.M(pxnn.LayerParam))(x, model=model)
@@ -126,7 +129,7 @@ def pcx(sizes: list[int]) -> Run:
     X, Y = jax_batch(sizes)
     with pxu.step(model, pxc.STATUS.INIT, clear_params=pxc.VodeParam.Cache):
         forward(X, None, model=model)
-        optim_h = pxu.Optim(lambda: optax.sgd(ETA), beliefs(model))
+        optim_h = pxu.Optim(lambda: optax.sgd(ETA), beliefs()(model))
         optim_w = pxu.Optim(lambda: optax.sgd(LEARNING_RATE), pxu.M(pxnn.LayerParam)(model))
 
     def run(steps: int) -> None:
@@ -156,7 +159,7 @@ def fabricpc(sizes: list[int]) -> Run:
         Linear(shape=(sizes[0],), name=names[0]),
         *(
             Linear(shape=(size,), name=name, activation=ReLUActivation())
-            for size, name in list(zip(sizes, names))[1:-1]  # noqa: B905
+            for size, name in list(zip(sizes, names, strict=True))[1:-1]
         ),
         Linear(shape=(sizes[-1],), name=names[-1]),
     ]
@@ -164,7 +167,7 @@ def fabricpc(sizes: list[int]) -> Run:
         nodes=nodes,
         edges=[
             Edge(source=before, target=after.slot("in"))
-            for before, after in zip(nodes, nodes[1:])  # noqa: B905, RUF007
+            for before, after in itertools.pairwise(nodes)
         ],
         task_map=TaskMap(x=nodes[0], y=nodes[-1]),
         inference=InferenceSGD(eta_infer=ETA, infer_steps=N),
