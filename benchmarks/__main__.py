@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
     networks = asked.networks or (list(QUICK) if asked.quick else list(NETWORKS))
     threads = asked.threads or ([1] if asked.quick else [1, 2])
-    seconds = 2.0 if asked.quick else 12.0
+    seconds = asked.seconds or (2.0 if asked.quick else 12.0)
     options = Options(asked.out, networks, threads, seconds, asked.quick)
     for name in asked.only or PARTS:
         print(f"\n{name}", flush=True)
@@ -47,6 +47,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=positive,
         metavar="N",
         help="numbers of CPU threads (default: 1 2)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="how long one network is timed, roughly; slow ones take longer (default: 12)",
     )
     parser.add_argument(
         "--out",

@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -175,21 +176,26 @@ def take_turns(peers: dict[str, Peer], seconds: float, description: str) -> Time
 @contextmanager
 def started(name: str, interpreter: str, threads: int) -> Iterator[Peer]:
     """The process that runs the package's steps; it is ended after the body."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    process = subprocess.Popen(
-        [interpreter, "-m", "benchmarks.peer_steps", name, str(threads)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
-    with process:
-        try:
-            yield Peer(process)
-        finally:
-            process.kill()
+    with tempfile.TemporaryDirectory() as nothing_compiled_yet:
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            "TQDM_DISABLE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": nothing_compiled_yet,
+        }
+        process = subprocess.Popen(
+            [interpreter, "-m", "benchmarks.peer_steps", name, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | environment,
+        )
+        with process:
+            try:
+                yield Peer(process)
+            finally:
+                process.kill()
 
 
 def device_name_of_cpu(threads: int) -> str:

@@ -117,7 +117,6 @@ def plot(panels: dict[str, Any]) -> Figure:
         panel(left, panels["L"], "layers L", f"n = {FIXED_N} iterations")
         panel(right, panels["n"], "iterations n", f"L = {FIXED_DEPTH} layers")
         left.set_ylabel("milliseconds a step")
-        left.legend(fontsize=8)
     return figure
 
 
@@ -126,8 +125,9 @@ def panel(axes: Axes, series: dict[str, Any], x_label: str, title: str) -> None:
     for curve, (colour, style, marker) in CURVES.items():
         fit = series["curves"][curve]
         axes.plot(x, fit["milliseconds"], marker, color=colour, markersize=4)
-        label = f"{curve} (R² of the line {fit['R2']:.3f})" if curve != "BP" else curve
+        label = f"{curve}, R² = {fit['R2']:.4f}" if curve != "BP" else curve
         axes.plot(x, fit["offset"] + fit["slope"] * x, style, color=colour, label=label)
     axes.set(xlabel=x_label, title=title, xlim=(0, None), ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(linewidth=0.4, alpha=0.5)
+    axes.legend(fontsize=8)

@@ -21,7 +21,7 @@ from benchmarks.steps import Step
 
 # One sample is as many calls as fill this time (seconds), well above the clock's resolution.
 SAMPLE = 0.01
-ROUNDS = (5, 201)
+ROUNDS = (3, 201)
 
 
 class Times(NamedTuple):
@@ -52,7 +52,7 @@ def alternate(
     before it left in the caches. Garbage is collected before, and not during the rounds.
     """
     for step in steps.values():
-        measure(step, 2, device)
+        measure(step, 1, device)
     once = {name: measure(step, 1, device) for name, step in steps.items()}
     calls = {name: max(1, math.ceil(SAMPLE / spent)) for name, spent in once.items()}
     a_round = sum(once[name] * calls[name] for name in steps)
