@@ -60,11 +60,22 @@ def vgg_style() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Sequential(nn.Flatten(), nn.Linear(channels, CLASSES)))
 
 
+def vgg_blocks() -> nn.Sequential:
+    """The same network as ``vgg_style``, with the convolutions up to a pooling as one layer each."""
+    blocks: list[list[nn.Module]] = [[]]
+    for layer in vgg_style():
+        blocks[-1].extend(layer)
+        if isinstance(blocks[-1][-1], nn.MaxPool2d):
+            blocks.append([])
+    return nn.Sequential(*(nn.Sequential(*block) for block in blocks))
+
+
 # Name: kind, builder, shape of one input, batch size.
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Sequential], tuple[int, ...], int]] = {
     "mnist_net": ("conv", mnist_net, (1, 28, 28), 300),
     "cifar_net": ("conv", cifar_net, (3, 32, 32), 32),
     "vgg_style": ("conv", vgg_style, (3, 32, 32), 16),
+    "vgg_blocks": ("conv", vgg_blocks, (3, 32, 32), 16),
     "mlp3x300": ("MLP", lambda: mlp(3, 300), (784,), 64),
     "mlp8x300": ("MLP", lambda: mlp(8, 300), (784,), 64),
     "mlp20x64": ("MLP", lambda: mlp(20, 64), (784,), 64),

@@ -234,6 +234,10 @@ def test_networks_are_those_that_the_table_names() -> None:
     vgg = nets.vgg_style()
     assert len(vgg) == 20
     assert sum(isinstance(module, nn.Conv2d) for module in vgg.modules()) == 19
+    assert len(nets.vgg_blocks()) == 6
+    assert torch.nn.utils.parameters_to_vector(nets.vgg_blocks().parameters()).numel() == (
+        torch.nn.utils.parameters_to_vector(vgg.parameters()).numel()
+    )
 
 
 def test_rows_say_whether_the_bar_is_reached() -> None:
