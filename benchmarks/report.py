@@ -76,7 +76,7 @@ class Row:
         ]
 
 
-HEADER = ["network", "device", "what", "in units of", "median", "middle half", "bar", "reached"]
+HEADER = ["network", "device", "what", "in units of", "value", "middle half", "bar", "reached"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
