@@ -40,29 +40,32 @@ def weighted_backpropagation(
     g, gradients = graph.backpropagate(keep_graph=shares)
 
     vhat = [vhat_l.detach() for vhat_l in graph.vhat]
+    dLdy, epsilon_0 = g[-1].clone(), None if g[0] is None else g[0] * c[0]
     errors = [in_belief_dtype(g_l) for g_l in g[1:]]
     v = [
         torch.sub(vhat_l, error, alpha=c_l)
         for vhat_l, error, c_l in zip(vhat[1:], errors, reversed(c_v), strict=True)
     ]
-    if is_scaled:
-        scale = torch.tensor(c, dtype=torch.float64).unbind()  # faster factors than numbers
-        errors = [error * scale_l for error, scale_l in zip(errors, scale[1:-1], strict=True)]
-
     leaves = [leaf for _, leaf, _ in gradients]
     if shares:
-        found = own([*errors, *graph.weighted_gradients(g, leaves, c)])
+        epsilon, updates = own(errors), own(graph.weighted_gradients(g, leaves, c))
     else:
         found = own([*errors, *[of_leaf for _, _, of_leaf in gradients]])
-        if is_scaled:
-            for (l, _, _), update in zip(gradients, found[L:], strict=True):
-                if c[l] != 1:
-                    update.mul_(scale[l])
+        epsilon, updates = found[:L], found[L:]
+    if is_scaled:
+        # In place: they are ours now. Tensors are faster factors than numbers.
+        scale = torch.tensor(c, dtype=torch.float64).unbind()
+        for error, scale_l, c_l in zip(epsilon, scale[1:], c[1:], strict=False):
+            if c_l != 1:
+                error.mul_(scale_l)
+        for (l, _, _), update in zip(gradients, updates, strict=True):
+            if c[l] != 1 and not shares:
+                update.mul_(scale[l])
     return Inference(
         vhat,
         graph.Loss.detach().clone(),
-        g[-1].clone(),
+        dLdy,
         [detached(network.X), *v],
-        [None if g[0] is None else g[0] * c[0], *found[:L]],
-        dict(zip(leaves, found[L:], strict=True)),
+        [epsilon_0, *epsilon],
+        dict(zip(leaves, updates, strict=True)),
     )

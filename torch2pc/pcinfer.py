@@ -20,7 +20,7 @@ from torch2pc.checks import (
 from torch2pc.exact import exact
 from torch2pc.fixed_pred import fixed_pred
 from torch2pc.layers import Inference, Network
-from torch2pc.state import devices_of, modules_in, unchanged_on_failure, write_gradients
+from torch2pc.state import Snapshot, devices_of, modules_in, write_gradients
 from torch2pc.strict import strict
 
 ALGORITHMS: dict[str, Callable[..., Inference]] = {
@@ -167,16 +167,19 @@ def infer(
     prior: object = None,
 ) -> PCResult:
     """Run a checked call: all of its effects, or an exception and none of them."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        with torch.inference_mode(False), torch.enable_grad():
+            return infer(algorithm, model, LossFun, X, Y, accumulate, prior)
     modules = modules_in(model, LossFun, prior)
     devices = devices_of(modules, X)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        unchanged_on_failure(modules, devices),
-    ):
+    before = Snapshot(modules, devices)
+    try:
         inference = algorithm(Network(model, LossFun, X, Y, devices))
         vhat, Loss, dLdy, v, epsilon, updates = inference
         if X.is_leaf and epsilon[0] is not None:
             updates[X] = epsilon[0].clone()
         write_gradients(updates, accumulate)
+    except BaseException:
+        before.restore()
+        raise
     return PCResult(vhat, Loss, dLdy, v, epsilon)

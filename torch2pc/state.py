@@ -137,20 +137,20 @@ def _version_and_copy(buffer: Tensor | None) -> tuple[int, Tensor | None]:
     return buffer._version, buffer.detach().clone()
 
 
-@contextmanager
-def unchanged_on_failure(modules: list[nn.Module], devices: set[torch.device]) -> Iterator[None]:
-    """If the body raises, put generators, buffers and training flags back as they were."""
-    random = random_state(devices)
-    buffers = Buffers(modules)
-    training = [module.training for module in modules]
-    try:
-        yield
-    except BaseException:
-        set_random_state(random)
-        buffers.restore()
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
-        raise
+class Snapshot:
+    """Generators, buffers and training flags as they are now, to be put back if a call fails."""
+
+    def __init__(self, modules: list[nn.Module], devices: set[torch.device]) -> None:
+        self._random = random_state(devices)
+        self._buffers = Buffers(modules)
+        self._training = [(module, module.training) for module in modules]
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        set_random_state(self._random)
+        self._buffers.restore()
+        for module, training in self._training:
+            module.training = training
 
 
 def write_gradients(updates: dict[Tensor, Tensor], accumulate: bool) -> None:
