@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 
-from torch2pc.layers import (
-    Graph,
-    Inference,
-    Network,
-    belief_dtype,
-    own,
-)
+from torch2pc.layers import Graph, Inference, Network, in_belief_dtype, own
 
 
 def exact(network: Network, eta: Any, n: Any, vinit: Any) -> Inference:
@@ -42,31 +36,33 @@ def weighted_backpropagation(
     # get their gradient as it is.
     c = [c_epsilon[L - 1], *reversed(c_epsilon), 1.0]
     is_scaled = any(c_l != 1 for c_l in c)
+    scale = torch.tensor(c, dtype=torch.float64).unbind()  # tensors: faster factors than numbers
     shares = is_scaled and graph.shares_leaves
     g, gradients = graph.backpropagate(keep_graph=shares)
 
-    vhat = [x.detach() for x in graph.vhat]
-    v, epsilon = [vhat[0].clone()], []
-    for vhat_l, g_l, c_v_l, c_l in zip(vhat[1:], g[1:], reversed(c_v), c[1:-1], strict=True):
-        g_l = g_l.to(belief_dtype(vhat_l))
-        v.append(torch.sub(vhat_l, g_l, alpha=c_v_l))
-        epsilon.append(g_l if c_l == 1 else g_l * c_l)
+    vhat = [vhat_l.detach() for vhat_l in graph.vhat]
+    errors = [in_belief_dtype(g_l) for g_l in g[1:]]
+    v = [
+        torch.sub(vhat_l, error, alpha=c_l)
+        for vhat_l, error, c_l in zip(vhat[1:], errors, reversed(c_v), strict=True)
+    ]
+    if is_scaled:
+        errors = [error * scale_l for error, scale_l in zip(errors, scale[1:-1], strict=True)]
 
     leaves = [leaf for _, leaf, _ in gradients]
     if shares:
-        updates = own(graph.weighted_gradients(g, leaves, c))
-        epsilon = own(epsilon)
+        found = own([*errors, *graph.weighted_gradients(g, leaves, c)])
     else:
-        found = own([*epsilon, *(of_leaf for _, _, of_leaf in gradients)])
-        epsilon, updates = found[:L], found[L:]
-        if updates and is_scaled:
-            torch._foreach_mul_(updates, [c[l] for l, _, _ in gradients])
-    epsilon_0 = None if g[0] is None else g[0] * c[0]
+        found = own([*errors, *[of_leaf for _, _, of_leaf in gradients]])
+        if is_scaled:
+            for (l, _, _), update in zip(gradients, found[L:], strict=True):
+                if c[l] != 1:
+                    update.mul_(scale[l])
     return Inference(
         vhat,
         graph.Loss.detach(),
         g[-1].clone(),
-        v,
-        [epsilon_0, *epsilon],
-        dict(zip(leaves, updates, strict=True)),
+        [vhat[0].clone(), *v],
+        [None if g[0] is None else g[0] * c[0], *found[:L]],
+        dict(zip(leaves, found[L:], strict=True)),
     )

@@ -31,6 +31,7 @@ def PCInferLatent(
     precision: float | Sequence[float] | None = None,
     prior: Callable[[list[Tensor]], Tensor] | None = None,
     accumulate: bool = False,
+    compile: bool = False,
 ) -> PCResult:
     r"""Infer the latent causes of a batch and write the model's updates into ``.grad``.
 
@@ -59,6 +60,7 @@ def PCInferLatent(
         prior: a callable from the list ``[v_0, ..., v_{L-1}]`` to a scalar energy. If it has
             parameters, they get their gradient too.
         accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
+        compile: run the iterations through ``torch.compile``, as in ``PCInfer``.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``: ``v[0]`` is the inferred latent, and
@@ -109,8 +111,7 @@ def PCInferLatent(
         with outside_autocast(network.X.device):
             relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
             with network.replaying():
-                for _ in range(n):
-                    relaxation.step()
+                relaxation.run(n, compile)
                 relaxation.take_errors()
                 return relaxation.result()
 

@@ -59,6 +59,7 @@ def PCInfer(
     vinit: Sequence[Any] | None = None,
     *,
     accumulate: bool = False,
+    compile: bool = False,
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
@@ -103,6 +104,10 @@ def PCInfer(
         vinit: initial beliefs for Strict, L+1 entries, of which the first (the input) and the last
             are not used. Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
+        compile: run Strict's iterations through ``torch.compile``, which takes up to a minute at
+            the first call for a model and pays off where many small layers are evaluated often.
+            Where it cannot be done (random layers, changing buffers, code that does not trace) a
+            warning says so once. The other two algorithms have nothing to compile.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``.
@@ -147,6 +152,8 @@ def PCInfer(
         check_vinit_length(vinit, len(model) + 1)
 
     algorithm = partial(ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit)
+    if ErrType == "Strict":
+        algorithm = partial(algorithm, compile=compile)
     return infer(algorithm, model, LossFun, X, Y, accumulate)
 
 

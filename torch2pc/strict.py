@@ -24,27 +24,29 @@ import torch
 from torch import Tensor
 
 from torch2pc.checks import check_vinit_entries
+from torch2pc.compiled import compiled_step, give_up
 from torch2pc.layers import (
     Inference,
     Layer,
     Network,
     add_updates,
-    belief_like,
     check_scalar,
     gradient,
+    in_belief_dtype,
     leaves_between,
     outside_autocast,
     own,
 )
 
 
-def strict(network: Network, eta: float, n: int, vinit: Sequence[Any] | None) -> Inference:
+def strict(
+    network: Network, eta: float, n: int, vinit: Sequence[Any] | None, compile: bool = False
+) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
     with outside_autocast(network.X.device):
         relaxation = Relaxation(network, eta, vinit)
         with network.replaying():
-            for _ in range(n):
-                relaxation.step()
+            relaxation.run(n, compile)
             return relaxation.result()
 
 
@@ -75,7 +77,7 @@ class Relaxation:
     ) -> None:
         self.network, self.eta = network, eta
         self.vhat, self.Loss, self.dLdy = network.record()
-        self.v = [belief_like(vhat_l) for vhat_l in self.vhat]
+        self.v = [in_belief_dtype(vhat_l).clone() for vhat_l in self.vhat]
         if not free_input:
             self.v[0] = self.vhat[0].clone()
         self.epsilon = [torch.zeros_like(v_l) for v_l in self.v]
@@ -102,6 +104,12 @@ class Relaxation:
         while True:
             self.step()
             yield self.v, self.epsilon
+
+    def run(self, n: int, compile: bool = False) -> None:
+        """``n`` steps, compiled if that is asked for and can be done."""
+        done = self._run_compiled(n) if compile else 0
+        for _ in range(n - done):
+            self.step()
 
     def step(self) -> None:
         """Move all beliefs once."""
@@ -181,6 +189,47 @@ class Relaxation:
             [input_error, *found[:L]],
             dict(zip(updates, found[L:], strict=True)),
         )
+
+    def _run_compiled(self, n: int) -> int:
+        """Try to run ``n`` compiled steps; the number of steps that were done, 0 or n."""
+        network, like = self.network, self.v[-1]
+        functions = [*network.layers, network.loss, *([] if self.prior is None else [self.prior])]
+        model_step = compiled_step(network.model)
+        if model_step is None:
+            return 0
+        for function in functions:
+            if not function.is_pure:
+                reason = f"{function.name} draws random numbers or changes its buffers"
+                give_up(network.model, reason)
+                return 0
+        is_free = self._lowest == 1
+        v, epsilon = self.v, self.epsilon
+        eta = like.new_full((), self.eta)
+        precision = [None if pi == 1 else like.new_full((), pi) for pi in self.precision]
+        arguments = (
+            [layer.function for layer in network.layers],
+            [layer.copies_input for layer in network.layers],
+            [vhat_l.dtype for vhat_l in self.vhat],
+            network.loss.function,
+            None if self.prior is None else self.prior.function,
+            network.Y,
+            None if is_free else self.vhat[1],
+        )
+        steps = torch.arange(1, n + 1)[:, None]
+        reached = torch.arange(len(v)) > self._reached - steps
+        rows = [row.clone() for row in reached.to(like).unbind()]
+        with torch.no_grad():
+            for k in range(n):
+                try:
+                    v, epsilon = model_step(*arguments, v, eta, precision, rows[k])
+                except Exception as error:
+                    if k > 0:
+                        raise
+                    # Whatever it was: the same steps without compilation say it plainly.
+                    give_up(network.model, error)
+                    return 0
+        self.v[:], self.epsilon[:] = [self.v[0] if not is_free else v[0], *v[1:]], epsilon
+        return n
 
     def _input_of(self, l: int) -> Tensor:
         """The belief that layer l predicts from, in the type that the layer works in."""
