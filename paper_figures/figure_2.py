@@ -53,13 +53,13 @@ def run(options: Options) -> list[Number]:
 
     numbers = []
     for eta, fate in PAPER_FATE.items():
-        ours = followed[eta].fate()
+        found = followed[eta].fate()
         # A limit near eta leaves the end open: it is that of the start, and the Hessian changes.
         clear = abs(eta / limit - 1) > 0.05
         predicted = "converges" if eta < limit else "diverges"
         numbers += [
-            Number(f"η = {eta:g}", fate, ours, check=eta != 0.2),
-            Number(f"η = {eta:g}, theory: limit {limit:.3f}", predicted, ours, check=clear),
+            Number(f"η = {eta:g}", fate, found, check=eta != 0.2),
+            Number(f"η = {eta:g}, theory: limit {limit:.3f}", predicted, found, check=clear),
         ]
     after_20 = followed[0.1].relative_error[19]
     farther_below = all(below > above for below, above in pairwise(after_20))
@@ -81,7 +81,7 @@ def run(options: Options) -> list[Number]:
 
     title = (
         "Strict's update against the gradient, mnist_net trained by backprop, squared error\n"
-        f"one batch of 300 of the {data.name}; theory: stable below η = {limit:.2f}"
+        f"one batch of 300 ({data.name}); theory: stable below η = {limit:.2f}"
     )
     save(
         options,
