@@ -30,6 +30,8 @@ from paper_figures.report import Number, Options, save
 from torch2pc import PCRNN
 from torch2pc.memory import Retrieval
 
+DEFAULT = False
+
 HIDDEN = 50
 TAU = 50
 TRAINING_STEPS = 1000

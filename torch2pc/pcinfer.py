@@ -86,7 +86,8 @@ def PCInfer(
     forward pass; with Strict, those of a layer fire at each of its evaluations. Tensor hooks of a
     parameter see each layer's gradient before FixedPred weighs it; post-accumulate-grad hooks run
     when ``.grad`` is written. With half-precision outputs, beliefs and errors are held in float32;
-    Strict runs outside autocast, as its errors are differences too small for half precision. With a
+    Strict runs outside autocast, as its errors are differences too small for half precision (a model
+    whose parameters are in half precision still rounds them; prefer the other two there). With a
     ``GradScaler``, let ``LossFun`` return the scaled loss: that scales the updates of Exact and
     FixedPred, but changes the energy that Strict descends.
 
