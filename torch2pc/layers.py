@@ -173,7 +173,7 @@ class Network:
         (dLdy,) = gradient([Loss], [prediction])
         if dLdy is None:
             raise _independent_loss()
-        return vhat, Loss.detach(), dLdy
+        return vhat, Loss.detach().clone(), dLdy
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``walk(x)`` as the forward of the model, so that the hooks of the container run too."""

@@ -134,6 +134,7 @@ class Relaxation:
             for descended in (arriving, of_prior[l - 1]):
                 if descended is not None:
                     v[l - 1].sub_(descended, alpha=eta)
+            del x, prediction, arriving, descended  # before the next layer makes its own
         self._reached = max(1, self._reached - 1)
 
     def take_errors(self) -> None:
@@ -173,6 +174,7 @@ class Relaxation:
             if asks_loss:
                 output = prediction.detach().requires_grad_()
                 _add_own_gradients(updates, network.loss.replay(output, network.Y), [output])
+            del x, prediction, asked
         if self.prior is not None and self.prior.has_leaves:
             beliefs = self._free_beliefs()
             _add_own_gradients(updates, self.prior.replay(beliefs), beliefs)
