@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torch2pc.layers import Inference, Network, detached, in_belief_dtype, own
 
@@ -53,14 +54,9 @@ def weighted_backpropagation(
         found = own([*errors, *[of_leaf for _, _, of_leaf in gradients]])
         epsilon, updates = found[:L], found[L:]
     if is_scaled:
-        # In place: they are ours now. Tensors are faster factors than numbers.
-        scale = torch.tensor(c, dtype=torch.float64).unbind()
-        for error, scale_l, c_l in zip(epsilon, scale[1:], c[1:], strict=False):
-            if c_l != 1:
-                error.mul_(scale_l)
-        for (l, _, _), update in zip(gradients, updates, strict=True):
-            if c[l] != 1 and not shares:
-                update.mul_(scale[l])
+        _scale(epsilon, c[1:])
+        if not shares:
+            _scale(updates, [c[l] for l, _, _ in gradients])
     return Inference(
         vhat,
         graph.Loss.detach().clone(),
@@ -69,3 +65,17 @@ def weighted_backpropagation(
         [epsilon_0, *epsilon],
         dict(zip(leaves, updates, strict=True)),
     )
+
+
+def _scale(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
+    """Multiply in place, so that tensors must be ours; ``factors`` may go on behind the last."""
+    # Factors that are tensors of the same type are twice as fast as numbers. Half precision would
+    # lose a small factor.
+    dtypes = {tensor.dtype for tensor in tensors}
+    of_dtype = {
+        dtype: torch.tensor(factors, dtype=torch.float64 if dtype.itemsize < 4 else dtype).unbind()
+        for dtype in dtypes
+    }
+    for i, tensor in enumerate(tensors):
+        if factors[i] != 1:
+            tensor.mul_(of_dtype[tensor.dtype][i])

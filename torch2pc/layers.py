@@ -46,9 +46,11 @@ class Layer:
     (The generators are put back once, after the last replay, by ``Network.replaying``.)
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, devices: set[torch.device]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], where: Any, devices: set[torch.device]
+    ) -> None:
         self.function = function
-        self._name = name
+        self._where = where
         self._devices = devices
         self.copies_input = isinstance(function, nn.Module) and _may_write_input(function)
         self._random: list[tuple[torch.device, Tensor]] | None = None
@@ -58,11 +60,12 @@ class Layer:
     @property
     def name(self) -> str:
         """What errors call it."""
-        return f"{self._name} ({_type_name(self.function)})"
+        where = f"model[{self._where}]" if isinstance(self._where, int) else self._where
+        return f"{where} ({_type_name(self.function)})"
 
     def __call__(self, x: Any, *others: Any) -> Tensor:
         given = x.clone() if self.copies_input else x
-        version = given._version if isinstance(given, Tensor) else 0
+        version = given._version if isinstance(given, Tensor) else None
         try:
             output = self.function(given, *others)
         except RuntimeError as error:
@@ -70,9 +73,9 @@ class Layer:
             if given is x and "leaf Variable that requires grad" in str(error):
                 raise self._wrote_input() from error
             raise
-        if given is x and isinstance(x, Tensor) and x._version != version:
+        if version is not None and given is x and x._version != version:
             raise self._wrote_input()
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        if not isinstance(output, Tensor) or not output.dtype.is_floating_point:
             raise TypeError(
                 f"{self.name} must return one floating-point tensor, got "
                 f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}"
@@ -125,7 +128,7 @@ class Network:
         if devices is None:
             devices = devices_of(modules_in(model, LossFun), X)
         self.model, self.X, self.Y, self.devices = model, X, Y, devices
-        self.layers = [Layer(item, f"model[{index}]", devices) for index, item in enumerate(model)]
+        self.layers = [Layer(item, l, devices) for l, item in enumerate(model._modules.values())]
         self.loss = Layer(LossFun, "LossFun", devices)
 
     def feed_forward(self) -> Graph:
@@ -205,8 +208,11 @@ class Graph:
         # layer L+1.
         self.layer_of: dict[Tensor, int] = {}
         self.shares_leaves = False
-        for l, output in enumerate([*vhat[1:], Loss], start=1):
-            for leaf in leaves_between(output, (vhat[l - 1],)):
+        nodes = [_node(x) for x in vhat]
+        known = {None, *nodes}
+        for l, (node, below) in enumerate(zip([*nodes[1:], Loss.grad_fn], nodes, strict=True), 1):
+            # A layer that returns its input has that node itself, and no leaves.
+            for leaf in _leaves_below(node, known) if node is not below else ():
                 if self.layer_of.setdefault(leaf, l) != l:
                     self.shares_leaves = True
 
@@ -280,22 +286,29 @@ def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
     Read off the autograd graph, so that it is right for shared, frozen, unused and parametrized
     parameters, and for those that belong to no module; faster than listing parameters, too.
     """
-    seen: set[Any] = {None}
-    for x in inputs:
-        if x.requires_grad:
-            seen.add(x.grad_fn or get_gradient_edge(x).node)
-    waiting: list[Any] = [output.grad_fn]
+    known = {None, *(_node(x) for x in inputs)}
+    node = _node(output)
+    return [] if node in known else _leaves_below(node, known)
+
+
+def _node(x: Tensor) -> Any:
+    """The node of the autograd graph that makes ``x``, or takes its gradient; None without one."""
+    return x.grad_fn or (get_gradient_edge(x).node if x.requires_grad else None)
+
+
+def _leaves_below(node: Any, known: set[Any]) -> list[Tensor]:
+    """The leaves that can be reached from a node, but not through one that is known."""
+    seen = set(known)
+    waiting = [node]
     leaves = []
     for node in waiting:
-        if node in seen:
-            continue
-        seen.add(node)
-        before = node.next_functions
-        if before:
-            for function, _ in before:
-                waiting.append(function)
-        elif hasattr(node, "variable"):  # it accumulates the gradient of a leaf
-            leaves.append(node.variable)
+        for before, _ in node.next_functions:
+            if before not in seen:
+                seen.add(before)
+                if before.next_functions:
+                    waiting.append(before)
+                elif hasattr(before, "variable"):  # it accumulates the gradient of a leaf
+                    leaves.append(before.variable)
     return leaves
 
 
@@ -335,14 +348,14 @@ def in_belief_dtype(x: Tensor) -> Tensor:
 
 def own(tensors: list[Tensor]) -> list[Tensor]:
     """The same values, each tensor with memory of its own (copied only where it is shared)."""
-    strided = [tensor for tensor in tensors if tensor.layout is torch.strided]
-    starts = {tensor.data_ptr() for tensor in strided}
-    if len(starts) == len(strided) and all(tensor.is_contiguous() for tensor in strided):
+    strided = [tensor for tensor in tensors if not tensor.is_sparse]
+    starts = set(map(Tensor.data_ptr, strided))
+    if len(starts) == len(strided) and all(map(Tensor.is_contiguous, strided)):
         return tensors
     starts.clear()
     result = []
     for tensor in tensors:
-        if tensor.layout is torch.strided:
+        if not tensor.is_sparse:
             if tensor.data_ptr() in starts or 0 in tensor.stride():
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
             starts.add(tensor.data_ptr())
