@@ -18,7 +18,10 @@ import torch
 
 import paper_figures
 from paper_figures.data import DataError, MissingData
-from paper_figures.report import Number, Options, table
+from paper_figures.download import DATA_SETS
+from paper_figures.report import Number, Options, shown, table
+
+DATA = Path("data")
 
 
 def figure_modules() -> dict[str, ModuleType]:
@@ -37,20 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parse(modules, arguments)
     options = Options(asked.data, asked.out, asked.device, asked.seed, asked.quick)
     chosen = asked.figure or [name for name in modules if getattr(modules[name], "DEFAULT", True)]
-    missing = []
-    for name in chosen:
-        start = time.perf_counter()
-        try:
-            numbers = modules[name].run(options)
-        except MissingData as reason:
-            missing.append(f"figure {name} is not drawn: {reason}")
-            continue
-        except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        print_numbers(modules[name], numbers, time.perf_counter() - start)
-    print(*missing, f"The files are in {options.out}.", sep="\n")
-    return 1 if missing and asked.figure else 0
+    not_drawn, off = [], []
+    try:
+        if asked.download:
+            wanted = {key for name in chosen for key in getattr(modules[name], "DOWNLOADS", ())}
+            for key in sorted(wanted):
+                DATA_SETS[key](options.data)
+        for name in chosen:
+            start = time.perf_counter()
+            try:
+                numbers = modules[name].run(options)
+            except MissingData as reason:
+                not_drawn.append(f"Figure {name} is not drawn: {reason}.")
+                continue
+            print_numbers(modules[name], numbers, options, time.perf_counter() - start)
+            off += [
+                f"figure {name}: {number.what} is {shown(number.ours)}, not {shown(number.paper)}"
+                for number in numbers
+                if number.check and not number.agrees
+            ]
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*not_drawn, f"The files are in {options.out}.", sep="\n")
+    if asked.check and off:
+        print("error: off on any data set:", *off, sep="\n  ", file=sys.stderr)
+        return 1
+    return 1 if not_drawn and asked.figure else 0
 
 
 def parse(modules: dict[str, ModuleType], arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -70,9 +86,20 @@ def parse(modules: dict[str, ModuleType], arguments: Sequence[str] | None) -> ar
     )
     parser.add_argument(
         "--data",
-        type=folder,
+        type=Path,
         metavar="DIR",
-        help="folder with the full data sets; what it lacks is replaced by the embedded digits",
+        help="folder with the full data sets (default: data, if there is one); "
+        "without MNIST there, the embedded digits are used",
+    )
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="first fetch the data sets that the figures can use and that the folder lacks",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="fail if a number that does not depend on the data set is off",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures"
@@ -84,14 +111,14 @@ def parse(modules: dict[str, ModuleType], arguments: Sequence[str] | None) -> ar
     parser.add_argument(
         "--quick", action="store_true", help="shortened runs: everything is drawn, less is learned"
     )
-    return parser.parse_args(arguments)
-
-
-def folder(given: str) -> Path:
-    path = Path(given)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{given!r} is not a folder")
-    return path
+    asked = parser.parse_args(arguments)
+    if asked.download:
+        asked.data = asked.data or DATA
+    elif asked.data is None:
+        asked.data = DATA if DATA.is_dir() else None
+    elif not asked.data.is_dir():
+        parser.error(f"--data: {str(asked.data)!r} is not a folder")
+    return asked
 
 
 def device(given: str) -> torch.device:
@@ -107,8 +134,13 @@ def title(module: ModuleType) -> str:
     return first_line if getattr(module, "DEFAULT", True) else f"{first_line} (by name only)"
 
 
-def print_numbers(module: ModuleType, numbers: Sequence[Number], seconds: float) -> None:
+def print_numbers(
+    module: ModuleType, numbers: Sequence[Number], options: Options, seconds: float
+) -> None:
+    """One figure's table; a shortened run has only the numbers that hold on any data set."""
     print(f"\n{title(module)} ({seconds:.0f} s)")
+    if options.quick:
+        numbers = [number for number in numbers if number.check]
     if numbers:
         print(table(numbers))
     if any(number.check for number in numbers):

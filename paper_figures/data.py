@@ -30,6 +30,9 @@ IDX_FILES = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c629615203637",
 }
 
+CIFAR10_FILES = [*(f"data_batch_{part}.bin" for part in range(1, 6)), "test_batch.bin"]
+CIFAR10_IMAGE = (3, 32, 32)
+
 
 class DataError(Exception):
     """A data file that is there but cannot be used; the message names it and the mend."""
@@ -121,10 +124,15 @@ def load_digits(folder: Path | None) -> DataSet:
     Any four IDX files with MNIST's names will do, plain or gzipped, in the folder itself or in its
     ``mnist`` or ``MNIST/raw``.
     """
+    return load_idx(idx_folder(folder) or EMBEDDED)
+
+
+def idx_folder(folder: Path | None) -> Path | None:
+    """Where in ``folder`` IDX files lie, if any do."""
     for place in () if folder is None else (folder, folder / "mnist", folder / "MNIST" / "raw"):
         if any(_idx_path(place, name) for name in IDX_FILES):
-            return load_idx(place)
-    return load_idx(EMBEDDED)
+            return place
+    return None
 
 
 def load_idx(folder: Path) -> DataSet:
@@ -181,6 +189,71 @@ def read_idx(path: Path) -> Tensor:
     if 0 in shape:
         raise DataError(f"{path} announces the shape {shape}, so it holds nothing: {mend}")
     return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).reshape(shape)
+
+
+def load_cifar10(folder: Path | None) -> DataSet:
+    """CIFAR-10 from its binary version's files in ``folder`` or its ``cifar-10-batches-bin``.
+
+    Each record is one label byte and 3072 pixel bytes: the red, the green and the blue plane.
+    """
+    place = cifar10_folder(folder)
+    if place is None:
+        raise MissingData(
+            f"it needs CIFAR-10's binary version ({CIFAR10_FILES[0]} ... {CIFAR10_FILES[-1]}): "
+            "run with --download, or put these files into a folder and name it with --data"
+        )
+    missing = [name for name in CIFAR10_FILES if not (place / name).is_file()]
+    if missing:
+        raise MissingData(
+            f"{place} lacks {', '.join(missing)}: "
+            "put the missing files beside the others, or run with --download"
+        )
+    parts = [_read_cifar10(place / name) for name in CIFAR10_FILES]
+    records = torch.cat(parts[:-1]), parts[-1]
+    images = [part[:, 1:].reshape(-1, *CIFAR10_IMAGE) for part in records]
+    labels = [part[:, 0].long() for part in records]
+    return DataSet("CIFAR-10", images[0], labels[0], images[1], labels[1])
+
+
+def cifar10_folder(folder: Path | None) -> Path | None:
+    """Where in ``folder`` CIFAR-10's files lie, if any do."""
+    for place in () if folder is None else (folder, folder / "cifar-10-batches-bin"):
+        if any((place / name).is_file() for name in CIFAR10_FILES):
+            return place
+    return None
+
+
+def _read_cifar10(path: Path) -> Tensor:
+    record = 1 + math.prod(CIFAR10_IMAGE)
+    content = path.read_bytes()
+    if not content or len(content) % record:
+        raise DataError(
+            f"{path} holds {len(content)} bytes, which is no multiple of CIFAR-10's record of "
+            f"{record}: fetch the file again (the binary version, not the one for Python)"
+        )
+    records = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, record)
+    if records[:, 0].max() > 9:
+        raise DataError(
+            f"{path} holds the label {records[:, 0].max()}, but CIFAR-10's go from 0 to 9: "
+            "fetch the file again (the binary version of CIFAR-10, not of CIFAR-100)"
+        )
+    return records
+
+
+def check_digest(path: Path, algorithm: str, expected: str, *, uncompressed: bool = False) -> None:
+    """Raise `DataError` unless the digest of the file, or of what it compresses, starts so."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    try:
+        with gzip.open(path) if uncompressed else path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a complete gzip file ({error})") from error
+    if not digest.hexdigest().startswith(expected):
+        raise DataError(
+            f"{path} has the {algorithm.upper()} sum {digest.hexdigest()}, but {expected} is "
+            "expected: fetch the file again"
+        )
 
 
 def _idx_path(folder: Path, name: str) -> Path | None:

@@ -100,9 +100,18 @@ def _curves(axes: Axes, comparison: Comparison, measure: str) -> None:
 
 
 def per_layer(
-    axes: Axes, values: Sequence[Sequence[float]], steps: Sequence[float] | None = None
+    axes: Axes,
+    values: Sequence[Sequence[float]],
+    steps: Sequence[float] | None = None,
+    linestyle: str = "-",
 ) -> None:
     """One line a layer from ``values`` (steps, layers), coloured from first layer to last."""
     lines = list(zip(*values, strict=True))
     for layer, (line, colour) in enumerate(zip(lines, layer_colours(len(lines)), strict=True), 1):
-        axes.plot(range(len(line)) if steps is None else steps, line, color=colour, label=layer)
+        axes.plot(
+            range(len(line)) if steps is None else steps,
+            line,
+            color=colour,
+            linestyle=linestyle,
+            label=layer,
+        )

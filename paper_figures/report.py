@@ -43,20 +43,23 @@ class Number:
     """One number of the paper beside ours.
 
     paper: the paper's value, or a word such as "diverges".
-    tolerance: how far ours may be from the paper's (in the same unit; ignored for words).
+    tolerance: how far ours may be from the paper's, in the same unit; None to show the two side by
+        side and not judge. Words must be equal.
     check: whether it must agree on any data set, so that ``--check`` fails if it does not.
     """
 
     what: str
     paper: float | str
     ours: float | str
-    tolerance: float = 0.0
+    tolerance: float | None = None
     check: bool = False
 
     @property
-    def agrees(self) -> bool:
+    def agrees(self) -> bool | None:
         if isinstance(self.paper, str) or isinstance(self.ours, str):
             return self.paper == self.ours
+        if self.tolerance is None:
+            return None
         return abs(self.paper - self.ours) <= self.tolerance
 
 
@@ -67,10 +70,10 @@ def table(numbers: Sequence[Number]) -> str:
         rows.append(
             (
                 number.what + (" *" if number.check else ""),
-                _shown(number.paper),
-                _shown(number.ours),
-                "" if isinstance(number.paper, str) else f"± {_shown(number.tolerance)}",
-                "yes" if number.agrees else "NO",
+                shown(number.paper),
+                shown(number.ours),
+                "" if number.tolerance is None else f"± {shown(number.tolerance)}",
+                {True: "yes", False: "NO", None: ""}[number.agrees],
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
@@ -127,6 +130,11 @@ def save(
         )
 
 
+def yes(answer: bool) -> str:
+    """The word for a yes-or-no number."""
+    return "yes" if answer else "no"
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, then give it its name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -137,7 +145,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _shown(value: float | str) -> str:
+def shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.3g}"
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from paper_figures.data import Batch, DataSet
+from paper_figures.nets import mnist_net
 from paper_figures.report import Number, Options
 from torch2pc import PCInfer
 
@@ -66,6 +67,31 @@ class Curves:
         self.train_accuracy.append(train[1])
         self.test_loss.append(test[0])
         self.test_accuracy.append(test[1])
+
+
+@dataclass
+class Convergence:
+    """Updates after 1, 2, ... iterations against the gradient: (iterations, layers).
+
+    The angle of a layer that no error has reached, whose update is zero, is not a number.
+    """
+
+    relative_error: list[list[float]] = field(default_factory=list)
+    angle: list[list[float]] = field(default_factory=list)
+
+    def append(self, updates: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        self.relative_error.append(list(map(relative_error, updates, gradients)))
+        self.angle.append(list(map(angle, updates, gradients)))
+
+    def defined_angles(self) -> list[list[float]]:
+        return [[value for value in angles if not math.isnan(value)] for angles in self.angle]
+
+    def fate(self) -> str:
+        """Whether every layer came nearer to the gradient than it was at the start."""
+        start, end = self.relative_error[0], self.relative_error[-1]
+        if not math.isfinite(sum(end)) or max(end) > max(start):
+            return "diverges"
+        return "converges" if max(end) < max(start) else "stays"
 
 
 @dataclass
@@ -125,16 +151,25 @@ def compare_with_backprop(
     return comparison
 
 
-def train_by_backprop(
-    model: nn.Sequential, data: DataSet, setup: Setup, options: Options, title: str
-) -> nn.Sequential:
-    """``model`` after ``setup.steps`` steps of backprop, without any measurement."""
-    model.to(options.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=setup.learning_rate)
-    batches = data.train_batches(setup.steps, setup.batch_size, options.seed, options.device)
-    for batch in tqdm(batches, title, setup.steps, unit="step"):
-        backprop_step(model, optimizer, setup.LossFun, batch)
-    return model
+def trained_mnist_net(
+    data: DataSet, LossFun: LossFunction, options: Options, title: str
+) -> tuple[nn.Sequential, dict[str, object]]:
+    """`mnist_net` after the paper's 400 steps of backprop, and the settings of that training."""
+    steps, batch_size, learning_rate = 40 if options.quick else 400, 300, 0.002
+    torch.manual_seed(options.seed)
+    model = mnist_net().to(options.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    batches = data.train_batches(steps, batch_size, options.seed, options.device)
+    for batch in tqdm(batches, title, steps, unit="step"):
+        backprop_step(model, optimizer, LossFun, batch)
+    settings = {
+        "trained by": "backprop, Adam",
+        "LossFun": LossFun.__name__,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+    }
+    return model, settings
 
 
 def backprop_step(
@@ -211,7 +246,7 @@ def loss_numbers(
     """The training losses at the paper's steps, of ``PC`` and of ``BP``.
 
     The paper's are those of single batches, which vary by about the tolerance, a share of their
-    value; ours are means over the 21 steps around.
+    value; ours are means over the 21 steps around, as far as there are so many.
     """
     numbers = []
     for who, values in paper.items():
@@ -220,11 +255,11 @@ def loss_numbers(
             Number(
                 f"{who} loss at step {step}",
                 value,
-                statistics.fmean(losses[step - 10 : step + 11]),
+                statistics.fmean(losses[max(step - 10, 0) : step + 11]),
                 tolerance * value,
             )
             for step, value in values.items()
-            if step + 10 < len(losses)
+            if step < len(losses)
         ]
     return numbers
 
@@ -240,4 +275,25 @@ def layer_numbers(
     return [
         Number(f"{what}, layer {layer}", *values, check)
         for layer, values in enumerate(zip(paper, ours, tolerances, strict=True), 1)
+    ]
+
+
+def share_to_come(m: int, k: int, eta: float) -> float:
+    """``1 - c_m(k) = P[Binomial(k, eta) < m]``: FixedPred's relative error m layers below the loss."""
+    return sum(math.comb(k, i) * eta**i * (1 - eta) ** (k - i) for i in range(min(m, k + 1)))
+
+
+def sameness_numbers(comparison: Comparison) -> list[Number]:
+    """What shows that predictive coding did as backprop does, step for step."""
+    losses = zip(comparison.PC.train_loss, comparison.BP.train_loss, strict=True)
+    return [
+        Number(
+            "largest relative error",
+            1e-6,
+            max(map(max, comparison.relative_error)),
+            1e-4,
+            check=True,
+        ),
+        Number("largest angle (degrees)", 0, max(map(max, comparison.angle)), 0.1, check=True),
+        Number("largest distance of the losses", 0, max(abs(a - b) for a, b in losses), 0.05),
     ]
