@@ -41,7 +41,7 @@ def run(options: Options) -> list[Number]:
         eta=0.1,
         n=20,
         LossFun=squared_error,
-        steps=40 if options.quick else 400,
+        steps=20 if options.quick else 400,
         batch_size=300,
         learning_rate=0.002,
     )

@@ -38,7 +38,7 @@ PAPER_FATE = {0.1: "converges", 0.2: "converges", 0.5: "diverges", 1.0: "diverge
 
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
-    iterations = 100 if options.quick else 400
+    iterations = 40 if options.quick else 400
     model, settings = trained_mnist_net(data, squared_error, options, "figure 2: backprop")
     batch = next(data.train_batches(1, 300, options.seed + 1, options.device))
     followed = {eta: follow_strict(model, batch, eta, iterations) for eta in PAPER_FATE}

@@ -1,8 +1,8 @@
 """Figure 6: what gradients and beliefs of VGG-19 respond to.
 
 Norms over the channels at layers 1 and 10, for two photographs labelled with the network's own
-guess: the input, the activation, the gradient of the loss (Exact's prediction error), Strict's belief and
-Strict's prediction error.
+guess: the input, the activation, the gradient of the loss (Exact's prediction error), Strict's
+belief and Strict's prediction error.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ def run(options: Options) -> list[Number]:
         "gradient": [norms(found[0].gradient[l], c).mean() for l, c in layers_of(shown)],
         "Strict error": [norms(found[0].epsilon[l], c).mean() for l, c in layers_of(shown)],
     }
-    numbers = [
-        Number(f"mean norm of the {what}, layer {l}, first picture", paper, float(ours))
-        for what in PAPER_NORMS
-        for l, paper, ours in zip(shown.layers, PAPER_NORMS[what], means[what], strict=True)
-    ]
+    # The stand-in's norms have nothing to do with the paper's.
+    numbers = (
+        []
+        if shown.stand_in
+        else [
+            Number(f"mean norm of the {what}, layer {l}, first picture", paper, float(ours))
+            for what in PAPER_NORMS
+            for l, paper, ours in zip(shown.layers, PAPER_NORMS[what], means[what], strict=True)
+        ]
+    )
     save(
         options,
         "figure_6",
@@ -56,7 +61,7 @@ def layers_of(shown: Subject) -> list[tuple[int, int]]:
 
 def draw(shown: Subject, found: list[Maps], title: str) -> Figure:
     rows = [(picture, *layer) for picture in range(len(found)) for layer in layers_of(shown)]
-    title = "\n".join(filter(None, (shown.stand_in, title, "norm over channels")))
+    title = "\n".join(filter(None, (shown.stand_in, f"{title}; maps: norm over the channels")))
     figure, axes = panels(len(rows), 5, (9.5, 1.9 * len(rows) + 0.6), title)
     for row, (picture, l, channels) in enumerate(rows):
         of, panel = found[picture], axes[5 * row :]

@@ -1,8 +1,8 @@
 """Figure 7: what gradients and beliefs of VGG-19 respond to under a right and a wrong label.
 
 Norms over the channels at layer 10 for one photograph, labelled with the network's own guess (A) or
-with its guess for another photograph (B): the input, the gradient of the loss (Exact's prediction error),
-Strict's belief and Strict's prediction error.
+with its guess for another photograph (B): the input, the gradient of the loss (Exact's prediction
+error), Strict's belief and Strict's prediction error.
 """
 
 from __future__ import annotations
@@ -38,11 +38,16 @@ def run(options: Options) -> list[Number]:
         ]
         for name, of in found.items()
     }
-    numbers = [
-        Number(f"mean norm of the {what}, {name} label", PAPER_NORMS[name][i], means[name][i])
-        for name in PAPER_NORMS
-        for i, what in enumerate(("gradient", "Strict error"))
-    ]
+    # The stand-in's norms have nothing to do with the paper's.
+    numbers = (
+        []
+        if shown.stand_in
+        else [
+            Number(f"mean norm of the {what}, {name} label", PAPER_NORMS[name][i], means[name][i])
+            for name in PAPER_NORMS
+            for i, what in enumerate(("gradient", "Strict error"))
+        ]
+    )
     larger = all(b > a for a, b in zip(means["matching"], means["mismatched"], strict=True))
     numbers.append(Number("a mismatched label gives larger norms", "yes", yes(larger)))
     save(
@@ -66,7 +71,7 @@ def matching_and_mismatched(shown: Subject) -> tuple[torch.Tensor, torch.Tensor]
 
 def draw(shown: Subject, found: dict[str, Maps], title: str) -> Figure:
     l, channels = shown.layers[1], shown.channels[1]
-    title = "\n".join(filter(None, (shown.stand_in, title, "norm over channels")))
+    title = "\n".join(filter(None, (shown.stand_in, f"{title}; maps: norm over the channels")))
     figure, axes = panels(len(found), 4, (8, 2.1 * len(found) + 0.6), title)
     for row, of in enumerate(found.values()):
         panel = axes[4 * row :]

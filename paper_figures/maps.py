@@ -31,6 +31,7 @@ ETA, N = 0.05, 500
 # colours red, green and blue.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SIDE = 224
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ def subject(options: Options) -> Subject:
     )
 
 
-def _square(photograph: Tensor, side: int = 224) -> Tensor:
-    """The middle of a photograph (height, width, 3), as (3, side, side) in [0, 1]."""
+def _square(photograph: Tensor) -> Tensor:
+    """The middle of a photograph (height, width, 3), as (3, SIDE, SIDE) in [0, 1]."""
     pixels = photograph.permute(2, 0, 1).float() / 255
     short = min(pixels.shape[1:])
     top, left = ((size - short) // 2 for size in pixels.shape[1:])
     middle = pixels[:, top : top + short, left : left + short]
     resized = functional.interpolate(
-        middle[None], size=(side, side), mode="bilinear", antialias=True, align_corners=False
+        middle[None], size=(SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False
     )
     return resized[0].clamp(0, 1)
 

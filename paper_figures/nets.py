@@ -84,7 +84,7 @@ def read_vgg19(path: Path) -> nn.Sequential:
         check_digest(path, "sha256", promised[1])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} is not a file of weights ({reason}): fetch it again") from error
 
@@ -94,7 +94,7 @@ def read_vgg19(path: Path) -> nn.Sequential:
         model = vgg19()
     wanted = {
         theirs: (ours, parameter.shape)
-        for theirs, (ours, parameter) in zip(_vgg19_keys(), model.named_parameters(), strict=True)
+        for theirs, (ours, parameter) in zip(vgg19_keys(), model.named_parameters(), strict=True)
     }
     shapes = {key: getattr(value, "shape", None) for key, value in state.items()}
     wrong = [
@@ -112,7 +112,7 @@ def read_vgg19(path: Path) -> nn.Sequential:
     return model
 
 
-def _vgg19_keys() -> list[str]:
+def vgg19_keys() -> list[str]:
     """torchvision's names of the parameters, in order: its features are one long Sequential."""
     keys, index = [], 0
     for convolutions in 2, 2, 4, 4, 4:

@@ -155,7 +155,7 @@ def trained_mnist_net(
     data: DataSet, LossFun: LossFunction, options: Options, title: str
 ) -> tuple[nn.Sequential, dict[str, object]]:
     """`mnist_net` after the paper's 400 steps of backprop, and the settings of that training."""
-    steps, batch_size, learning_rate = 40 if options.quick else 400, 300, 0.002
+    steps, batch_size, learning_rate = 100 if options.quick else 400, 300, 0.002
     torch.manual_seed(options.seed)
     model = mnist_net().to(options.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)

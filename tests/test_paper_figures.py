@@ -279,4 +279,4 @@ def test_a_missing_data_file_is_reported_and_is_an_error_when_asked_for(idx_fold
     (idx_folder / "t10k-labels-idx1-ubyte").unlink()
     status = command.main(["--figure", "3", "--data", str(idx_folder), "--out", str(idx_folder)])
     assert status == 1
-    assert "figure 3 is not drawn" in capsys.readouterr().out
+    assert "Figure 3 is not drawn" in capsys.readouterr().out
