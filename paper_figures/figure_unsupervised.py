@@ -376,7 +376,7 @@ def _training(energies: Axes, accuracies: Axes, outcomes: dict[str, Outcome]) ->
     energies.yaxis.set_major_formatter("{x:g}")
     energies.yaxis.set_minor_formatter("{x:g}")
     energies.legend()
-    accuracies.set(ylabel=f"linear probe (%)")
+    accuracies.set(ylabel="linear probe (%)")
     for panel in energies, accuracies:
         panel.set(xlabel="share of the training")
 
