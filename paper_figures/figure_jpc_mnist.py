@@ -1,4 +1,4 @@
-"""A classifier trained by Strict with short, small steps, against backprop, step by step
+"""A classifier trained by Strict with short, small steps, against backprop, step by step.
 
 The network 784-300-300-10 with tanh learns MNIST from one-hot targets and squared errors. Its
 beliefs take so short a way (η n = 0.06) that the error shrinks by about that factor from each layer

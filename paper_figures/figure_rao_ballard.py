@@ -1,4 +1,4 @@
-"""Rao and Ballard's hierarchical model, and the fields that a sparse prior gives it
+"""Rao and Ballard's hierarchical model, and the fields that a sparse prior gives it.
 
 A hierarchy of causes predicts colour images: the images from the causes r of level 1, these from
 the causes r_h of level 2. It minimises
@@ -22,7 +22,7 @@ and the whitening that of B. Olshausen and D. Field, Nature 381, 607-609 (1996).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Hierarchy:
     n: int = 100
     weight_rate: tuple[float, float] = (1.0, 0.05)
     weight_rate_decay: float = 1.05
-    initial_weights: float = 0.3
+    initial_weights: tuple[float, float] = (0.3, 0.1)
     batches: int = 40
     batch_size: int = 500
     images: int = 5000
@@ -90,13 +90,15 @@ class Hierarchy:
 
 @dataclass(frozen=True)
 class Fields:
-    """One level on grey patches. The kurtotic prior is ``weight sum log(1 + (r / scale)^2)``."""
+    """One level on grey patches, with the prior ``weight sum (r / scale)^2`` or, if it is kurtotic,
+    ``weight sum log(1 + (r / scale)^2)``.
+    """
 
     prior: str
-    weight: float = 0.12
-    scale: float = 0.15
+    weight: float
+    scale: float
     n: int = 50
-    batches: int = 1000
+    batches: int = 800
     batch_size: int = 250
     learning_rate: float = 0.02
     patches: int = 20000
@@ -132,9 +134,9 @@ def run(options: Options) -> list[Number]:
     with torch.no_grad():
         predictions = images_of(learned.decoder[-1](seen.v[-2]), SIDE)
 
-    kinds = [
-        Fields(prior, batches=150 if options.quick else 1000) for prior in ("kurtotic", "quadratic")
-    ]
+    kinds = [Fields("kurtotic", weight=0.12, scale=0.15), Fields("quadratic", weight=0.1, scale=1)]
+    if options.quick:
+        kinds = [replace(kind, batches=150) for kind in kinds]
     bases, fits, kurtoses = {}, {}, {}
     for kind in kinds:
         torch.manual_seed(options.seed)
@@ -210,7 +212,7 @@ def photograph_crops(count: int) -> Tensor:
                 crop[None], size=(SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False
             )
         )
-    return torch.cat(crops)
+    return torch.cat(crops).clamp(-1, 1)
 
 
 def _photographs() -> list[Tensor]:
@@ -224,14 +226,14 @@ def _random_window(picture: Tensor, size: int) -> Tensor:
     return picture[..., top : top + size, left : left + size]
 
 
-def hierarchy_decoder(initial_weights: float) -> nn.Sequential:
+def hierarchy_decoder(initial_weights: tuple[float, float]) -> nn.Sequential:
     """From (batch, 10, 3, 3) by (batch, 8, 7, 7) to patches (batch, 192, 7, 7)."""
     decoder = nn.Sequential(
         nn.Sequential(nn.ConvTranspose2d(CAUSES_2, CAUSES, 3, stride=2, bias=False), nn.Tanh()),
         nn.Sequential(nn.Conv2d(CAUSES, 3 * PATCH**2, 1, bias=False), nn.Tanh()),
     )
-    for weight in decoder.parameters():
-        nn.init.normal_(weight, std=initial_weights)
+    for weight, deviation in zip(decoder.parameters(), initial_weights, strict=True):
+        nn.init.normal_(weight, std=deviation)
     return decoder
 
 
@@ -434,11 +436,11 @@ def draw(
     fits: dict[str, list[float]],
     name: str,
 ) -> Figure:
-    figure = Figure(figsize=(8.4, 10.2), layout="constrained")
+    figure = Figure(figsize=(8.4, 10.4), layout="constrained")
     figure.suptitle(f"Rao and Ballard's model on {name}", fontsize=9)
     axes = figure.subplot_mosaic(
         [list("AAAAAA"), list("BBBCCC"), list("DDDEEE"), list("FFGGHH")],
-        height_ratios=(2.3, 0.9, 1, 1.3),
+        height_ratios=(2.2, 0.9, 0.9, 1.4),
     )
     for letter_of_panel, panel in axes.items():
         letter(panel, letter_of_panel)
@@ -458,14 +460,14 @@ def draw(
     axes["D"].plot(learned.energy, color="#D55E00")
     axes["D"].set(ylabel="energy of one image", xlabel="batch", ylim=(0, None))
     axes["E"].plot(learned.error, color="#D55E00", label="ours")
-    for end, value in PAPER_ERROR.items():
+    for (end, value), side in zip(PAPER_ERROR.items(), ("bottom", "top"), strict=True):
         axes["E"].axhline(value, color="k", linestyle=":", linewidth=1)
         axes["E"].annotate(
             f"reference, {end}",
             (1, value),
             xycoords=("axes fraction", "data"),
             ha="right",
-            va="bottom",
+            va=side,
         )
     axes["E"].set(ylabel="mean absolute error", xlabel="batch", ylim=(0, None))
 

@@ -1,4 +1,4 @@
-"""Unsupervised predictive coding of digits: how much the inferred latents say about the labels
+"""Unsupervised predictive coding of digits: how much the inferred latents say about the labels.
 
 A decoder predicts the images, clamped at its output, from latents that are free; labels are seen by
 the probes alone, afterwards. Two set-ups, each probed by softmax regression and by its 5 nearest
@@ -18,7 +18,7 @@ R. Rao and D. Ballard, Nature Neuroscience 2, 79-87 (1999).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from paper_figures.data import DataSet, load_digits
+from paper_figures.decoders import Prior, energy, half_squared_error, mosaic, show_mosaic
 from paper_figures.plotting import letter
 from paper_figures.report import Number, Options, save, yes
 from torch2pc import PCInferLatent
@@ -61,7 +62,7 @@ class Reference:
     batch_size = 512
     epochs = 10
     learning_rate = 0.001
-    prior: Callable[[list[Tensor]], Tensor] | None = None
+    prior: Prior | None = None
 
     def __init__(self, images: Tensor) -> None:
         """``images``: the training images, (count, pixels)."""
@@ -110,13 +111,14 @@ class Sparse(Reference):
     negative_curvature = 30.0
 
     def __init__(self, images: Tensor) -> None:
-        self.mean = images.mean(0)
-        variance, axes = torch.linalg.eigh(torch.cov(images.T))
-        chosen = slice(-self.components, None)
-        self.axes = axes[:, chosen]
-        self.scale = (variance[chosen] + 0.001) ** (self.whitening / 2)
+        found = PCA(self.components, random_state=0).fit(images.cpu().numpy())
+        self.mean, variance, self.axes = (
+            torch.as_tensor(value, dtype=images.dtype, device=images.device)
+            for value in (found.mean_, found.explained_variance_, found.components_)
+        )
+        self.scale = (variance + 0.001) ** (self.whitening / 2)
         # So that the data's squared norm is 1 on average, whatever the images.
-        self.scale *= (variance[chosen] / self.scale**2).sum().sqrt()
+        self.scale *= (variance / self.scale**2).sum().sqrt()
 
         layer = nn.Linear(self.latents, self.components, bias=False).to(images.device)
         start = torch.randperm(len(images))[: self.latents].to(images.device)
@@ -138,10 +140,10 @@ class Sparse(Reference):
         return above_slope + 0.5 * self.negative_curvature * below.square().sum()
 
     def data_of(self, images: Tensor) -> Tensor:
-        return (images - self.mean) @ self.axes / self.scale
+        return (images - self.mean) @ self.axes.T / self.scale
 
     def images_of(self, predictions: Tensor) -> Tensor:
-        return predictions * self.scale @ self.axes.T + self.mean
+        return predictions * self.scale @ self.axes + self.mean
 
     def after_step(self) -> None:
         # Else the prior could be had for nothing: small latents and large weights.
@@ -265,17 +267,14 @@ def train(
             outcome.accuracy[step] = watching.linear(*watching.latents(setup))
         start = time.perf_counter()
         Y = setup.data_of(batch.X.flatten(1))
-        outcome.energy.append(energy(setup, infer(setup, Y), Y) / len(Y))
+        result = infer(setup, Y)
+        F = energy(setup.decoder, half_squared_error, Y, result, prior=setup.prior)
+        outcome.energy.append(F / len(Y))
         optimizer.step()
         setup.after_step()
         outcome.minutes += (time.perf_counter() - start) / 60
     outcome.accuracy[steps] = watching.linear(*watching.latents(setup))
     return outcome
-
-
-def half_squared_error(output: Tensor, Y: Tensor) -> Tensor:
-    """Half the sum of the squared errors."""
-    return 0.5 * (output - Y).square().sum()
 
 
 def infer(setup: Reference, Y: Tensor) -> PCResult:
@@ -284,14 +283,6 @@ def infer(setup: Reference, Y: Tensor) -> PCResult:
     return PCInferLatent(
         setup.decoder, half_squared_error, Y, start, setup.eta, setup.n, prior=setup.prior
     )
-
-
-@torch.no_grad()
-def energy(setup: Reference, result: PCResult, Y: Tensor) -> float:
-    """F at the final beliefs."""
-    F = half_squared_error(setup.decoder[-1](result.v[-2]), Y)
-    F += sum(0.5 * epsilon_l.square().sum() for epsilon_l in result.epsilon[1:-1])
-    return (F if setup.prior is None else F + setup.prior(result.v[:-1])).item()
 
 
 def infer_all(setup: Reference, images: Tensor) -> Tensor:
@@ -394,15 +385,10 @@ def _scores(axes: Axes, scores: dict[str, dict[str, float]]) -> None:
 def _reconstructions(axes: Axes, originals: Tensor, outcomes: dict[str, Outcome]) -> None:
     rows = {"test image": originals} | {name: o.pictures for name, o in outcomes.items()}
     side = round(originals.shape[1] ** 0.5)
-    tiles = [
-        pictures.view(-1, side, side).permute(1, 0, 2).flatten(1) for pictures in rows.values()
-    ]
-    axes.imshow(torch.cat(tiles).clamp(0, 1).cpu(), cmap="gray_r")
-    axes.set_xticks([])
+    pictures = torch.cat(list(rows.values())).view(-1, 1, side, side)
+    show_mosaic(axes, 1 - mosaic(pictures, len(originals), gap=0))
     axes.set_yticks([side * (row + 0.5) for row in range(len(rows))], rows)
     axes.tick_params(length=0)
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
 
 
 def _plane(axes: Axes, plane: np.ndarray, labels: Sequence[int], title: str) -> None:
