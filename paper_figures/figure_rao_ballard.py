@@ -58,10 +58,12 @@ WELL_FITTED = 0.75
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """The reference's settings; where it gives none, the choice is ours.
+    """The reference's settings, but for the weights' rates; where it gives none, the choice is ours.
 
-    The weights' rate and prior at level 2 are ours: its causes are small, and with those of level 1
-    its weights would stay what they were drawn as. So are n and the weights' size at the start.
+    weight_rate is for the mean of the images' gradients, at level 2 and at level 1, as are g and
+    initial_weights. With the reference's 0.05 for both, and as few batches, the weights of level 1
+    keep much of the noise that they start with, and those of level 2, whose causes are smaller,
+    stay what they were drawn as.
     """
 
     variance: float = 10.0
@@ -70,7 +72,7 @@ class Hierarchy:
     g: tuple[float, float] = (0.01, 0.1)
     belief_rate: float = 0.005
     n: int = 100
-    weight_rate: tuple[float, float] = (1.0, 0.05)
+    weight_rate: tuple[float, float] = (1.0, 0.5)
     weight_rate_decay: float = 1.05
     initial_weights: tuple[float, float] = (0.3, 0.1)
     batches: int = 40
