@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 import time
@@ -38,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what the arguments ask for; the exit status is 0 if all went well."""
     modules = figure_modules()
     asked = parse(modules, arguments)
+    if asked.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # The networks are small: a second thread brings little, and on a busy machine the threads
+        # wait for each other longer than they compute.
+        torch.set_num_threads(1)
     options = Options(asked.data, asked.out, asked.device, asked.seed, asked.quick)
     chosen = asked.figure or [name for name in modules if getattr(modules[name], "DEFAULT", True)]
     not_drawn, off = [], []

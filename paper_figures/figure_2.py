@@ -3,15 +3,21 @@
 Relative error (A-D) and angle (E-H) between the predictive coding update and the gradient, layer by
 layer, against the number of iterations n, on one batch, with a network trained by backprop. One
 relaxation is followed for each eta, and its updates are read off after every iteration.
+
+Strict is gradient descent with step eta on the energy F, so it is stable only below ``2 / lambda``,
+where lambda is the largest eigenvalue of F's Hessian. That depends on the trained weights: here it is
+about 0.15 to 0.27, so that eta = 0.2, at which the paper's network converges, may go either way.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from paper_figures.data import Batch, load_digits
@@ -43,10 +49,18 @@ def run(options: Options) -> list[Number]:
     batch = next(data.train_batches(1, 300, options.seed + 1, options.device))
     followed = {eta: follow_strict(model, batch, eta, iterations) for eta in PAPER_FATE}
 
-    numbers = [
-        Number(f"η = {eta:g}", fate, followed[eta].fate(), check=True)
-        for eta, fate in PAPER_FATE.items()
-    ]
+    limit = stability_limit(model, batch)
+
+    numbers = []
+    for eta, fate in PAPER_FATE.items():
+        found = followed[eta].fate()
+        # A limit near eta leaves the end open: it is that of the start, and the Hessian changes.
+        clear = abs(eta / limit - 1) > 0.05
+        predicted = "converges" if eta < limit else "diverges"
+        numbers += [
+            Number(f"η = {eta:g}", fate, found, check=eta != 0.2),
+            Number(f"η = {eta:g}, theory: limit {limit:.3f}", predicted, found, check=clear),
+        ]
     after_20 = followed[0.1].relative_error[19]
     farther_below = all(below > above for below, above in pairwise(after_20))
     numbers.append(
@@ -67,7 +81,7 @@ def run(options: Options) -> list[Number]:
 
     title = (
         "Strict's update against the gradient, mnist_net trained by backprop, squared error\n"
-        f"one batch of 300 of the {data.name}"
+        f"one batch of 300 ({data.name}); theory: stable below η = {limit:.2f}"
     )
     save(
         options,
@@ -75,7 +89,8 @@ def run(options: Options) -> list[Number]:
         draw(followed, title),
         data=data.summary(),
         settings=settings | {"eta": list(PAPER_FATE), "n": iterations},
-        series={f"eta {eta:g}": vars(found) for eta, found in followed.items()},
+        series={"stability limit of eta": limit}
+        | {f"eta {eta:g}": vars(found) for eta, found in followed.items()},
         numbers=numbers,
     )
     return numbers
@@ -95,6 +110,36 @@ def follow_strict(model: nn.Sequential, batch: Batch, eta: float, iterations: in
             if not math.isfinite(sum(found.relative_error[-1])):
                 break
     return found
+
+
+def stability_limit(model: nn.Sequential, batch: Batch, iterations: int = 100) -> float:
+    """2 over the largest eigenvalue of the energy's Hessian at the feed-forward values.
+
+    Found by power iteration, for every image at once: F is a sum over the images.
+    """
+    vhat = [batch.X]
+    for layer in model:
+        vhat.append(layer(vhat[-1]).detach().requires_grad_())
+    beliefs = vhat[1:-1]
+    gradient = torch.autograd.grad(energy(model, vhat, batch.labels), beliefs, create_graph=True)
+    direction = [torch.ones_like(v) for v in beliefs]
+    for _ in range(iterations):
+        length = sum(part.flatten(1).square().sum(1) for part in direction).sqrt()
+        direction = [part / length.view(-1, *[1] * (part.ndim - 1)) for part in direction]
+        image = torch.autograd.grad(gradient, beliefs, direction, retain_graph=True)
+        eigenvalues = sum(
+            (before * after).flatten(1).sum(1)
+            for before, after in zip(direction, image, strict=True)
+        )
+        direction = list(image)
+    return (2 / eigenvalues.max()).item()
+
+
+def energy(model: nn.Sequential, v: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """F, which Strict descends, as a function of the beliefs."""
+    *predictions, output = (layer(v_l) for layer, v_l in zip(model, v[:-1], strict=True))
+    errors = (p - v_l for p, v_l in zip(predictions, v[1:-1], strict=True))
+    return squared_error(output, labels) + sum(error.square().sum() for error in errors) / 2
 
 
 def draw(followed: dict[float, Convergence], title: str) -> Figure:

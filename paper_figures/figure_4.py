@@ -66,7 +66,7 @@ def run(options: Options) -> list[Number]:
     numbers = numbers_of(closed, plain, theory)
     title = (
         "FixedPred's update against the gradient in float64, mnist_net trained by backprop, "
-        f"cross-entropy\none batch of 300 of the {data.name}; dots: theory, 1 − c(n−1)"
+        f"cross-entropy\none batch of 300 ({data.name}); dots: theory, 1 − c(n−1)"
     )
     save(
         options,

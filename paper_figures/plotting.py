@@ -75,16 +75,21 @@ def comparison_figure(comparison: Comparison, title: str, letters: str = "ABCD")
     right.set(ylabel="accuracy", ylim=(None, 1))
     right.legend(loc="lower right", title=f"mean over {SMOOTHED} steps")
     per_layer(error, comparison.relative_error)
-    error.set(ylabel="relative error", ylim=(-0.04, None))
+    error.set(
+        ylabel="relative error", ylim=(-0.04, max(1, 1.05 * _largest(comparison.relative_error)))
+    )
     per_layer(angles, comparison.angle)
     # So high at least that float32's millionths of a degree lie on zero.
-    top = 1.05 * max(map(max, comparison.angle))
-    angles.set(ylabel="angle (degrees)", ylim=(-0.2, max(4, top)))
+    angles.set(ylabel="angle (degrees)", ylim=(-0.2, max(4, 1.05 * _largest(comparison.angle))))
     for axes, name in zip((loss, right, error, angles), letters, strict=True):
         axes.set_xlabel("training step")
         letter(axes, name)
     layer_legend(figure, error)
     return figure
+
+
+def _largest(values: Sequence[Sequence[float]]) -> float:
+    return max(map(max, values))
 
 
 def _curves(axes: Axes, comparison: Comparison, measure: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torch2pc
+from tests import reference
 
 
 class Case(NamedTuple):
@@ -128,3 +130,26 @@ def random_beliefs(case: Case) -> list[Tensor]:
     for layer in case.model:
         beliefs.append(layer(beliefs[-1]).detach())
     return [belief + 0.3 * torch.randn_like(belief) for belief in beliefs]
+
+
+def check_against_reference(case: Case, ErrType: str, seed: int = 1, **options: Any) -> None:
+    """``case`` against the reference on the layers as the forward pass finds them."""
+    twin = copy.deepcopy(case.model)
+    torch.manual_seed(seed)
+    frozen = reference.freeze(twin, case.X)
+    of_frozen = case._replace(model=frozen)
+    if ErrType == "Exact":
+        expected = reference.exact(*of_frozen)
+    elif ErrType == "FixedPred":
+        expected = reference.fixed_pred(*of_frozen, 0.1, options.get("n", 20))
+    else:
+        expected = reference.strict(*of_frozen, 0.1, options.get("n", 20))
+
+    torch.manual_seed(seed)
+    result = case.infer(ErrType, **options)
+    assert_close(result.v, expected.v)
+    assert_close(result.epsilon[1:], expected.epsilon[1:])
+    names = {p: name for name, p in twin.named_parameters()}
+    updates = {names[p]: update for p, update in expected.updates.items()}
+    found = {name: g for name, g in case.gradients().items() if g is not None}
+    assert_close(found, updates)

@@ -141,6 +141,34 @@ def energy(model: nn.Sequential, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> 
     return (LossFun(model[-1](v[L - 1]), Y) + squares / 2).detach()
 
 
+class Frozen(nn.Module):
+    """A layer that draws the same random numbers and finds the same buffers at each evaluation."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.random = torch.get_rng_state()
+        self.values = [b.clone() for b in layer.buffers()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_rng_state(self.random)
+        for buffer, value in zip(self.layer.buffers(), self.values, strict=True):
+            buffer.data = value.clone()
+        return self.layer(x.clone())  # it may work in place
+
+
+def freeze(model: nn.Sequential, X: Tensor) -> nn.Sequential:
+    """``model`` with each layer frozen as it is when a forward pass from ``X`` comes to it.
+
+    The parameters are those of ``model``; use a copy, as its buffers move.
+    """
+    frozen = nn.Sequential()
+    for layer in model:
+        frozen.append(Frozen(layer))
+        X = layer(X).detach()
+    return frozen
+
+
 def latent_energy(
     model: nn.Sequential,
     LossFun: Loss,

@@ -271,3 +271,13 @@ def test_weights_that_do_not_match_the_sum_in_their_name_are_refused(tmp_path: P
     torch.save(vgg19_state(one_value), path)
     with pytest.raises(data.DataError, match=r"SHA256 sum .* but dcbb9e9d is expected"):
         nets.load_vgg19(tmp_path)
+
+
+def test_the_stability_limit_is_that_of_a_known_hessian():
+    """With layers v_1 = w_1 x, y = w_2 v_1, F is quadratic in v_1, of Hessian 1 + 2 w_2^2 / N."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    batch = data.Batch(torch.ones(2, 3), torch.tensor([0, 1]))
+    largest = torch.linalg.svdvals(model[1].weight)[0].item()
+    # Four outputs share the mean squared error, whose second derivative is 2/4.
+    expected = 2 / (1 + largest**2 / 2)
+    assert figure_2.stability_limit(model, batch) == pytest.approx(expected, rel=1e-4)

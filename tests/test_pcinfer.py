@@ -61,7 +61,8 @@ def test_results_are_detached_and_share_no_memory(
     case.X.requires_grad_(with_input_error)
     vhat, Loss, dLdy, v, epsilon = case.infer(ErrType, n=3)
     parameters = list(case.model.parameters())
-    groups = [vhat, [Loss], [dLdy], v, epsilon, [p.grad for p in parameters], parameters]
+    assert v[0] is case.X or case.X.requires_grad
+    groups = [vhat, [Loss], [dLdy], v[1:], epsilon, [p.grad for p in parameters], parameters]
     groups += [[case.X, case.Y], [case.X.grad]]
     for tensor in [*vhat, Loss, dLdy, *v, *epsilon[1:]]:
         assert not tensor.requires_grad and tensor.grad_fn is None

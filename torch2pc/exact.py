@@ -13,23 +13,17 @@ from typing import Any
 
 import torch
 
-from torch2pc.layers import (
-    Graph,
-    Inference,
-    Network,
-    belief_dtype,
-    own,
-)
+from torch2pc.layers import Inference, Network, detached, in_belief_dtype, own
 
 
 def exact(network: Network, eta: Any, n: Any, vinit: Any) -> Inference:
     """Infer by one forward and one backward pass; ``eta``, ``n`` and ``vinit`` have no use here."""
     ones = [1.0] * len(network.layers)
-    return weighted_backpropagation(network.feed_forward(), ones, ones)
+    return weighted_backpropagation(network, ones, ones)
 
 
 def weighted_backpropagation(
-    graph: Graph, c_epsilon: Sequence[float], c_v: Sequence[float]
+    network: Network, c_epsilon: Sequence[float], c_v: Sequence[float]
 ) -> Inference:
     """Errors and beliefs that are multiples of the gradients g_l = dLoss/dvhat_l:
 
@@ -37,7 +31,7 @@ def weighted_backpropagation(
 
     The update of layer l's parameters is c_epsilon[L-l] times their gradient.
     """
-    L = len(c_epsilon)
+    graph, L = network.feed_forward(), len(c_epsilon)
     # c[l] is layer l's; the input's error arrives through layer 1, and the loss's own parameters
     # get their gradient as it is.
     c = [c_epsilon[L - 1], *reversed(c_epsilon), 1.0]
@@ -45,28 +39,33 @@ def weighted_backpropagation(
     shares = is_scaled and graph.shares_leaves
     g, gradients = graph.backpropagate(keep_graph=shares)
 
-    vhat = [x.detach() for x in graph.vhat]
-    v, epsilon = [vhat[0].clone()], []
-    for vhat_l, g_l, c_v_l, c_l in zip(vhat[1:], g[1:], reversed(c_v), c[1:-1], strict=True):
-        g_l = g_l.to(belief_dtype(vhat_l))
-        v.append(torch.sub(vhat_l, g_l, alpha=c_v_l))
-        epsilon.append(g_l if c_l == 1 else g_l * c_l)
-
+    vhat = [vhat_l.detach() for vhat_l in graph.vhat]
+    dLdy, epsilon_0 = g[-1].clone(), None if g[0] is None else g[0] * c[0]
+    errors = [in_belief_dtype(g_l) for g_l in g[1:]]
+    v = [
+        torch.sub(vhat_l, error, alpha=c_l)
+        for vhat_l, error, c_l in zip(vhat[1:], errors, reversed(c_v), strict=True)
+    ]
     leaves = [leaf for _, leaf, _ in gradients]
     if shares:
-        updates = own(graph.weighted_gradients(g, leaves, c))
-        epsilon = own(epsilon)
+        epsilon, updates = own(errors), own(graph.weighted_gradients(g, leaves, c))
     else:
-        found = own([*epsilon, *(of_leaf for _, _, of_leaf in gradients)])
+        found = own([*errors, *[of_leaf for _, _, of_leaf in gradients]])
         epsilon, updates = found[:L], found[L:]
-        if is_scaled:
-            torch._foreach_mul_(updates, [c[l] for l, _, _ in gradients])
-    epsilon_0 = None if g[0] is None else g[0] * c[0]
+    if is_scaled:
+        # In place: they are ours now. Tensors are faster factors than numbers.
+        scale = torch.tensor(c, dtype=torch.float64).unbind()
+        for error, scale_l, c_l in zip(epsilon, scale[1:], c[1:], strict=False):
+            if c_l != 1:
+                error.mul_(scale_l)
+        for (l, _, _), update in zip(gradients, updates, strict=True):
+            if c[l] != 1 and not shares:
+                update.mul_(scale[l])
     return Inference(
         vhat,
-        graph.Loss.detach(),
-        g[-1].clone(),
-        v,
+        graph.Loss.detach().clone(),
+        dLdy,
+        [detached(network.X), *v],
         [epsilon_0, *epsilon],
         dict(zip(leaves, updates, strict=True)),
     )

@@ -34,7 +34,7 @@ def fixed_pred(network: Network, eta: float, n: int, vinit: Sequence[Tensor] | N
     L = len(network.layers)
     # epsilon is that of the n-th iteration, computed before the n-th update of v; v_L is not moved.
     before, after = error_factors(eta, n - 1, L), error_factors(eta, n, L)
-    return weighted_backpropagation(network.feed_forward(), before, [0.0, *after[1:]])
+    return weighted_backpropagation(network, before, [0.0, *after[1:]])
 
 
 @lru_cache

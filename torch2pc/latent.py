@@ -15,7 +15,7 @@ from torch2pc.checks import (
     check_precision,
     check_tensor,
 )
-from torch2pc.layers import Inference, Layer, Network
+from torch2pc.layers import Inference, Layer, Network, outside_autocast
 from torch2pc.pcinfer import PCResult, infer
 from torch2pc.strict import Relaxation
 
@@ -31,6 +31,7 @@ def PCInferLatent(
     precision: float | Sequence[float] | None = None,
     prior: Callable[[list[Tensor]], Tensor] | None = None,
     accumulate: bool = False,
+    compile: bool = False,
 ) -> PCResult:
     r"""Infer the latent causes of a batch and write the model's updates into ``.grad``.
 
@@ -59,6 +60,7 @@ def PCInferLatent(
         prior: a callable from the list ``[v_0, ..., v_{L-1}]`` to a scalar energy. If it has
             parameters, they get their gradient too.
         accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
+        compile: run the iterations through ``torch.compile``, as in ``PCInfer``.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``: ``v[0]`` is the inferred latent, and
@@ -106,11 +108,11 @@ def PCInferLatent(
 
     def relax(network: Network) -> Inference:
         of_beliefs = None if prior is None else Layer(prior, "prior", network.devices)
-        relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
-        with network.replaying():
-            for _ in range(n):
-                relaxation.step()
-            relaxation.take_errors()
-            return relaxation.result()
+        with outside_autocast(network.X.device):
+            relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
+            with network.replaying():
+                relaxation.run(n, compile)
+                relaxation.take_errors()
+                return relaxation.result()
 
     return infer(relax, model, LossFun, Xinit.detach(), Y, accumulate, prior)

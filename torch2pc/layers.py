@@ -9,12 +9,12 @@ turned into beliefs, is up to ``exact.py``, ``fixed_pred.py`` and ``strict.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from torch2pc.state import (
     Buffers,
@@ -48,15 +48,20 @@ class Layer:
 
     def __init__(self, function: Callable[..., Any], name: str, devices: set[torch.device]) -> None:
         self.function = function
-        self.name = f"{name} ({_type_name(function)})"
+        self._name = name
         self._devices = devices
-        self._copies_input = isinstance(function, nn.Module) and _may_write_input(function)
+        self.copies_input = isinstance(function, nn.Module) and _may_write_input(function)
         self._random: list[tuple[torch.device, Tensor]] | None = None
         self._buffers: Buffers | None = None
         self.has_leaves = True
 
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"{self._name} ({_type_name(self.function)})"
+
     def __call__(self, x: Any, *others: Any) -> Tensor:
-        given = x.clone() if self._copies_input else x
+        given = x.clone() if self.copies_input else x
         version = given._version if isinstance(given, Tensor) else 0
         try:
             output = self.function(given, *others)
@@ -72,7 +77,8 @@ class Layer:
                 f"{self.name} must return one floating-point tensor, got "
                 f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}"
             )
-        return output
+        is_fresh = not output.is_leaf and not output._is_view()
+        return output if is_fresh else _own_output(output, given)
 
     def _wrote_input(self) -> RuntimeError:
         return RuntimeError(
@@ -89,6 +95,11 @@ class Layer:
         self._buffers = buffers if buffers.differ() else None
         self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
         return output
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether the recorded evaluation drew no random numbers and changed no buffers."""
+        return self._random is None and self._buffers is None
 
     def replay(self, x: Any, *others: Any) -> Tensor:
         """The recorded function, evaluated at another input."""
@@ -123,7 +134,10 @@ class Network:
 
         def walk(x: Tensor) -> Tensor:
             for layer in self.layers:
-                x = _differentiable(_with_own_memory(layer(x), x))
+                x = layer(x)
+                if not x.requires_grad:
+                    # No parameters so far, or frozen ones, on an input that needs no gradient.
+                    x = x.detach().requires_grad_()
                 vhat.append(x)
             return x
 
@@ -144,7 +158,7 @@ class Network:
                 x = x.detach().requires_grad_(x.is_floating_point())
                 # With gradients on, as in every replay: under no_grad some modules take another
                 # path, and autocast would cache weights that are cut off from the graph.
-                x = _with_own_memory(layer.record(x), x).detach()
+                x = layer.record(x).detach()
                 vhat.append(x)
             return x
 
@@ -159,7 +173,7 @@ class Network:
         (dLdy,) = gradient([Loss], [prediction])
         if dLdy is None:
             raise _independent_loss()
-        return vhat, Loss.detach(), dLdy
+        return vhat, Loss.detach().clone(), dLdy
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``walk(x)`` as the forward of the model, so that the hooks of the container run too."""
@@ -187,16 +201,14 @@ class Graph:
 
     def __init__(self, vhat: list[Tensor], Loss: Tensor) -> None:
         self.vhat, self.Loss = vhat, Loss
-        # The leaves (parameters, mostly) of each layer, and as the last entry the loss's.
-        self.leaves = [
-            leaves_between(output, [x]) for x, output in zip(vhat, [*vhat[1:], Loss], strict=True)
-        ]
-
-    @property
-    def shares_leaves(self) -> bool:
-        """Whether a parameter is used by more than one layer."""
-        found = [leaf for leaves in self.leaves for leaf in leaves]
-        return len(set(found)) < len(found)
+        # The leaves (parameters, mostly) and the first layer that uses each; the loss counts as
+        # layer L+1.
+        self.layer_of: dict[Tensor, int] = {}
+        self.shares_leaves = False
+        for l, output in enumerate([*vhat[1:], Loss], start=1):
+            for leaf in leaves_between(output, (vhat[l - 1],)):
+                if self.layer_of.setdefault(leaf, l) != l:
+                    self.shares_leaves = True
 
     def backpropagate(
         self, keep_graph: bool = False
@@ -204,12 +216,11 @@ class Graph:
         """The gradients of the loss, in one backward pass.
 
         Returns g_l = dLoss/dvhat_l for l = 0..L (entry 0 is None unless the input requires grad),
-        and (l, leaf, gradient) for every leaf that the loss depends on, with the layer that uses it
-        first; the loss itself counts as layer L+1.
+        and (l, leaf, gradient) for every leaf that the loss depends on, with the first layer that
+        uses it.
         """
         asked = [l for l, vhat_l in enumerate(self.vhat) if vhat_l.requires_grad]
-        leaves = self._leaves_with_layer()
-        inputs = [*(self.vhat[l] for l in asked), *leaves]
+        inputs = [*(self.vhat[l] for l in asked), *self.layer_of]
         found = gradient([self.Loss], inputs, keep_graph=keep_graph)
         if found[len(asked) - 1] is None:
             raise _independent_loss()
@@ -218,7 +229,7 @@ class Graph:
             g[l] = torch.zeros_like(self.vhat[l]) if g_l is None else g_l
         return g, [
             (l, leaf, of_leaf)
-            for (leaf, l), of_leaf in zip(leaves.items(), found[len(asked) :], strict=True)
+            for (leaf, l), of_leaf in zip(self.layer_of.items(), found[len(asked) :], strict=True)
             if of_leaf is not None
         ]
 
@@ -235,13 +246,6 @@ class Graph:
         start = torch.ones_like(self.Loss)
         return gradient([self.Loss, *self.vhat[1:L]], leaves, [start, *added])
 
-    def _leaves_with_layer(self) -> dict[Tensor, int]:
-        found: dict[Tensor, int] = {}
-        for l, leaves in enumerate(self.leaves, start=1):
-            for leaf in leaves:
-                found.setdefault(leaf, l)
-        return found
-
 
 def gradient(
     outputs: Sequence[Tensor],
@@ -252,19 +256,22 @@ def gradient(
     """``J^T arriving`` for each input; None for one that the outputs do not depend on."""
     if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
-    device_type = outputs[0].device.type
     # Backward passes belong outside autocast: the types were chosen in the forward pass.
-    outside = (
-        torch.autocast(device_type, enabled=False)
-        if torch.is_autocast_enabled(device_type)
-        else nullcontext()
-    )
-    with outside:
-        return list(
-            torch.autograd.grad(
-                outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
-            )
+    with outside_autocast(outputs[0].device):
+        found = torch.autograd.grad(
+            outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
         )
+    if any([x._backward_hooks for x in inputs]):
+        # A tensor hook may have returned a tensor that is not ours to write into.
+        found = tuple(None if of_x is None else of_x.clone() for of_x in found)
+    return list(found)
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off for the body, if it is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
@@ -273,20 +280,22 @@ def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
     Read off the autograd graph, so that it is right for shared, frozen, unused and parametrized
     parameters, and for those that belong to no module; faster than listing parameters, too.
     """
-    if not output.requires_grad:
-        return []
-    seen: set[Node] = {get_gradient_edge(x).node for x in inputs if x.requires_grad}
-    waiting = [get_gradient_edge(output).node]
+    seen: set[Any] = {None}
+    for x in inputs:
+        if x.requires_grad:
+            seen.add(x.grad_fn or get_gradient_edge(x).node)
+    waiting: list[Any] = [output.grad_fn]
     leaves = []
-    while waiting:
-        node = waiting.pop()
+    for node in waiting:
         if node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)  # an AccumulateGrad node's leaf
-        if variable is not None and not node.next_functions:
-            leaves.append(variable)
-        waiting.extend(before for before, _ in node.next_functions if before is not None)
+        before = node.next_functions
+        if before:
+            for function, _ in before:
+                waiting.append(function)
+        elif hasattr(node, "variable"):  # it accumulates the gradient of a leaf
+            leaves.append(node.variable)
     return leaves
 
 
@@ -316,24 +325,24 @@ def check_scalar(name: str, energy: Tensor) -> None:
         )
 
 
-def belief_like(vhat: Tensor) -> Tensor:
-    """A copy of ``vhat`` to hold beliefs: float32 for half precision, where updates would vanish."""
-    return vhat.to(belief_dtype(vhat), copy=True)
+def in_belief_dtype(x: Tensor) -> Tensor:
+    """``x`` in the type that beliefs and errors are held in.
+
+    Float32 for half precision, where updates would vanish in rounding.
+    """
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def belief_dtype(vhat: Tensor) -> torch.dtype:
-    """The type in which beliefs and errors about ``vhat`` are held."""
-    half = vhat.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half else vhat.dtype
-
-
-def own(tensors: Iterable[Tensor]) -> list[Tensor]:
+def own(tensors: list[Tensor]) -> list[Tensor]:
     """The same values, each tensor with memory of its own (copied only where it is shared)."""
-    starts: set[int] = set()
+    strided = [tensor for tensor in tensors if tensor.layout is torch.strided]
+    starts = {tensor.data_ptr() for tensor in strided}
+    if len(starts) == len(strided) and all(tensor.is_contiguous() for tensor in strided):
+        return tensors
+    starts.clear()
     result = []
     for tensor in tensors:
-        tensor = tensor.detach()
-        if tensor.layout == torch.strided:
+        if tensor.layout is torch.strided:
             if tensor.data_ptr() in starts or 0 in tensor.stride():
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
             starts.add(tensor.data_ptr())
@@ -347,50 +356,55 @@ def _independent_loss() -> ValueError:
     )
 
 
+def detached(X: Tensor) -> Tensor:
+    """X itself where it can be returned as it is."""
+    return X.detach() if X.requires_grad else X
+
+
 def _input_copy(X: Tensor) -> Tensor:
     # A copy: whatever a layer does to it, the user's X stays as it is.
     copy = X.detach().clone()
     return copy.requires_grad_() if X.requires_grad else copy
 
 
-def _differentiable(output: Tensor) -> Tensor:
-    # The output of layers without parameters, or frozen ones, on an input that needs no gradient.
-    return output if output.requires_grad else output.detach().requires_grad_()
-
-
-def _with_own_memory(output: Tensor, x: Tensor) -> Tensor:
+def _own_output(output: Tensor, given: Any) -> Tensor:
     """A copy of ``output`` where it is a parameter or a buffer, or a view of one.
 
-    The optimizer would change it later. A view of the input ``x`` is fine: that is ours.
+    The optimizer would change it later. A view of the input is fine: that is ours.
     """
-    base = output._base if output._is_view() else output
-    base_of_input = x._base if x._is_view() else x
-    return (
-        output.clone()
-        if base is not None and base.is_leaf and base is not base_of_input
-        else output
-    )
+    base = output._base if output._base is not None else output
+    of_input = isinstance(given, Tensor) and (base is given or base is given._base)
+    return output.clone() if base.is_leaf and not of_input else output
 
 
 def _may_write_input(module: nn.Module) -> bool:
     """Whether a module says that it works in place, and may do so on its own input."""
     if type(module) is nn.Sequential:
-        for child in module:
+        for child in module._modules.values():
             if _may_write_input(child):
                 return True
             if not _may_return_input(child):
                 return False
         return False
-    if not module._modules:
-        return bool(getattr(module, "inplace", False))
-    return any(getattr(inner, "inplace", False) for inner in modules_in(module))
+    return (
+        any(_is_in_place(inner) for inner in modules_in(module))
+        if module._modules
+        else _is_in_place(module)
+    )
+
+
+def _is_in_place(module: nn.Module) -> bool:
+    # Not getattr: a module without the attribute would take a slow way to say so.
+    return bool(module.__dict__.get("inplace") or getattr(type(module), "inplace", False))
 
 
 def _may_return_input(module: nn.Module) -> bool:
-    views = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
     if type(module) is nn.Sequential:
         return all(_may_return_input(child) for child in module)
-    return isinstance(module, views)
+    return isinstance(module, _VIEWS)
+
+
+_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
 def _type_name(value: object) -> str:

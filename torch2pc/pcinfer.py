@@ -20,7 +20,7 @@ from torch2pc.checks import (
 from torch2pc.exact import exact
 from torch2pc.fixed_pred import fixed_pred
 from torch2pc.layers import Inference, Network
-from torch2pc.state import devices_of, modules_in, unchanged_on_failure, write_gradients
+from torch2pc.state import Snapshot, devices_of, modules_in, write_gradients
 from torch2pc.strict import strict
 
 ALGORITHMS: dict[str, Callable[..., Inference]] = {
@@ -59,6 +59,7 @@ def PCInfer(
     vinit: Sequence[Any] | None = None,
     *,
     accumulate: bool = False,
+    compile: bool = False,
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
@@ -81,8 +82,14 @@ def PCInfer(
       taken at the returned ``v`` with the ``epsilon`` of the last iteration.
 
     The call has the side effects of one forward pass: dropout masks are drawn once and kept, running
-    statistics move once, and if it raises, everything is as it was. With half-precision outputs,
-    beliefs and errors are held in float32.
+    statistics move once, and if it raises, everything is as it was. Hooks of modules fire as in one
+    forward pass; with Strict, those of a layer fire at each of its evaluations. Tensor hooks of a
+    parameter see each layer's gradient before FixedPred weighs it; post-accumulate-grad hooks run
+    when ``.grad`` is written. With half-precision outputs, beliefs and errors are held in float32;
+    Strict runs outside autocast, as its errors are differences too small for half precision (a model
+    whose parameters are in half precision still rounds them; prefer the other two there). With a
+    ``GradScaler``, let ``LossFun`` return the scaled loss: that scales the updates of Exact and
+    FixedPred, but changes the energy that Strict descends.
 
     Args:
         model: an ``nn.Sequential`` on any device, of any floating type, with batched inputs.
@@ -98,6 +105,10 @@ def PCInfer(
         vinit: initial beliefs for Strict, L+1 entries, of which the first (the input) and the last
             are not used. Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
+        compile: run Strict's iterations through ``torch.compile``, which takes up to a minute at
+            the first call for a model and pays off where many small layers are evaluated often.
+            Where it cannot be done (random layers, changing buffers, code that does not trace) a
+            warning says so once. The other two algorithms have nothing to compile.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``.
@@ -142,6 +153,8 @@ def PCInfer(
         check_vinit_length(vinit, len(model) + 1)
 
     algorithm = partial(ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit)
+    if ErrType == "Strict":
+        algorithm = partial(algorithm, compile=compile)
     return infer(algorithm, model, LossFun, X, Y, accumulate)
 
 
@@ -155,16 +168,19 @@ def infer(
     prior: object = None,
 ) -> PCResult:
     """Run a checked call: all of its effects, or an exception and none of them."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        with torch.inference_mode(False), torch.enable_grad():
+            return infer(algorithm, model, LossFun, X, Y, accumulate, prior)
     modules = modules_in(model, LossFun, prior)
     devices = devices_of(modules, X)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        unchanged_on_failure(modules, devices),
-    ):
+    before = Snapshot(modules, devices)
+    try:
         inference = algorithm(Network(model, LossFun, X, Y, devices))
         vhat, Loss, dLdy, v, epsilon, updates = inference
         if X.is_leaf and epsilon[0] is not None:
             updates[X] = epsilon[0].clone()
         write_gradients(updates, accumulate)
+    except BaseException:
+        before.restore()
+        raise
     return PCResult(vhat, Loss, dLdy, v, epsilon)

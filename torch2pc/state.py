@@ -26,15 +26,18 @@ def modules_in(*roots: object) -> list[nn.Module]:
         module = waiting.pop()
         if module not in found:
             found[module] = None
-            waiting.extend(child for child in module._modules.values() if child is not None)
+            children = module._modules
+            if children:
+                waiting += [child for child in children.values() if child is not None]
     return list(found)
 
 
-def devices_of(modules: Iterable[nn.Module], *tensors: Tensor) -> set[torch.device]:
-    """The devices on which the modules and tensors live, and the CPU."""
-    devices = {torch.device("cpu"), *(tensor.device for tensor in tensors)}
-    for module in modules:
-        devices.update(p.device for p in module._parameters.values() if p is not None)
+def devices_of(modules: Iterable[nn.Module], X: Tensor) -> set[torch.device]:
+    """The devices whose generators a forward pass may draw from."""
+    devices = {torch.device("cpu"), X.device}
+    if X.device.type != "cpu" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for module in modules:
+            devices.update(p.device for p in module._parameters.values() if p is not None)
     return devices
 
 
@@ -134,20 +137,20 @@ def _version_and_copy(buffer: Tensor | None) -> tuple[int, Tensor | None]:
     return buffer._version, buffer.detach().clone()
 
 
-@contextmanager
-def unchanged_on_failure(modules: list[nn.Module], devices: set[torch.device]) -> Iterator[None]:
-    """If the body raises, put generators, buffers and training flags back as they were."""
-    random = random_state(devices)
-    buffers = Buffers(modules)
-    training = [module.training for module in modules]
-    try:
-        yield
-    except BaseException:
-        set_random_state(random)
-        buffers.restore()
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
-        raise
+class Snapshot:
+    """Generators, buffers and training flags as they are now, to be put back if a call fails."""
+
+    def __init__(self, modules: list[nn.Module], devices: set[torch.device]) -> None:
+        self._random = random_state(devices)
+        self._buffers = Buffers(modules)
+        self._training = [(module, module.training) for module in modules]
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        set_random_state(self._random)
+        self._buffers.restore()
+        for module, training in self._training:
+            module.training = training
 
 
 def write_gradients(updates: dict[Tensor, Tensor], accumulate: bool) -> None:
@@ -158,16 +161,16 @@ def write_gradients(updates: dict[Tensor, Tensor], accumulate: bool) -> None:
     before = [(parameter, parameter.grad) for parameter in updates]
     try:
         with torch.no_grad():
-            for parameter, update in updates.items():
-                if accumulate and parameter.grad is not None:
-                    update = parameter.grad + update
+            for parameter, gradient in before:
+                update = updates[parameter]
+                if accumulate and gradient is not None:
+                    update = gradient + update
                 parameter.grad = update
             for parameter in updates:
-                hooks: dict[int, Any] = (
-                    getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-                )
-                for hook in list(hooks.values()):
-                    hook(parameter)
+                hooks: Any = parameter._post_accumulate_grad_hooks
+                if hooks:
+                    for hook in list(hooks.values()):
+                        hook(parameter)
     except BaseException:
         for parameter, gradient in before:
             parameter.grad = gradient

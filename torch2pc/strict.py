@@ -10,6 +10,9 @@ by repeating n times, all layers at once,
 
 Each layer needs no more than its own input, its own belief and the error from the layer above, and
 that is all that is held at a time: the beliefs and one layer's graph.
+
+The errors are small differences of predictions: a belief moves by far less than the 1/256 of its
+value that bfloat16 resolves. So this algorithm runs outside autocast, in the parameters' own type.
 """
 
 from __future__ import annotations
@@ -21,26 +24,31 @@ import torch
 from torch import Tensor
 
 from torch2pc.checks import check_vinit_entries
+from torch2pc.compiled import compiled_step, give_up
 from torch2pc.layers import (
     Inference,
     Layer,
     Network,
     add_updates,
-    belief_like,
     check_scalar,
+    detached,
     gradient,
+    in_belief_dtype,
     leaves_between,
+    outside_autocast,
     own,
 )
 
 
-def strict(network: Network, eta: float, n: int, vinit: Sequence[Any] | None) -> Inference:
+def strict(
+    network: Network, eta: float, n: int, vinit: Sequence[Any] | None, compile: bool = False
+) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
-    relaxation = Relaxation(network, eta, vinit)
-    with network.replaying():
-        for _ in range(n):
-            relaxation.step()
-        return relaxation.result()
+    with outside_autocast(network.X.device):
+        relaxation = Relaxation(network, eta, vinit)
+        with network.replaying():
+            relaxation.run(n, compile)
+            return relaxation.result()
 
 
 class Relaxation:
@@ -70,9 +78,9 @@ class Relaxation:
     ) -> None:
         self.network, self.eta = network, eta
         self.vhat, self.Loss, self.dLdy = network.record()
-        self.v = [belief_like(vhat_l) for vhat_l in self.vhat]
+        self.v = [in_belief_dtype(vhat_l).clone() for vhat_l in self.vhat]
         if not free_input:
-            self.v[0] = self.vhat[0].clone()
+            self.v[0] = detached(network.X)
         self.epsilon = [torch.zeros_like(v_l) for v_l in self.v]
         self.epsilon[-1].copy_(self.dLdy)
         # precision[l] weighs the error of layer l; that of the output is in the loss.
@@ -98,19 +106,26 @@ class Relaxation:
             self.step()
             yield self.v, self.epsilon
 
+    def run(self, n: int, compile: bool = False) -> None:
+        """``n`` steps, compiled if that is asked for and can be done."""
+        done = self._run_compiled(n) if compile else 0
+        for _ in range(n - done):
+            self.step()
+
     def step(self) -> None:
         """Move all beliefs once."""
         v, epsilon, eta, L = self.v, self.epsilon, self.eta, len(self.network.layers)
         of_prior = self._gradient_of_prior()
         lowest = max(self._lowest, self._reached)
         if lowest == 2 <= L:
-            epsilon[1] = self.vhat[1] - v[1]  # the input is clamped, and so is its prediction
+            # The input is clamped, and so is its prediction.
+            torch.sub(self.vhat[1], v[1], out=epsilon[1])
         # Upwards, so that v_{l-1} can move as soon as layer l has been evaluated there.
         for l in range(lowest, L + 1):
             x = self._input_of(l).requires_grad_()
             prediction = self.network.layers[l - 1].replay(x)
             if l < L:
-                epsilon[l] = prediction.detach() - v[l]
+                torch.sub(prediction.detach(), v[l], out=epsilon[l])
                 (arriving,) = gradient([prediction], [x], [self._weighted_error(l, prediction)])
             else:
                 arriving = self._take_output_error(prediction, x)
@@ -119,6 +134,7 @@ class Relaxation:
             for descended in (arriving, of_prior[l - 1]):
                 if descended is not None:
                     v[l - 1].sub_(descended, alpha=eta)
+            del x, prediction, arriving, descended  # before the next layer makes its own
         self._reached = max(1, self._reached - 1)
 
     def take_errors(self) -> None:
@@ -127,7 +143,7 @@ class Relaxation:
         for l, layer in enumerate(self.network.layers, start=1):
             prediction = layer.replay(self._input_of(l))
             if l < L:
-                self.epsilon[l] = prediction.detach() - self.v[l]
+                torch.sub(prediction.detach(), self.v[l], out=self.epsilon[l])
             else:
                 self._take_output_error(prediction.detach().requires_grad_(), None)
 
@@ -145,7 +161,8 @@ class Relaxation:
             asks_loss = l == L and network.loss.has_leaves
             if not (layer.has_leaves or asks_input or asks_loss):
                 continue
-            x = self._input_of(l).requires_grad_(asks_input)
+            x = self._input_of(l)
+            x.requires_grad_(x.is_floating_point())
             prediction = layer.replay(x)
             leaves = leaves_between(prediction, [x])
             asked = [*leaves, x] if asks_input else leaves
@@ -157,6 +174,7 @@ class Relaxation:
             if asks_loss:
                 output = prediction.detach().requires_grad_()
                 _add_own_gradients(updates, network.loss.replay(output, network.Y), [output])
+            del x, prediction, asked
         if self.prior is not None and self.prior.has_leaves:
             beliefs = self._free_beliefs()
             _add_own_gradients(updates, self.prior.replay(beliefs), beliefs)
@@ -176,9 +194,51 @@ class Relaxation:
             dict(zip(updates, found[L:], strict=True)),
         )
 
+    def _run_compiled(self, n: int) -> int:
+        """Try to run ``n`` compiled steps; the number of steps that were done, 0 or n."""
+        network, like = self.network, self.v[-1]
+        functions = [*network.layers, network.loss, *([] if self.prior is None else [self.prior])]
+        model_step = compiled_step(network.model)
+        if model_step is None:
+            return 0
+        for function in functions:
+            if not function.is_pure:
+                reason = f"{function.name} draws random numbers or changes its buffers"
+                give_up(network.model, reason)
+                return 0
+        is_free = self._lowest == 1
+        v, epsilon = self.v, self.epsilon
+        eta = like.new_full((), self.eta)
+        precision = [None if pi == 1 else like.new_full((), pi) for pi in self.precision]
+        arguments = (
+            [layer.function for layer in network.layers],
+            [layer.copies_input for layer in network.layers],
+            [vhat_l.dtype for vhat_l in self.vhat],
+            network.loss.function,
+            None if self.prior is None else self.prior.function,
+            network.Y,
+            None if is_free else self.vhat[1],
+        )
+        steps = torch.arange(1, n + 1)[:, None]
+        reached = torch.arange(len(v)) > self._reached - steps
+        rows = [row.clone() for row in reached.to(like).unbind()]
+        with torch.no_grad():
+            for k in range(n):
+                try:
+                    v, epsilon = model_step(*arguments, v, eta, precision, rows[k])
+                except Exception as error:
+                    if k > 0:
+                        raise
+                    # Whatever it was: the same steps without compilation say it plainly.
+                    give_up(network.model, error)
+                    return 0
+        self.v[:], self.epsilon[:] = [self.v[0] if not is_free else v[0], *v[1:]], epsilon
+        return n
+
     def _input_of(self, l: int) -> Tensor:
         """The belief that layer l predicts from, in the type that the layer works in."""
-        return self.v[l - 1].detach().to(self.vhat[l - 1].dtype)
+        belief = self.v[l - 1] if l >= self._lowest else self.vhat[0]
+        return belief.detach().to(self.vhat[l - 1].dtype)
 
     def _weighted_error(self, l: int, prediction: Tensor) -> Tensor:
         error = self.epsilon[l].to(prediction.dtype)

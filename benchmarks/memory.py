@@ -1,0 +1,156 @@
+"""Peak memory of one training step: what PyTorch's allocator hands out at most at one time.
+
+On a CPU every allocation and release is read from a profile; on a GPU the allocator counts itself.
+Scratch space that a kernel takes from the system is not seen.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from benchmarks.nets import Case, case
+from benchmarks.report import Options, Row, device_name, rows_record, rows_table, save
+from benchmarks.steps import Step, backprop, infer
+from benchmarks.timing import threads
+from torch2pc import PCInfer
+
+METHOD = (
+    "Peak of the memory that PyTorch's allocator hands out during two training steps in a row, on "
+    "top of what was there before (weights and batch); on a CPU summed up from the allocations in "
+    "a torch.profiler trace, on a GPU torch.cuda.max_memory_allocated. It contains the gradients, "
+    "and what PCInfer returns. Every step starts with zero_grad, except where it says that the "
+    "gradients of the step before are still there. 'Beliefs' is the size of v[1..L], 'results' that "
+    "of all that PCInfer must return: vhat, v and epsilon. In vgg_blocks, a layer is a whole block "
+    "of vgg_style: Strict keeps the graph of one block at a time, BP of all."
+)
+
+N, ETA = 20, 0.1
+
+
+def run(options: Options) -> None:
+    """Measure, print and save the table of peaks."""
+    rows: list[Row] = []
+    megabytes: list[dict[str, object]] = []
+    # The number of threads changes nothing: one CPU entry, and the GPU if there is one.
+    devices = {device.type: device for device, _ in options.devices()}
+    for device in devices.values():
+        for name in tqdm(options.networks, f"memory, {device.type}"):
+            with threads(1):
+                peaks = measure_case(case(name, device), device)
+            where = device_name(device, 1) if device.type == "cuda" else "cpu"
+            rows += rows_of(name, where, peaks)
+            in_megabytes = {what: size / 1e6 for what, size in peaks.items()}
+            megabytes.append({"network": name, "device": where, **in_megabytes})
+    text = rows_table(rows)
+    print(text)
+    save(
+        options,
+        "memory",
+        method=METHOD,
+        text=text,
+        record={"rows": rows_record(rows), "megabytes": megabytes},
+    )
+
+
+def measure_case(case: Case, device: torch.device) -> dict[str, int]:
+    """Peak bytes of each kind of step on this network, and the size of its beliefs."""
+    steps = {
+        "BP": backprop(case),
+        "Exact": with_zero_grad(case, infer(case, "Exact")),
+        "Exact, old gradients there": infer(case, "Exact"),
+        f"FixedPred, n={N}": with_zero_grad(case, infer(case, "FixedPred", eta=ETA, n=N)),
+        f"Strict, n={N}": with_zero_grad(case, infer(case, "Strict", eta=ETA, n=N)),
+    }
+    peaks = {}
+    for name, step in steps.items():
+        case.model.zero_grad()
+        peaks[name] = peak_memory(lambda step=step: (step(), step()), device)  # type: ignore[misc]
+    result = PCInfer(case.model, case.LossFun, case.X, case.Y, "Exact")
+    peaks["beliefs"] = size(result.v[1:])
+    peaks["results"] = size([*result.vhat, *result.v, *result.epsilon[1:]])
+    peaks["gradients"] = size([parameter.grad for parameter in case.model.parameters()])
+    case.model.zero_grad()
+    return peaks
+
+
+def size(tensors: Iterable[Any]) -> int:
+    """Bytes of all tensors together."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def with_zero_grad(case: Case, step: Step) -> Step:
+    def both() -> None:
+        case.model.zero_grad()
+        step()
+
+    return both
+
+
+def rows_of(name: str, device: str, peaks: dict[str, int]) -> list[Row]:
+    """The table's rows; Strict's bar is promised for convolutions, whose activations are large."""
+    exact, fixed, strict = "Exact", f"FixedPred, n={N}", f"Strict, n={N}"
+    of = {
+        "BP": peaks["BP"],
+        "BP + beliefs": peaks["BP"] + peaks["beliefs"],
+        "BP + results": peaks["BP"] + peaks["results"],
+    }
+    bar = None if name.startswith("mlp") else 1.0
+    in_megabytes = [
+        Row(name, device, what, "MB", peaks[what] / 1e6) for what in ("BP", "gradients", "results")
+    ]
+    return in_megabytes + [
+        Row(name, device, what, baseline, peaks[what] / of[baseline], bar=promised)
+        for what, baseline, promised in (
+            (exact, "BP", 1.15),
+            (exact, "BP + results", None),
+            ("Exact, old gradients there", "BP", None),
+            (fixed, "BP", 1.15),
+            (fixed, "BP + results", None),
+            (strict, "BP", bar),
+            (strict, "BP + beliefs", bar),
+            (strict, "BP + results", None),
+        )
+    ]
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that were allocated at one time during the call, beyond those before it.
+
+    >>> def function():
+    ...     a = torch.empty(1000, dtype=torch.uint8)
+    ...     del a
+    ...     b, c = torch.empty(500, dtype=torch.uint8), torch.empty(700, dtype=torch.uint8)
+    >>> peak_memory(function, torch.device("cpu"))
+    1200
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text("utf-8"))["traceEvents"]
+    changes = [
+        (event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
+    ]
+    allocated = peak = 0
+    for _, _, change in sorted(changes):
+        allocated += change
+        peak = max(peak, allocated)
+    return peak

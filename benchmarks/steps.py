@@ -1,0 +1,71 @@
+"""What is timed: one training step (without the optimizer's) by backprop or by PCInfer, and a floor.
+
+Each function prepares what need not be repeated and returns the step to call.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.nets import Case
+from torch2pc import PCInfer
+
+Step = Callable[[], Any]
+
+
+def backprop(case: Case) -> Step:
+    """BP: zero_grad, forward, loss.backward()."""
+    model, LossFun, X, Y = case.model, case.LossFun, case.X, case.Y
+
+    def step() -> None:
+        model.zero_grad()
+        LossFun(model(X), Y).backward()
+
+    return step
+
+
+def floor(case: Case, n: int) -> Step:
+    """What n iterations of Strict cannot do without: n forward passes and vjps of layers 2..L.
+
+    Layer by layer from fixed inputs, with frozen parameters, and nothing else: no loss, no
+    prediction error, no belief that moves. Layer 1 is left out because its input is clamped.
+    """
+    model = copy.deepcopy(case.model).requires_grad_(False)
+    x, work = case.X, []
+    for layer in model:
+        y = layer(x).detach()
+        work.append((layer, x.requires_grad_(x is not case.X), torch.randn_like(y)))
+        x = y
+    del work[0]
+
+    def step() -> None:
+        for _ in range(n):
+            for layer, x, e in work:
+                torch.autograd.grad(layer(x), x, e)
+
+    return step
+
+
+def infer(case: Case, ErrType: str, *, from_vinit: bool = False, **options: Any) -> Step:
+    """PCInfer with these options.
+
+    from_vinit: hand over initial beliefs (the feed-forward ones), so that Strict cannot know that
+    some layers carry no error yet and evaluates all of them in every iteration.
+    """
+    if from_vinit:
+        options["vinit"] = PCInfer(case.model, case.LossFun, case.X, case.Y, "Exact").vhat
+
+    def step() -> None:
+        PCInfer(case.model, case.LossFun, case.X, case.Y, ErrType, **options)
+
+    return step
+
+
+def can_compile() -> bool:
+    """Whether this version of PCInfer has the keyword ``compile``."""
+    return "compile" in inspect.signature(PCInfer).parameters

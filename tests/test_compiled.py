@@ -1,0 +1,133 @@
+"""The compiled relaxation against the plain one; when it compiles, when it does not, what it keeps."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from tests.cases import Case, assert_close, random_beliefs, squared_error
+from torch2pc import PCInferLatent, compiled
+
+# PyTorch's compiler uses deprecated parts of PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))),
+    reason="torch.compile needs a C++ compiler",
+)
+
+
+def small_case() -> Case:
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh()),
+        nn.Sequential(nn.ReLU(inplace=True), nn.Linear(5, 5), nn.BatchNorm1d(5).eval()),
+        nn.Linear(5, 3),
+    ).double()
+    return Case(model, nn.MSELoss(), torch.randn(6, 4).double(), torch.randn(6, 3).double())
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_equals_the_plain_relaxation_and_compiles_once() -> None:
+    case = small_case()
+    graphs = counters["stats"]["unique_graphs"]
+    settings = [dict(n=1), dict(n=9), dict(n=9, eta=0.3)]
+    settings += [dict(n=5, vinit=random_beliefs(case))]
+    for options in settings:
+        plain = case.infer("Strict", **options)
+        gradients = case.gradients()
+        found = case.infer("Strict", compile=True, **options)
+        assert_close(list(found), list(plain))
+        assert_close(case.gradients(), gradients)
+        with torch.no_grad():
+            for parameter in case.model.parameters():
+                parameter.add_(0.1)
+        # Another loss object and another batch of the same kind are nothing new either.
+        case = case._replace(LossFun=nn.MSELoss(), X=case.X + 1)
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_latent_equals_the_plain_relaxation() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    Y, Xinit = torch.randn(5, 3).double(), torch.zeros(5, 2).double()
+
+    def prior(v: list[Tensor]) -> Tensor:
+        return 0.1 * v[0].square().sum() + 0.2 * v[1].abs().sum()
+
+    arguments = (model, squared_error, Y, Xinit, 0.1, 12)
+    plain = PCInferLatent(*arguments, precision=[0.5, 2.0], prior=prior)
+    gradients = [p.grad for p in model.parameters()]
+    found = PCInferLatent(*arguments, precision=[0.5, 2.0], prior=prior, compile=True)
+    assert_close(list(found), list(plain))
+    assert_close([p.grad for p in model.parameters()], gradients)
+
+
+@needs_compiler
+def test_what_was_compiled_goes_with_the_model() -> None:
+    case = small_case()
+    case.infer("Strict", compile=True)
+    step = compiled.compiled_step(case.model)
+    kept = [weakref.ref(step), weakref.ref(case.model), weakref.ref(case.model[0][0].weight)]
+    del case, step
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * 3
+
+
+class Untraceable(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(x.detach().sum() > 0)
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x / self.calls
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Dropout(), r"model\[1\] \(Dropout\) draws random numbers or changes its buffers"),
+        (nn.BatchNorm1d(5), r"model\[1\] \(BatchNorm1d\) draws"),
+        (Counter(), r"model\[1\] \(Counter\) draws"),
+        (Untraceable(), "compile=True: Sequential runs without compilation, because"),
+    ],
+)
+def test_runs_plainly_where_it_cannot_compile_and_says_so_once(
+    layer: nn.Module, reason: str
+) -> None:
+    case = small_case()
+    case.model.insert(1, layer.double())
+    torch.manual_seed(1)
+    plain = case.infer("Strict")
+    gradients = case.gradients()
+    torch.manual_seed(1)
+    if isinstance(layer, Counter):
+        layer.calls.zero_()
+    with pytest.warns(UserWarning, match=reason):
+        found = case.infer("Strict", compile=True)
+    assert_close(list(found), list(plain))
+    assert_close(case.gradients(), gradients)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case.infer("Strict", compile=True)
+
+
+def test_the_other_algorithms_have_nothing_to_compile() -> None:
+    case = small_case()
+    graphs = counters["stats"]["unique_graphs"]
+    for ErrType in ("Exact", "FixedPred"):
+        case.infer(ErrType, compile=True)
+    assert counters["stats"]["unique_graphs"] == graphs

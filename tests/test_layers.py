@@ -1,0 +1,555 @@
+"""One call has the side effects of one forward pass, whatever the layers do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from tests.cases import Case, assert_close, check_against_reference
+from torch2pc.layers import Layer, Network
+
+ERR_TYPES = ["Exact", "FixedPred", "Strict"]
+err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
+
+
+class RandomGain(nn.Module):
+    """A user's module that draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.shape[1:], dtype=x.dtype, device=x.device)
+
+
+class Counter(nn.Module):
+    """A user's module whose buffers count its evaluations, and whose output depends on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("written", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.register_buffer("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.written += 1
+        self.replaced = self.replaced + 1
+        return x * (1 + 0.1 * self.written + 0.2 * self.replaced)
+
+
+def dense(*middle: nn.Module) -> Case:
+    model = nn.Sequential(nn.Linear(4, 6), *middle, nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    model.append(nn.Linear(6, 3))
+    X, Y = torch.randn(8, 4).double(), torch.randn(8, 3).double()
+    return Case(model.double(), nn.MSELoss(), X, Y)
+
+
+def convolutional(*middle: nn.Module) -> Case:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), *middle, nn.Flatten(), nn.Linear(48, 3))
+    X, Y = torch.randn(5, 1, 6, 6).double(), torch.randint(3, (5,))
+    return Case(model.double(), nn.CrossEntropyLoss(), X, Y)
+
+
+def after_one_pass(case: Case, seed: int = 1) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    """What one forward and backward pass leaves: gradients, state, and the generator's state."""
+    twin = case._replace(model=copy.deepcopy(case.model))
+    twin.model.zero_grad()
+    torch.manual_seed(seed)
+    Loss = twin.LossFun(twin.model(twin.X), twin.Y)
+    if Loss.requires_grad:
+        Loss.backward()
+    return twin.gradients(), twin.model.state_dict(), torch.get_rng_state()
+
+
+RANDOM: list[Callable[[], Case]] = [
+    lambda: dense(nn.Dropout()),
+    lambda: dense(nn.Dropout(), nn.Dropout(0.2)),
+    lambda: dense(nn.AlphaDropout()),
+    lambda: dense(nn.RReLU()),
+    lambda: dense(RandomGain()),
+    lambda: dense(nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.ReLU(), RandomGain())),
+    lambda: convolutional(nn.Dropout2d()),
+    lambda: convolutional(nn.FeatureAlphaDropout()),
+    lambda: dense()._replace(LossFun=lambda yhat, Y: (yhat * torch.rand_like(yhat) - Y).norm()),
+]
+
+
+@err_types
+@pytest.mark.parametrize("make", RANDOM)
+def test_random_numbers_are_drawn_once(make: Callable[[], Case], ErrType: str) -> None:
+    case = make()
+    gradients, _, random = after_one_pass(case)
+    torch.manual_seed(1)
+    case.infer(ErrType)
+    assert torch.equal(torch.get_rng_state(), random)
+    if ErrType == "Exact":
+        assert_close(case.gradients(), gradients)
+
+
+@err_types
+@pytest.mark.parametrize("make", RANDOM[:-1])
+def test_one_mask_a_call(make: Callable[[], Case], ErrType: str) -> None:
+    check_against_reference(make(), ErrType)
+
+
+def test_a_random_loss_is_one_function_too() -> None:
+    """With the same weights drawn in every iteration, Strict finds the minimum of its energy."""
+    case = dense()._replace(
+        LossFun=lambda yhat, Y: (torch.rand_like(yhat) * (yhat - Y).square()).sum()
+    )
+    result = case.infer("Strict", n=400, eta=0.2)
+    again = case.infer("Strict", n=1, eta=0.2, vinit=result.v)
+    assert not torch.equal(again.Loss, result.Loss)  # another call, other random numbers
+    torch.manual_seed(2)
+    long = case.infer("Strict", n=2000)
+    torch.manual_seed(2)
+    longer = case.infer("Strict", n=2100)
+    assert_close(longer.v, long.v)
+
+
+STATEFUL: list[Callable[[], Case]] = [
+    lambda: dense(nn.BatchNorm1d(6)),
+    lambda: dense(nn.BatchNorm1d(6, momentum=None), nn.ReLU()),
+    lambda: convolutional(nn.BatchNorm2d(3)),
+    lambda: convolutional(nn.InstanceNorm2d(3, track_running_stats=True, affine=True)),
+    lambda: dense(parametrizations.spectral_norm(nn.Linear(6, 6))),
+    lambda: dense(Counter()),
+    lambda: dense(nn.Sequential(nn.Linear(6, 6), Counter(), nn.BatchNorm1d(6), nn.Dropout())),
+    lambda: dense(*[nn.BatchNorm1d(6)] * 2),
+]
+
+
+@err_types
+@pytest.mark.parametrize("n", [1, 100])
+@pytest.mark.parametrize("make", STATEFUL)
+def test_buffers_move_once(make: Callable[[], Case], ErrType: str, n: int) -> None:
+    case = make()
+    gradients, state, _ = after_one_pass(case)
+    buffers = dict(case.model.named_buffers())
+    torch.manual_seed(1)
+    case.infer(ErrType, n=n)
+    assert_close(case.model.state_dict(), state, tolerance=0)
+    for name, buffer in case.model.named_buffers():
+        assert buffer is buffers[name] or name.endswith("replaced")
+    if ErrType == "Exact":
+        assert_close(case.gradients(), gradients)
+
+
+@err_types
+@pytest.mark.parametrize("make", STATEFUL[:-1])
+def test_buffers_are_found_as_they_were(make: Callable[[], Case], ErrType: str) -> None:
+    check_against_reference(make(), ErrType)
+
+
+@err_types
+@pytest.mark.parametrize("make", [*STATEFUL[:5], *RANDOM])
+def test_eval_mode_touches_nothing(make: Callable[[], Case], ErrType: str) -> None:
+    case = make()
+    case.infer("Exact")
+    case.model.eval()
+    _, before, _ = after_one_pass(case)
+    case.infer(ErrType)
+    assert_close(case.model.state_dict(), before, tolerance=0)
+    assert not case.model.training
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_hook_based_spectral_norm() -> None:
+    def make() -> Case:  # it cannot be copied after a forward pass
+        torch.manual_seed(2)
+        return dense(torch.nn.utils.spectral_norm(nn.Linear(6, 6)))
+
+    for ErrType in ERR_TYPES:
+        expected, case = make(), make()
+        expected.LossFun(expected.model(expected.X), expected.Y).backward()
+        case.infer(ErrType)
+        assert_close(case.model.state_dict(), expected.model.state_dict(), tolerance=0)
+        if ErrType == "Exact":
+            assert_close(case.gradients(), expected.gradients())
+
+
+IN_PLACE: list[tuple[Callable[[bool], nn.Module], str]] = [
+    (lambda inplace: nn.ReLU(inplace), "own layer"),
+    (lambda inplace: nn.Dropout(0.5, inplace), "own layer"),
+    (lambda inplace: nn.Hardswish(inplace), "own layer"),
+    (lambda inplace: nn.Sequential(nn.ReLU(inplace), nn.Linear(6, 6)), "first in a block"),
+    (
+        lambda inplace: nn.Sequential(nn.Sequential(nn.Identity(), nn.ELU(inplace=inplace))),
+        "behind a view",
+    ),
+    (lambda inplace: nn.Sequential(nn.Flatten(), nn.SiLU(inplace)), "behind a view"),
+]
+
+
+@err_types
+@pytest.mark.parametrize(("make", "where"), IN_PLACE)
+@pytest.mark.parametrize("first", [True, False])
+def test_in_place_layers(
+    make: Callable[[bool], nn.Module], where: str, ErrType: str, first: bool
+) -> None:
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(3)
+        items = [make(inplace), nn.Tanh(), make(inplace), nn.Identity(), make(inplace)]
+        model = nn.Sequential(*items if first else items[1:]).double()
+        case = Case(model, nn.MSELoss(), torch.randn(8, 6).double(), torch.randn(8, 6).double())
+        X = case.X.clone()
+        result = case.infer(ErrType)
+        assert torch.equal(case.X, X)
+        found.append([*result, case.gradients()])
+    assert_close(found[1], found[0], tolerance=1e-12)
+
+
+@err_types
+def test_an_inplace_attribute_announces_a_write(ErrType: str) -> None:
+    class Doubles(nn.Module):
+        inplace = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2)
+
+    case = Case(
+        nn.Sequential(nn.Tanh(), Doubles()), nn.MSELoss(), torch.ones(2, 3), torch.ones(2, 3)
+    )
+    result = case.infer(ErrType)
+    assert_close(result.vhat[2], 2 * result.vhat[1], tolerance=0)
+
+
+@err_types
+def test_a_loss_that_writes_into_the_output_is_an_error(ErrType: str) -> None:
+    case = dense()._replace(LossFun=lambda yhat, Y: yhat.sub_(Y).square().sum())
+    with pytest.raises(RuntimeError, match=r"LossFun .*wrote into its input"):
+        case.infer(ErrType)
+
+
+class Adds(nn.Module):
+    """Uses a parameter that belongs to something else."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        super().__init__()
+        self.parameter = (parameter,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.parameter[0]
+
+
+def twice() -> Case:
+    layer = nn.Linear(6, 6)
+    return dense(layer, nn.Tanh(), layer)
+
+
+def tied() -> Case:
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    return dense(first, nn.Sigmoid(), second)
+
+
+def frozen(*places: int) -> Case:
+    case = dense(nn.Tanh(), nn.Linear(6, 6))
+    for place in places:
+        case.model[place].requires_grad_(False)
+    return case
+
+
+def subclass() -> Case:
+    class Net(nn.Sequential):
+        def __init__(self, *items: nn.Module) -> None:
+            super().__init__(*items)
+            self.shift = nn.Parameter(torch.randn(6).double())
+            self.unused = nn.Parameter(torch.randn(6).double())
+
+    case = dense()
+    net = Net(*case.model)
+    net.insert(1, Adds(net.shift))
+    return case._replace(model=net)
+
+
+PARAMETERS: list[Callable[[], Case]] = [
+    twice,
+    tied,
+    lambda: frozen(0),
+    lambda: frozen(2),
+    lambda: frozen(4),
+    lambda: frozen(0, 2, 3, 4),
+    subclass,
+    lambda: dense(parametrizations.weight_norm(nn.Linear(6, 6))),
+    lambda: dense(parametrizations.orthogonal(nn.Linear(6, 6))),
+]
+
+
+@err_types
+@pytest.mark.parametrize("make", PARAMETERS)
+def test_parameters(make: Callable[[], Case], ErrType: str) -> None:
+    case = make()
+    gradients, state, _ = after_one_pass(case)
+    case.infer(ErrType)
+    found = case.gradients()
+    # For every ErrType, a gradient is there where backward would leave one.
+    assert {k for k, g in found.items() if g is None} == {
+        k for k, g in gradients.items() if g is None
+    }
+    if ErrType == "Exact":
+        assert_close(found, gradients)
+    assert_close(case.model.state_dict(), state, tolerance=0)
+
+
+@err_types
+def test_model_without_parameters(ErrType: str) -> None:
+    case = Case(
+        nn.Sequential(nn.Tanh(), nn.Flatten()), nn.MSELoss(), torch.ones(2, 3), torch.zeros(2, 3)
+    )
+    case.X.requires_grad_()
+    result = case.infer(ErrType)
+    assert_close(case.X.grad, result.epsilon[0], tolerance=0)
+
+
+@err_types
+@pytest.mark.parametrize("make", [twice, tied])
+def test_shared_parameters_against_the_reference(make: Callable[[], Case], ErrType: str) -> None:
+    check_against_reference(make(), ErrType)
+
+
+class ScaledError(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7).double())
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, yhat: Tensor, Y: Tensor) -> Tensor:
+        self.calls += 1
+        return self.scale * (yhat - Y).square().mean()
+
+
+@err_types
+def test_loss_with_parameters_and_buffers(ErrType: str) -> None:
+    case = dense()._replace(LossFun=ScaledError())
+    result = case.infer(ErrType)
+    output = case.model[-1](result.v[-2]) if ErrType == "Strict" else result.vhat[-1]
+    assert_close(case.LossFun.scale.grad, (output - case.Y).square().mean().detach())
+    assert case.LossFun.calls == 1
+
+
+@err_types
+def test_target_that_requires_grad(ErrType: str) -> None:
+    case = dense()
+    case.Y.requires_grad_()
+    result = case.infer(ErrType)
+    if ErrType != "Strict":
+        assert_close(case.Y.grad, -result.dLdy)
+    assert case.Y.grad is not None
+
+
+@err_types
+def test_layer_cut_off_from_its_input(ErrType: str) -> None:
+    """As with backward: what lies below a detach gets no gradient; its error is zero."""
+
+    class Detach(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach()
+
+    case = dense(Detach())
+    result = case.infer(ErrType)
+    assert not result.epsilon[1].any()
+    of_first = case.model[0].weight.grad
+    assert of_first is None if ErrType != "Strict" else not of_first.any()
+
+
+def count_hooks(module: nn.Module) -> list[str]:
+    fired: list[str] = []
+    module.register_forward_pre_hook(lambda *_: fired.append("pre"))
+    module.register_forward_hook(lambda *_: fired.append("forward"))
+    module.register_full_backward_hook(lambda *_: fired.append("backward"))
+    return fired
+
+
+@pytest.mark.parametrize("ErrType", ["Exact", "FixedPred"])
+def test_module_hooks_fire_once(ErrType: str) -> None:
+    case = dense()
+    case.X.requires_grad_()  # or else PyTorch warns that the first layer's hook sees no input
+    fired = [count_hooks(module) for module in case.model.modules()]
+    case.infer(ErrType)
+    assert all(sorted(each) == ["backward", "forward", "pre"] for each in fired)
+
+
+def test_hooks_of_the_model_itself_fire_once_for_strict() -> None:
+    case = dense()
+    case.X.requires_grad_()
+    of_model, of_layer = count_hooks(case.model), count_hooks(case.model[1])
+    case.infer("Strict", n=5)
+    assert of_model.count("pre") == of_model.count("forward") == 1
+    assert of_layer.count("forward") > 1
+
+
+@err_types
+def test_hooks_may_change_values(ErrType: str) -> None:
+    """A hook of a layer belongs to its function; a pre-hook of the model to its input."""
+    plain = dense()
+    hooked = plain._replace(model=copy.deepcopy(plain.model))
+    hooked.model[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    hooked.model.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    plain.model[1] = nn.Sequential(plain.model[1], Twice())
+    expected = plain._replace(X=plain.X + 1).infer(ErrType)
+    found = hooked.infer(ErrType)
+    assert_close(found.v[1:], expected.v[1:])
+    assert_close(list(hooked.gradients().values()), list(plain.gradients().values()))
+
+
+def test_a_hook_that_replaces_the_output_of_the_model() -> None:
+    case = dense()
+    case.model.register_forward_hook(lambda module, inputs, output: output * 2)
+    gradients, _, _ = after_one_pass(case)
+    case.infer("Exact")
+    assert_close(case.gradients(), gradients)
+    with pytest.raises(ValueError, match="model must have no forward hook that replaces"):
+        case.infer("Strict")
+
+
+@err_types
+def test_hooks_of_parameters(ErrType: str) -> None:
+    """Post-accumulate hooks run once, when ``.grad`` is there; tensor hooks change the update."""
+    case = dense()
+    case.infer(ErrType)
+    expected = case.model[0].weight.grad.clone()
+    seen = []
+    case.model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    case.model[0].weight.register_hook(lambda g: 3 * g)
+    case.infer(ErrType)
+    assert len(seen) == 1
+    assert_close(seen[0], 3 * expected)
+    assert_close(case.model[0].weight.grad, 3 * expected)
+
+
+def test_a_tensor_hook_may_return_a_tensor_of_its_own() -> None:
+    case = dense()
+    mine = torch.ones_like(case.model[0].weight)
+    case.model[0].weight.register_hook(lambda g: mine)
+    case.infer("FixedPred")
+    assert torch.equal(mine, torch.ones_like(mine))
+
+
+class RaisesInCall(nn.Module):
+    """Raises when it is evaluated the k-th time, having changed all that it can."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k, self.calls = k, 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        self.calls += 1
+        self.count += 1
+        self.eval()
+        torch.rand(3)
+        if self.calls == self.k:
+            raise KeyError("the k-th call")
+        return x if not others else x.square().sum()
+
+
+def check_nothing_changed(case: Case, call: Callable[[], Any]) -> None:
+    case.model[0].weight.requires_grad_(False)
+    for parameter in case.model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    before = copy.deepcopy(case.model.state_dict())
+    buffers = dict(case.model.named_buffers())
+    gradients = case.gradients()
+    random = torch.get_rng_state()
+    with pytest.raises(KeyError, match="the k-th call"):
+        call()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert_close(case.model.state_dict(), before, tolerance=0)
+    assert dict(case.model.named_buffers()) == buffers
+    assert all(module.training for module in case.model.modules())
+    for name, parameter in case.model.named_parameters():
+        assert parameter.grad is gradients[name] and (parameter.grad == 7).all()
+        assert parameter.requires_grad == (name != "0.weight")
+    assert "forward" not in vars(case.model)
+
+
+@pytest.mark.parametrize(
+    ("ErrType", "k"), [("Exact", 1), ("FixedPred", 1), *(("Strict", k) for k in (1, 2, 4, 5))]
+)
+@pytest.mark.parametrize("where", ["layer", "loss", "forward hook", "pre-hook"])
+def test_failure_changes_nothing(ErrType: str, k: int, where: str) -> None:
+    raises = RaisesInCall(k)
+    case = dense(nn.BatchNorm1d(6), nn.Dropout(), raises if where == "layer" else Counter())
+    if where == "loss":
+        case = case._replace(LossFun=raises)
+    elif where == "forward hook":
+        case.model[4].register_forward_hook(lambda module, inputs, output: raises(output))
+    elif where == "pre-hook":
+        case.model[4].register_forward_pre_hook(lambda module, inputs: raises(inputs[0]))
+    check_nothing_changed(case, lambda: case.infer(ErrType, n=6))
+    assert raises.calls == k
+
+
+@err_types
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_failing_hooks_of_parameters_change_nothing(ErrType: str, accumulate: bool) -> None:
+    def fails(_: Tensor) -> None:
+        raise KeyError("the k-th call")
+
+    case = dense(nn.BatchNorm1d(6))
+    case.model[1].weight.register_post_accumulate_grad_hook(fails)
+    check_nothing_changed(case, lambda: case.infer(ErrType, accumulate=accumulate))
+    case = dense(nn.BatchNorm1d(6))
+    case.model[1].weight.register_hook(fails)
+    check_nothing_changed(case, lambda: case.infer(ErrType, accumulate=accumulate))
+
+
+def test_lazy_layers() -> None:
+    for ErrType in ERR_TYPES:
+        model = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Linear(5, 2))
+        Case(model, nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 2)).infer(ErrType)
+        assert model[0].weight.grad.shape == (5, 3)
+        assert model[1].num_batches_tracked == 1
+
+
+def test_no_two_graphs_are_alive_at_once() -> None:
+    """Strict frees a layer's graph before it evaluates the next one."""
+    alive = 0
+    most = 0
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            ctx.token = Token()
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g
+
+    class Token:
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    class Marks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Marked.apply(x)
+
+    blocks = [nn.Sequential(nn.Linear(3, 3), Marks()) for _ in range(6)]
+    case = Case(nn.Sequential(*blocks), nn.MSELoss(), torch.randn(2, 3), torch.randn(2, 3))
+    case.infer("Strict", n=8)
+    assert alive == 0
+    assert most == 1
+
+
+def test_layers_are_named_in_errors() -> None:
+    network = Network(nn.Sequential(nn.Linear(2, 2)), nn.MSELoss(), torch.ones(1, 2), None)
+    assert [layer.name for layer in [*network.layers, network.loss]] == [
+        "model[0] (Linear)",
+        "LossFun (MSELoss)",
+    ]
+    assert Layer(torch.tanh, "LossFun", set()).name == "LossFun (tanh)"

@@ -1,0 +1,93 @@
+"""Strict's step as one function for ``torch.compile``, kept for as long as its model lives.
+
+It computes what ``Relaxation.step`` computes, layer by layer, but for all layers in every step, and
+written with ``torch.func``, so that it traces whole. Parameters, beliefs, targets and the step
+size are its inputs: new values of them do not compile it again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vjp
+
+# None for a model that torch.compile could not take.
+_compiled: WeakKeyDictionary[nn.Module, Callable[..., Any] | None] = WeakKeyDictionary()
+
+
+def compiled_step(model: nn.Module) -> Callable[..., Any] | None:
+    """``step``, compiled for this model; None if that has failed before."""
+    if model not in _compiled:
+        # Its own code object: what is compiled for a model is kept with the code, so it goes when
+        # the model does, and one model's shapes do not count against another's recompilations.
+        code = step.__code__.replace(co_name=f"step_of_{id(model)}")
+        own = FunctionType(code, step.__globals__)
+        _compiled[model] = torch.compile(own, fullgraph=True)
+    return _compiled[model]
+
+
+def give_up(model: nn.Module, reason: object) -> None:
+    """Say once that the model's relaxation runs without compilation, and remember it."""
+    _compiled[model] = None
+    first_line = str(reason).strip().partition("\n")[0]
+    warnings.warn(
+        f"compile=True: {type(model).__name__} runs without compilation, because {first_line}",
+        stacklevel=2,
+    )
+
+
+def step(
+    layers: Sequence[Callable[..., Tensor]],
+    copies_input: Sequence[bool],
+    dtypes: Sequence[torch.dtype],
+    LossFun: Callable[[Tensor, Any], Tensor],
+    prior: Callable[[list[Tensor]], Tensor] | None,
+    Y: Any,
+    first_prediction: Tensor | None,
+    v: list[Tensor],
+    eta: Tensor,
+    precision: Sequence[Tensor | None],
+    reached: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The beliefs after one step from ``v``, and the errors before it.
+
+    ``first_prediction`` is layer 1's if the input is clamped, None if the input is free; a
+    precision of None is 1. ``reached[l]`` is 0 for a layer that no error has reached: its error is
+    zero, and not the difference between two ways to round its prediction.
+    """
+    L = len(layers)
+    moved, epsilon = list(v), list(v)
+    if first_prediction is not None:
+        epsilon[1] = reached[1] * (first_prediction - v[1])
+    of_prior = None if prior is None else grad(prior)(v[:-1])
+    for l in range(1 if first_prediction is None else 2, L + 1):
+        predict = partial(_predict, layers[l - 1], copies_input[l - 1])
+        prediction, pull_back = vjp(predict, v[l - 1].to(dtypes[l - 1]))  # type: ignore[misc]
+        if l < L:
+            epsilon[l] = reached[l] * (prediction - v[l])
+        else:
+            epsilon[L] = grad(lambda output: LossFun(output, Y).reshape(()))(prediction)
+        (arriving,) = pull_back(_weighted(epsilon[l], precision[l]).to(prediction.dtype))
+        descended = arriving.to(v[l - 1].dtype)
+        if of_prior is not None:
+            descended = descended + of_prior[l - 1]
+        if l > 1:
+            descended = descended - _weighted(epsilon[l - 1], precision[l - 1])
+        moved[l - 1] = v[l - 1] - eta * descended
+    epsilon[L] = epsilon[L].to(v[L].dtype)
+    return moved, epsilon
+
+
+def _predict(layer: Callable[..., Tensor], copies_input: bool, x: Tensor) -> Tensor:
+    return layer(x.clone() if copies_input else x)
+
+
+def _weighted(error: Tensor, precision: Tensor | None) -> Tensor:
+    return error if precision is None else precision * error
