@@ -164,6 +164,9 @@ def run(options: Options) -> list[Number]:
             "energy by batch": learned.energy,
             "mean absolute error by batch": learned.error,
             "share of variance that a Gabor function explains": fits,
+            f"share of fields above {WELL_FITTED:g}": {
+                prior: well_fitted(values) for prior, values in fits.items()
+            },
             "excess kurtosis of the causes": kurtoses,
         },
         numbers=numbers,
@@ -439,7 +442,9 @@ def draw(
     name: str,
 ) -> Figure:
     figure = Figure(figsize=(8.4, 10.4), layout="constrained")
-    figure.suptitle(f"Rao and Ballard's model on {name}", fontsize=9)
+    figure.suptitle(
+        f"Rao and Ballard's model on {name} (A-E) and whitened grey patches (F-H)", fontsize=9
+    )
     axes = figure.subplot_mosaic(
         [list("AAAAAA"), list("BBBCCC"), list("DDDEEE"), list("FFGGHH")],
         height_ratios=(2.2, 0.9, 0.9, 1.4),

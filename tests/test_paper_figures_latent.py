@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from paper_figures import (
@@ -26,6 +28,13 @@ from paper_figures.figure_unsupervised import Probes, Reference, Sparse
 from torch2pc import PCInferLatent
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The probes solve small systems, on which several threads mostly wait for each other."""
+    with threadpool_limits(1):
+        yield
 
 
 def few_digits(train: int, test: int) -> data.DataSet:
