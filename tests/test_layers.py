@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from tests.cases import Case, assert_close, check_against_reference
 from torch2pc.layers import Layer, Network
@@ -330,6 +331,49 @@ def test_loss_with_parameters_and_buffers(ErrType: str) -> None:
     output = case.model[-1](result.v[-2]) if ErrType == "Strict" else result.vhat[-1]
     assert_close(case.LossFun.scale.grad, (output - case.Y).square().mean().detach())
     assert case.LossFun.calls == 1
+
+
+@err_types
+def test_loss_that_uses_the_parameters_of_the_model(ErrType: str) -> None:
+    """A weight penalty is added to the update as it is, without FixedPred's factor."""
+    plain = dense()
+    model = copy.deepcopy(plain.model)
+
+    def penalised(yhat: Tensor, Y: Tensor) -> Tensor:
+        return plain.LossFun(yhat, Y) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+    plain.infer(ErrType)
+    plain._replace(model=model, LossFun=penalised).infer(ErrType)
+    for p, q in zip(model.parameters(), plain.model.parameters(), strict=True):
+        assert_close(p.grad, q.grad + 0.2 * p.detach())
+
+
+@err_types
+def test_sparse_gradients_stay_sparse(ErrType: str) -> None:
+    embedding = nn.Embedding(7, 4, sparse=True)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(12, 2)).double()
+    case = Case(model, nn.MSELoss(), torch.randint(7, (5, 3)), torch.randn(5, 2).double())
+    case.infer(ErrType)
+    once = embedding.weight.grad.to_dense()
+    case.infer(ErrType, accumulate=True)
+    assert embedding.weight.grad.is_sparse
+    assert_close(embedding.weight.grad.to_dense(), 2 * once)
+
+
+@err_types
+def test_checkpointed_layer(ErrType: str) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    block = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Tanh())
+    case = dense(Checkpointed(*block))
+    plain = case._replace(model=copy.deepcopy(case.model))
+    plain.model[1] = copy.deepcopy(block).double()
+    for each in (case, plain):
+        torch.manual_seed(1)
+        each.infer(ErrType)
+    assert_close(list(case.gradients().values()), list(plain.gradients().values()))
 
 
 @err_types
