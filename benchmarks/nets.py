@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paper_figures.nets import cifar_net, mnist_net
+from paper_figures.nets import cifar_net, convolution_layers, mnist_net
 
 CLASSES = 10
 
@@ -48,16 +48,8 @@ def vgg_style() -> nn.Sequential:
 
     Half as wide as VGG, which makes a run four times as short.
     """
-    layers: list[nn.Module] = []
-    channels = 3
-    for width, convolutions in (32, 3), (64, 4), (128, 4), (256, 4), (256, 4):
-        for position in range(1, convolutions + 1):
-            block = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            if position == convolutions:
-                block.append(nn.MaxPool2d(2))
-            layers.append(nn.Sequential(*block))
-            channels = width
-    return nn.Sequential(*layers, nn.Sequential(nn.Flatten(), nn.Linear(channels, CLASSES)))
+    layers = convolution_layers((32, 3), (64, 4), (128, 4), (256, 4), (256, 4))
+    return nn.Sequential(*layers, nn.Sequential(nn.Flatten(), nn.Linear(256, CLASSES)))
 
 
 def vgg_blocks() -> nn.Sequential:

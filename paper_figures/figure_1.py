@@ -13,8 +13,8 @@ import torch
 
 from paper_figures.data import load_digits
 from paper_figures.nets import mnist_net
-from paper_figures.plotting import comparison_figure
-from paper_figures.report import Number, Options, save, yes
+from paper_figures.plotting import save_comparison
+from paper_figures.report import Number, Options, yes
 from paper_figures.training import (
     Setup,
     compare_with_backprop,
@@ -59,17 +59,5 @@ def run(options: Options) -> list[Number]:
         *layer_numbers("angle at the end (degrees)", PAPER_ANGLE, angle, ANGLE_TOLERANCE),
         Number("each layer's error exceeds the next one's", "yes", yes(farther_below), check=True),
     ]
-    title = (
-        f"Strict (η = {setup.eta}, n = {setup.n}) against backprop\n"
-        f"{data.described(setup.steps, setup.batch_size)}"
-    )
-    save(
-        options,
-        "figure_1",
-        comparison_figure(comparison, title),
-        data=data.summary(),
-        settings=setup.summary(),
-        series=comparison.series(),
-        numbers=numbers,
-    )
+    save_comparison(options, "figure_1", comparison, data, setup, numbers)
     return numbers

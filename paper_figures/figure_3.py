@@ -12,8 +12,8 @@ import torch
 
 from paper_figures.data import load_digits
 from paper_figures.nets import mnist_net
-from paper_figures.plotting import comparison_figure
-from paper_figures.report import Number, Options, save
+from paper_figures.plotting import save_comparison
+from paper_figures.report import Number, Options
 from paper_figures.training import (
     Setup,
     compare_with_backprop,
@@ -55,17 +55,5 @@ def run(options: Options) -> list[Number]:
         Number("relative error's change over the steps", 0, farthest, 1e-5, check=True),
         Number("largest angle (degrees)", 0, max(map(max, comparison.angle)), 0.1, check=True),
     ]
-    title = (
-        f"FixedPred (η = {setup.eta}, n = {setup.n}) against backprop\n"
-        f"{data.described(setup.steps, setup.batch_size)}"
-    )
-    save(
-        options,
-        "figure_3",
-        comparison_figure(comparison, title),
-        data=data.summary(),
-        settings=setup.summary(),
-        series=comparison.series(),
-        numbers=numbers,
-    )
+    save_comparison(options, "figure_3", comparison, data, setup, numbers)
     return numbers

@@ -10,8 +10,8 @@ import torch
 
 from paper_figures.data import load_cifar10
 from paper_figures.nets import cifar_net
-from paper_figures.plotting import comparison_figure
-from paper_figures.report import Number, Options, save
+from paper_figures.plotting import save_comparison
+from paper_figures.report import Number, Options
 from paper_figures.training import (
     Setup,
     compare_with_backprop,
@@ -58,17 +58,5 @@ def run(options: Options) -> list[Number]:
         ),
         Number("largest angle (degrees)", 0, max(map(max, comparison.angle)), 0.1, check=True),
     ]
-    title = (
-        f"FixedPred (η = {setup.eta}, n = {setup.n}) against backprop\n"
-        f"{data.described(setup.steps, setup.batch_size)}"
-    )
-    save(
-        options,
-        "figure_3_cifar",
-        comparison_figure(comparison, title, "EFGH"),
-        data=data.summary(),
-        settings=setup.summary(),
-        series=comparison.series(),
-        numbers=numbers,
-    )
+    save_comparison(options, "figure_3_cifar", comparison, data, setup, numbers, letters="EFGH")
     return numbers

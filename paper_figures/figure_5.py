@@ -11,8 +11,8 @@ import torch
 
 from paper_figures.data import load_digits
 from paper_figures.nets import mnist_net
-from paper_figures.plotting import comparison_figure
-from paper_figures.report import Number, Options, save
+from paper_figures.plotting import save_comparison
+from paper_figures.report import Number, Options
 from paper_figures.training import (
     Setup,
     compare_with_backprop,
@@ -46,17 +46,5 @@ def run(options: Options) -> list[Number]:
         *loss_numbers(comparison, {"PC": PAPER_LOSS, "BP": PAPER_LOSS}),
         *sameness_numbers(comparison),
     ]
-    title = (
-        f"FixedPred (η = {setup.eta}, n = {setup.n}) against backprop\n"
-        f"{data.described(setup.steps, setup.batch_size)}"
-    )
-    save(
-        options,
-        "figure_5",
-        comparison_figure(comparison, title),
-        data=data.summary(),
-        settings=setup.summary(),
-        series=comparison.series(),
-        numbers=numbers,
-    )
+    save_comparison(options, "figure_5", comparison, data, setup, numbers)
     return numbers

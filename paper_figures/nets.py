@@ -41,21 +41,27 @@ def cifar_net() -> nn.Sequential:
     )
 
 
+def convolution_layers(*stages: tuple[int, int]) -> list[nn.Sequential]:
+    """VGG's layers for colour images: stages of (width, number of convolutions), each pooled."""
+    layers = []
+    channels = 3
+    for width, convolutions in stages:
+        for position in range(1, convolutions + 1):
+            block: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            if position == convolutions:
+                block.append(nn.MaxPool2d(2))
+            layers.append(nn.Sequential(*block))
+            channels = width
+    return layers
+
+
 def vgg19() -> nn.Sequential:
     """19 layers, each a convolution or a dense block with its pooling, for (batch, 3, 224, 224).
 
     The modules are the usual ones; only their grouping is ours, with the average pooling in the
     first dense block. ReLU is not in place, as an activation is read after the next layer ran.
     """
-    layers = []
-    channels = 3
-    for width, convolutions in (64, 2), (128, 2), (256, 4), (512, 4), (512, 4):
-        for position in range(1, convolutions + 1):
-            block = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            if position == convolutions:
-                block.append(nn.MaxPool2d(2))
-            layers.append(nn.Sequential(*block))
-            channels = width
+    layers = convolution_layers((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
     return nn.Sequential(
         *layers,
         nn.Sequential(

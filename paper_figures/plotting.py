@@ -1,4 +1,4 @@
-"""How the panels look: colours, letters and the panels that several figures share.
+"""How the panels look: colours, letters and the panels and figures that several files share.
 
 Figures are built without pyplot, so that nothing global holds on to them.
 """
@@ -12,7 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.training import Comparison
+from paper_figures.data import DataSet
+from paper_figures.report import Number, Options, save
+from paper_figures.training import Comparison, Setup
 
 matplotlib.rcParams.update(
     {
@@ -63,6 +65,31 @@ def layer_legend(figure: Figure, axes: Axes, title: str = "layer") -> None:
     """The legend of the layers' lines, to the right of all panels, where it covers none."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right lower", title=title)
+
+
+def save_comparison(
+    options: Options,
+    name: str,
+    comparison: Comparison,
+    data: DataSet,
+    setup: Setup,
+    numbers: Sequence[Number],
+    letters: str = "ABCD",
+) -> None:
+    """Draw predictive coding against backprop and write the figure's files."""
+    title = (
+        f"{setup.ErrType} (η = {setup.eta}, n = {setup.n}) against backprop\n"
+        f"{data.described(setup.steps, setup.batch_size)}"
+    )
+    save(
+        options,
+        name,
+        comparison_figure(comparison, title, letters),
+        data=data.summary(),
+        settings=setup.summary(),
+        series=comparison.series(),
+        numbers=numbers,
+    )
 
 
 def comparison_figure(comparison: Comparison, title: str, letters: str = "ABCD") -> Figure:
