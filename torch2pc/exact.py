@@ -17,8 +17,8 @@ from torch import Tensor
 from torch2pc.layers import Inference, Network, detached, in_belief_dtype, own
 
 
-def exact(network: Network, eta: Any, n: Any, vinit: Any) -> Inference:
-    """Infer by one forward and one backward pass; ``eta``, ``n`` and ``vinit`` have no use here."""
+def exact(network: Network, eta: Any, n: Any, vinit: Any, compile: bool) -> Inference:
+    """Infer by one forward and one backward pass; the other arguments have no use here."""
     ones = [1.0] * len(network.layers)
     return weighted_backpropagation(network, ones, ones)
 

@@ -19,18 +19,17 @@ the round-off of subtracting two nearly equal tensors, v_l and vhat_l.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from torch2pc.exact import weighted_backpropagation
 from torch2pc.layers import Inference, Network
 
 
-def fixed_pred(network: Network, eta: float, n: int, vinit: Sequence[Tensor] | None) -> Inference:
-    """Infer by the closed form of ``n`` iterations; the algorithm has no use for ``vinit``."""
+def fixed_pred(network: Network, eta: float, n: int, vinit: Any, compile: bool) -> Inference:
+    """Infer by the closed form of ``n`` iterations; ``vinit`` and ``compile`` have no use here."""
     L = len(network.layers)
     # epsilon is that of the n-th iteration, computed before the n-th update of v; v_L is not moved.
     before, after = error_factors(eta, n - 1, L), error_factors(eta, n, L)

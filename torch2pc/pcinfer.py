@@ -152,9 +152,7 @@ def PCInfer(
     if ErrType == "Strict":
         check_vinit_length(vinit, len(model) + 1)
 
-    algorithm = partial(ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit)
-    if ErrType == "Strict":
-        algorithm = partial(algorithm, compile=compile)
+    algorithm = partial(ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile)
     return infer(algorithm, model, LossFun, X, Y, accumulate)
 
 

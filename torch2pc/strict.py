@@ -41,7 +41,7 @@ from torch2pc.layers import (
 
 
 def strict(
-    network: Network, eta: float, n: int, vinit: Sequence[Any] | None, compile: bool = False
+    network: Network, eta: float, n: int, vinit: Sequence[Any] | None, compile: bool
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
     with outside_autocast(network.X.device):
