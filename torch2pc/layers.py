@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from torch2pc.state import (
     Buffers,
+    RandomState,
     devices_of,
     modules_in,
     random_state,
@@ -34,7 +35,7 @@ class Inference(NamedTuple):
     dLdy: Tensor
     v: list[Tensor]
     epsilon: list[Tensor | None]
-    updates: dict[Tensor, Tensor]
+    updates: list[tuple[Tensor, Tensor]]
 
 
 class Layer:
@@ -46,16 +47,20 @@ class Layer:
     (The generators are put back once, after the last replay, by ``Network.replaying``.)
     """
 
+    # What ``record`` finds.
+    _random: RandomState | None = None
+    _buffers: Buffers | None = None
+    has_leaves = True
+
     def __init__(
-        self, function: Callable[..., Any], where: Any, devices: set[torch.device]
+        self,
+        function: Callable[..., Any],
+        where: Any,
+        devices: set[torch.device],
+        copies_input: bool = False,
     ) -> None:
-        self.function = function
-        self._where = where
-        self._devices = devices
-        self.copies_input = isinstance(function, nn.Module) and _may_write_input(function)
-        self._random: list[tuple[torch.device, Tensor]] | None = None
-        self._buffers: Buffers | None = None
-        self.has_leaves = True
+        self.function, self._where, self._devices = function, where, devices
+        self.copies_input = copies_input
 
     @property
     def name(self) -> str:
@@ -123,13 +128,17 @@ class Network:
         LossFun: Callable[[Tensor, Any], Tensor],
         X: Tensor,
         Y: Any,
-        devices: set[torch.device] | None = None,
+        modules: list[nn.Module] | None = None,
     ) -> None:
-        if devices is None:
-            devices = devices_of(modules_in(model, LossFun), X)
+        modules = modules_in(model, LossFun) if modules is None else modules
+        devices = devices_of(modules, X)
         self.model, self.X, self.Y, self.devices = model, X, Y, devices
-        self.layers = [Layer(item, l, devices) for l, item in enumerate(model._modules.values())]
-        self.loss = Layer(LossFun, "LossFun", devices)
+        writes = _any_in_place(modules)
+        self.layers = [
+            Layer(item, l, devices, writes and _may_write_input(item))
+            for l, item in enumerate(model._modules.values())
+        ]
+        self.loss = Layer(LossFun, "LossFun", devices, writes and _may_write_input(LossFun))
 
     def feed_forward(self) -> Graph:
         """One forward pass, with its autograd graph."""
@@ -204,40 +213,38 @@ class Graph:
 
     def __init__(self, vhat: list[Tensor], Loss: Tensor) -> None:
         self.vhat, self.Loss = vhat, Loss
-        # The leaves (parameters, mostly) and the first layer that uses each; the loss counts as
-        # layer L+1.
-        self.layer_of: dict[Tensor, int] = {}
-        self.shares_leaves = False
+        # The leaves (parameters, mostly), and the first layer that uses each; the loss counts as
+        # layer L+1. The outputs of layers and what lies beyond them belong to none (0).
         nodes = [_node(x) for x in vhat]
-        known = {None, *nodes}
-        for l, (node, below) in enumerate(zip([*nodes[1:], Loss.grad_fn], nodes, strict=True), 1):
+        layer_of = dict.fromkeys([None, *nodes], 0)
+        leaves: list[Any] = []
+        self.shares_leaves = False
+        for l, node in enumerate([*nodes[1:], Loss.grad_fn], start=1):
             # A layer that returns its input has that node itself, and no leaves.
-            for leaf in _leaves_below(node, known) if node is not below else ():
-                if self.layer_of.setdefault(leaf, l) != l:
-                    self.shares_leaves = True
+            if node is not nodes[l - 1] and _claim(node, l, layer_of, leaves):
+                self.shares_leaves = True
+        self._leaves = [leaf.variable for leaf in leaves]
+        self._l_of = [layer_of[leaf] for leaf in leaves]
 
     def backpropagate(
         self, keep_graph: bool = False
-    ) -> tuple[list[Any], list[tuple[int, Tensor, Tensor]]]:
+    ) -> tuple[list[Any], list[tuple[Tensor, int, Tensor]]]:
         """The gradients of the loss, in one backward pass.
 
         Returns g_l = dLoss/dvhat_l for l = 0..L (entry 0 is None unless the input requires grad),
-        and (l, leaf, gradient) for every leaf that the loss depends on, with the first layer that
+        and (leaf, l, gradient) for every leaf that the loss depends on, with the first layer l that
         uses it.
         """
         asked = [l for l, vhat_l in enumerate(self.vhat) if vhat_l.requires_grad]
-        inputs = [*(self.vhat[l] for l in asked), *self.layer_of]
+        inputs = [*[self.vhat[l] for l in asked], *self._leaves]
         found = gradient([self.Loss], inputs, keep_graph=keep_graph)
         if found[len(asked) - 1] is None:
             raise _independent_loss()
         g: list[Any] = [None] * len(self.vhat)
         for l, g_l in zip(asked, found, strict=False):
             g[l] = torch.zeros_like(self.vhat[l]) if g_l is None else g_l
-        return g, [
-            (l, leaf, of_leaf)
-            for (leaf, l), of_leaf in zip(self.layer_of.items(), found[len(asked) :], strict=True)
-            if of_leaf is not None
-        ]
+        of_leaves = zip(self._leaves, self._l_of, found[len(asked) :], strict=True)
+        return g, [(leaf, l, of_leaf) for leaf, l, of_leaf in of_leaves if of_leaf is not None]
 
     def weighted_gradients(
         self, g: Sequence[Any], leaves: Sequence[Tensor], c: Sequence[float]
@@ -286,9 +293,11 @@ def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
     Read off the autograd graph, so that it is right for shared, frozen, unused and parametrized
     parameters, and for those that belong to no module; faster than listing parameters, too.
     """
-    known = {None, *(_node(x) for x in inputs)}
-    node = _node(output)
-    return [] if node in known else _leaves_below(node, known)
+    node, known = _node(output), dict.fromkeys([None, *(_node(x) for x in inputs)], 0)
+    leaves: list[Any] = []
+    if node not in known:
+        _claim(node, 1, known, leaves)
+    return [leaf.variable for leaf in leaves]
 
 
 def _node(x: Tensor) -> Any:
@@ -296,20 +305,25 @@ def _node(x: Tensor) -> Any:
     return x.grad_fn or (get_gradient_edge(x).node if x.requires_grad else None)
 
 
-def _leaves_below(node: Any, known: set[Any]) -> list[Tensor]:
-    """The leaves that can be reached from a node, but not through one that is known."""
-    seen = set(known)
+def _claim(node: Any, l: int, layer_of: dict[Any, int], leaves: list[Any]) -> bool:
+    """Enter layer ``l`` for all new nodes below ``node``, and append those of leaves to ``leaves``.
+
+    Returns whether it met a node that another layer has claimed.
+    """
+    meets_other = False
     waiting = [node]
-    leaves = []
     for node in waiting:
         for before, _ in node.next_functions:
-            if before not in seen:
-                seen.add(before)
-                if before.next_functions:
-                    waiting.append(before)
-                elif hasattr(before, "variable"):  # it accumulates the gradient of a leaf
-                    leaves.append(before.variable)
-    return leaves
+            if before not in layer_of:
+                layer_of[before] = l
+                (leaves if type(before) is _AccumulateGrad else waiting).append(before)
+            elif layer_of[before] not in (0, l):
+                meets_other = True
+    return meets_other
+
+
+# The node that takes the gradient of a leaf.
+_AccumulateGrad = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
 
 
 def add_updates(
@@ -390,28 +404,26 @@ def _own_output(output: Tensor, given: Any) -> Tensor:
     return output.clone() if base.is_leaf and not of_input else output
 
 
-def _may_write_input(module: nn.Module) -> bool:
+def _may_write_input(function: object) -> bool:
     """Whether a module says that it works in place, and may do so on its own input."""
-    if type(module) is nn.Sequential:
-        for child in module._modules.values():
+    if type(function) is nn.Sequential:
+        for child in function._modules.values():
             if _may_write_input(child):
                 return True
             if not _may_return_input(child):
                 return False
         return False
-    return (
-        any(_is_in_place(inner) for inner in modules_in(module))
-        if module._modules
-        else _is_in_place(module)
+    return _any_in_place(modules_in(function))
+
+
+def _any_in_place(modules: list[nn.Module]) -> bool:
+    # Not getattr of the module: one without the attribute would take a slow way to say so.
+    return any([module.__dict__.get("inplace") for module in modules]) or any(
+        [getattr(kind, "inplace", False) for kind in set(map(type, modules))]
     )
 
 
-def _is_in_place(module: nn.Module) -> bool:
-    # Not getattr: a module without the attribute would take a slow way to say so.
-    return bool(module.__dict__.get("inplace") or getattr(type(module), "inplace", False))
-
-
-def _may_return_input(module: nn.Module) -> bool:
+def _may_return_input(module: object) -> bool:
     if type(module) is nn.Sequential:
         return all(_may_return_input(child) for child in module)
     return isinstance(module, _VIEWS)

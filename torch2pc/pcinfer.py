@@ -20,7 +20,7 @@ from torch2pc.checks import (
 from torch2pc.exact import exact
 from torch2pc.fixed_pred import fixed_pred
 from torch2pc.layers import Inference, Network
-from torch2pc.state import Snapshot, devices_of, modules_in, write_gradients
+from torch2pc.state import Snapshot, modules_in, write_gradients
 from torch2pc.strict import strict
 
 ALGORITHMS: dict[str, Callable[..., Inference]] = {
@@ -170,13 +170,13 @@ def infer(
         with torch.inference_mode(False), torch.enable_grad():
             return infer(algorithm, model, LossFun, X, Y, accumulate, prior)
     modules = modules_in(model, LossFun, prior)
-    devices = devices_of(modules, X)
-    before = Snapshot(modules, devices)
+    network = Network(model, LossFun, X, Y, modules)
+    before = Snapshot(modules, network.devices)
     try:
-        inference = algorithm(Network(model, LossFun, X, Y, devices))
+        inference = algorithm(network)
         vhat, Loss, dLdy, v, epsilon, updates = inference
         if X.is_leaf and epsilon[0] is not None:
-            updates[X] = epsilon[0].clone()
+            updates.append((X, epsilon[0].clone()))
         write_gradients(updates, accumulate)
     except BaseException:
         before.restore()

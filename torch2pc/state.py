@@ -5,7 +5,7 @@ Here they are saved, compared and put back. What the layers compute is in ``laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,21 +20,24 @@ def modules_in(*roots: object) -> list[nn.Module]:
 
     The same as ``Module.modules()``, several times faster, because it builds no names.
     """
-    found: dict[nn.Module, None] = {}
-    waiting = [root for root in roots if isinstance(root, nn.Module)]
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found[module] = None
-            children = module._modules
-            if children:
-                waiting += [child for child in children.values() if child is not None]
-    return list(found)
+    found = list(dict.fromkeys(root for root in roots if isinstance(root, nn.Module)))
+    seen = set(found)
+    for module in found:
+        children = module._modules
+        if children:
+            for child in children.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    found.append(child)
+    return found
+
+
+_CPU = torch.device("cpu")
 
 
 def devices_of(modules: Iterable[nn.Module], X: Tensor) -> set[torch.device]:
     """The devices whose generators a forward pass may draw from."""
-    devices = {torch.device("cpu"), X.device}
+    devices = {_CPU, X.device}
     if X.device.type != "cpu" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for module in modules:
             devices.update(p.device for p in module._parameters.values() if p is not None)
@@ -153,25 +156,28 @@ class Snapshot:
             module.training = training
 
 
-def write_gradients(updates: dict[Tensor, Tensor], accumulate: bool) -> None:
+def write_gradients(updates: Sequence[tuple[Tensor, Tensor]], accumulate: bool) -> None:
     """Write each update into its parameter's ``.grad``, replacing or adding; all of them or none.
 
     Post-accumulate-grad hooks run as after ``backward()``.
     """
-    before = [(parameter, parameter.grad) for parameter in updates]
+    before = [parameter.grad for parameter, _ in updates]
     try:
-        with torch.no_grad():
-            for parameter, gradient in before:
-                update = updates[parameter]
-                if accumulate and gradient is not None:
-                    update = gradient + update
-                parameter.grad = update
-            for parameter in updates:
-                hooks: Any = parameter._post_accumulate_grad_hooks
-                if hooks:
+        if accumulate:
+            with torch.no_grad():
+                updates = [
+                    (parameter, update if gradient is None else gradient + update)
+                    for (parameter, update), gradient in zip(updates, before, strict=True)
+                ]
+        for parameter, update in updates:
+            parameter.grad = update
+        for parameter, _ in updates:
+            hooks: Any = parameter._post_accumulate_grad_hooks
+            if hooks:
+                with torch.no_grad():
                     for hook in list(hooks.values()):
                         hook(parameter)
     except BaseException:
-        for parameter, gradient in before:
+        for (parameter, _), gradient in zip(updates, before, strict=True):
             parameter.grad = gradient
         raise

@@ -191,7 +191,7 @@ class Relaxation:
             self.dLdy,
             self.v,
             [input_error, *found[:L]],
-            dict(zip(updates, found[L:], strict=True)),
+            list(zip(updates, found[L:], strict=True)),
         )
 
     def _run_compiled(self, n: int) -> int:
