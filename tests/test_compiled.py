@@ -37,8 +37,8 @@ def small_case() -> Case:
 def test_equals_the_plain_relaxation_and_compiles_once() -> None:
     case = small_case()
     graphs = counters["stats"]["unique_graphs"]
-    settings = [dict(n=1), dict(n=9), dict(n=9, eta=0.3)]
-    settings += [dict(n=5, vinit=random_beliefs(case))]
+    settings = [dict(n=n) for n in (1, 2, 3, 4, 5, 9, 20)] + [dict(n=9, eta=0.3)]
+    settings += [dict(n=6, vinit=random_beliefs(case))]
     for options in settings:
         plain = case.infer("Strict", **options)
         gradients = case.gradients()
@@ -74,9 +74,9 @@ def test_latent_equals_the_plain_relaxation() -> None:
 def test_what_was_compiled_goes_with_the_model() -> None:
     case = small_case()
     case.infer("Strict", compile=True)
-    step = compiled.compiled_step(case.model)
-    kept = [weakref.ref(step), weakref.ref(case.model), weakref.ref(case.model[0][0].weight)]
-    del case, step
+    steps = compiled.compiled_steps(case.model)
+    kept = [weakref.ref(steps), weakref.ref(case.model), weakref.ref(case.model[0][0].weight)]
+    del case, steps
     gc.collect()
     assert [reference() for reference in kept] == [None] * 3
 

@@ -1,8 +1,9 @@
-"""Strict's step as one function for ``torch.compile``, kept for as long as its model lives.
+"""Strict's steps as one function for ``torch.compile``, kept for as long as its model lives.
 
 It computes what ``Relaxation.step`` computes, layer by layer, but for all layers in every step, and
 written with ``torch.func``, so that it traces whole. Parameters, beliefs, targets and the step
-size are its inputs: new values of them do not compile it again.
+sizes are its inputs: new values of them do not compile it again. A call of it makes a few steps, as
+every call takes some time of its own.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ from torch.func import grad, vjp
 _compiled: WeakKeyDictionary[nn.Module, Callable[..., Any] | None] = WeakKeyDictionary()
 
 
-def compiled_step(model: nn.Module) -> Callable[..., Any] | None:
-    """``step``, compiled for this model; None if that has failed before."""
+# Steps in one call: more of them take longer to compile and gain little.
+STEPS = 4
+
+
+def compiled_steps(model: nn.Module) -> Callable[..., Any] | None:
+    """``steps``, compiled for this model; None if that has failed before."""
     if model not in _compiled:
+        from torch2pc.products import fast_products  # not before: it imports the compiler
+
         # Its own code object: what is compiled for a model is kept with the code, so it goes when
         # the model does, and one model's shapes do not count against another's recompilations.
-        code = step.__code__.replace(co_name=f"step_of_{id(model)}")
-        own = FunctionType(code, step.__globals__)
-        _compiled[model] = torch.compile(own, fullgraph=True)
+        code = steps.__code__.replace(co_name=f"steps_of_{id(model)}")
+        own = FunctionType(code, steps.__globals__)
+        _compiled[model] = torch.compile(own, fullgraph=True, options=fast_products())
     return _compiled[model]
 
 
@@ -43,7 +50,7 @@ def give_up(model: nn.Module, reason: object) -> None:
     )
 
 
-def step(
+def steps(
     layers: Sequence[Callable[..., Tensor]],
     copies_input: Sequence[bool],
     dtypes: Sequence[torch.dtype],
@@ -51,38 +58,41 @@ def step(
     prior: Callable[[list[Tensor]], Tensor] | None,
     Y: Any,
     first_prediction: Tensor | None,
+    precision: Sequence[Tensor | None],
     v: list[Tensor],
     eta: Tensor,
-    precision: Sequence[Tensor | None],
     reached: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The beliefs after one step from ``v``, and the errors before it.
+    """The beliefs after ``STEPS`` steps from ``v``, and the errors before the last of them.
 
     ``first_prediction`` is layer 1's if the input is clamped, None if the input is free; a
-    precision of None is 1. ``reached[l]`` is 0 for a layer that no error has reached: its error is
-    zero, and not the difference between two ways to round its prediction.
+    precision of None is 1. Step k has the size ``eta[k]``, and ``reached[k, l]`` is 0 for a layer
+    that no error has reached by then: its error is zero, and not the difference between two ways to
+    round its prediction.
     """
     L = len(layers)
-    moved, epsilon = list(v), list(v)
-    if first_prediction is not None:
-        epsilon[1] = reached[1] * (first_prediction - v[1])
-    of_prior = None if prior is None else grad(prior)(v[:-1])
-    for l in range(1 if first_prediction is None else 2, L + 1):
-        predict = partial(_predict, layers[l - 1], copies_input[l - 1])
-        prediction, pull_back = vjp(predict, v[l - 1].to(dtypes[l - 1]))  # type: ignore[misc]
-        if l < L:
-            epsilon[l] = reached[l] * (prediction - v[l])
-        else:
-            epsilon[L] = grad(lambda output: LossFun(output, Y).reshape(()))(prediction)
-        (arriving,) = pull_back(_weighted(epsilon[l], precision[l]).to(prediction.dtype))
-        descended = arriving.to(v[l - 1].dtype)
-        if of_prior is not None:
-            descended = descended + of_prior[l - 1]
-        if l > 1:
-            descended = descended - _weighted(epsilon[l - 1], precision[l - 1])
-        moved[l - 1] = v[l - 1] - eta * descended
+    for k in range(STEPS):
+        moved, epsilon = list(v), list(v)
+        if first_prediction is not None:
+            epsilon[1] = reached[k, 1] * (first_prediction - v[1])
+        of_prior = None if prior is None else grad(prior)(v[:-1])
+        for l in range(1 if first_prediction is None else 2, L + 1):
+            predict = partial(_predict, layers[l - 1], copies_input[l - 1])
+            prediction, pull_back = vjp(predict, v[l - 1].to(dtypes[l - 1]))  # type: ignore[misc]
+            if l < L:
+                epsilon[l] = reached[k, l] * (prediction - v[l])
+            else:
+                epsilon[L] = grad(lambda output: LossFun(output, Y).reshape(()))(prediction)
+            (arriving,) = pull_back(_weighted(epsilon[l], precision[l]).to(prediction.dtype))
+            descended = arriving.to(v[l - 1].dtype)
+            if of_prior is not None:
+                descended = descended + of_prior[l - 1]
+            if l > 1:
+                descended = descended - _weighted(epsilon[l - 1], precision[l - 1])
+            moved[l - 1] = v[l - 1] - eta[k] * descended
+        v = moved
     epsilon[L] = epsilon[L].to(v[L].dtype)
-    return moved, epsilon
+    return v, epsilon
 
 
 def _predict(layer: Callable[..., Tensor], copies_input: bool, x: Tensor) -> Tensor:

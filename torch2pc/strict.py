@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torch2pc.checks import check_vinit_entries
-from torch2pc.compiled import compiled_step, give_up
+from torch2pc.compiled import STEPS, compiled_steps, give_up
 from torch2pc.layers import (
     Inference,
     Layer,
@@ -198,8 +198,8 @@ class Relaxation:
         """Try to run ``n`` compiled steps; the number of steps that were done, 0 or n."""
         network, like = self.network, self.v[-1]
         functions = [*network.layers, network.loss, *([] if self.prior is None else [self.prior])]
-        model_step = compiled_step(network.model)
-        if model_step is None:
+        run_steps = compiled_steps(network.model)
+        if run_steps is None:
             return 0
         for function in functions:
             if not function.is_pure:
@@ -208,8 +208,6 @@ class Relaxation:
                 return 0
         is_free = self._lowest == 1
         v, epsilon = self.v, self.epsilon
-        eta = like.new_full((), self.eta)
-        precision = [None if pi == 1 else like.new_full((), pi) for pi in self.precision]
         arguments = (
             [layer.function for layer in network.layers],
             [layer.copies_input for layer in network.layers],
@@ -218,16 +216,19 @@ class Relaxation:
             None if self.prior is None else self.prior.function,
             network.Y,
             None if is_free else self.vhat[1],
+            [None if pi == 1 else like.new_full((), pi) for pi in self.precision],
         )
-        steps = torch.arange(1, n + 1)[:, None]
-        reached = torch.arange(len(v)) > self._reached - steps
-        rows = [row.clone() for row in reached.to(like).unbind()]
+        # Steps of size 0 come first, to make n a multiple of STEPS.
+        k = torch.arange(1 - (-n % STEPS), n + 1)
+        eta = self.eta * (k > 0).to(like)
+        reached = (torch.arange(len(v)) > self._reached - k[:, None]).to(like)
         with torch.no_grad():
-            for k in range(n):
+            for first in range(0, len(k), STEPS):
+                part = slice(first, first + STEPS)
                 try:
-                    v, epsilon = model_step(*arguments, v, eta, precision, rows[k])
+                    v, epsilon = run_steps(*arguments, v, eta[part].clone(), reached[part].clone())
                 except Exception as error:
-                    if k > 0:
+                    if first > 0:
                         raise
                     # Whatever it was: the same steps without compilation say it plainly.
                     give_up(network.model, error)

@@ -1,0 +1,103 @@
+"""Matrix products of compiled steps on a CPU: by MKL or by oneDNN, whichever is faster there.
+
+PyTorch leaves products of float32 matrices to MKL, which on some processors takes twice as long as
+oneDNN does. Both come with PyTorch. Which one is faster is measured, once for each size. To import
+this file takes a second, as it imports the compiler: do so where something is compiled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph
+from torch.library import Library, register_fake
+
+# Entries of b. To multiply by smaller matrices takes no longer than to choose.
+SMALLEST = 128 * 128
+
+
+def by_mkl(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b, or a b + bias, for a of shape (m, k), b of shape (k, n) and bias of shape (n,)."""
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same, rounded otherwise."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return found
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same, by the faster one."""
+    return faster(a.shape, b.shape, b.stride(), bias is not None, torch.get_num_threads())(
+        a, b, bias
+    )
+
+
+@cache
+def faster(
+    shape_a: torch.Size,
+    shape_b: torch.Size,
+    stride_b: tuple[int, int],
+    has_bias: bool,
+    threads: int,
+) -> Callable[..., Tensor]:
+    """``by_mkl`` or ``by_onednn`` for matrices like these and as many threads as there are."""
+    a, b = torch.ones(shape_a), torch.empty_strided(shape_b, stride_b).fill_(1.0)
+    bias = torch.ones(shape_b[1]) if has_bias else None
+    seconds = dict.fromkeys([by_mkl, by_onednn], float("inf"))
+    for _ in range(10):
+        for multiply in seconds:
+            start = time.perf_counter()
+            multiply(a, b, bias)
+            seconds[multiply] = min(seconds[multiply], time.perf_counter() - start)
+    return min(seconds, key=lambda multiply: seconds[multiply])
+
+
+# What stands for ``product`` in compiled code. The operator is there for as long as the library.
+_library = Library("torch2pc", "DEF")  # type: ignore[no-untyped-call]
+_library.define("product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("product", product, "CPU")  # type: ignore[no-untyped-call]
+register_fake(
+    "torch2pc::product", lambda a, b, bias=None: a.new_empty(a.shape[0], b.shape[1]), lib=_library
+)
+
+
+class ReplaceProducts(CustomGraphPass):
+    """Puts ``product`` into a graph in the place of PyTorch's products of matrices."""
+
+    def __call__(self, graph: Graph) -> None:
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.mm.default and not node.kwargs:
+                bias, (a, b) = None, node.args
+            elif node.target is torch.ops.aten.addmm.default and not node.kwargs:
+                bias, a, b = node.args
+            else:
+                continue
+            is_row = bias is None or bias.meta["val"].dim() == 1
+            if is_row and _can_choose(a.meta["val"], b.meta["val"]):
+                node.target, node.args = torch.ops.torch2pc.product.default, (a, b, bias)
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__,))
+
+
+def _can_choose(a: Tensor, b: Tensor) -> bool:
+    return a.device.type == "cpu" and a.dtype == torch.float32 and b.numel() >= SMALLEST
+
+
+def fast_products() -> dict[str, Any]:
+    """Options with which ``torch.compile`` multiplies by the faster library.
+
+    Not where results must be the same in every run: the two round differently.
+    """
+    has_both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if not has_both or torch.are_deterministic_algorithms_enabled():
+        return {}
+    return {"post_grad_custom_post_pass": ReplaceProducts()}
