@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -93,6 +93,21 @@ def steps(
         v = moved
     epsilon[L] = epsilon[L].to(v[L].dtype)
     return v, epsilon
+
+
+@lru_cache(maxsize=8)
+def schedule(
+    n: int, eta: float, lowest: int, count: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """``eta`` and ``reached`` for each call that ``n`` steps take, with ``count`` beliefs.
+
+    Errors have reached layer ``lowest`` in the first step and climb down a layer in each. Steps of
+    size 0 come before it, to make their number a multiple of ``STEPS``.
+    """
+    k = torch.arange(1 - (-n % STEPS), n + 1, device="cpu")
+    reached = torch.arange(count, device="cpu") > lowest - k[:, None]
+    parts = zip((eta * (k > 0).double()).split(STEPS), reached.split(STEPS), strict=True)  # type: ignore[no-untyped-call]
+    return [(sizes.to(device, dtype), which.to(device, dtype)) for sizes, which in parts]
 
 
 def _predict(layer: Callable[..., Tensor], copies_input: bool, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torch2pc.checks import check_vinit_entries
-from torch2pc.compiled import STEPS, compiled_steps, give_up
+from torch2pc.compiled import compiled_steps, give_up, schedule
 from torch2pc.layers import (
     Inference,
     Layer,
@@ -218,17 +218,14 @@ class Relaxation:
             None if is_free else self.vhat[1],
             [None if pi == 1 else like.new_full((), pi) for pi in self.precision],
         )
-        # Steps of size 0 come first, to make n a multiple of STEPS.
-        k = torch.arange(1 - (-n % STEPS), n + 1)
-        eta = self.eta * (k > 0).to(like)
-        reached = (torch.arange(len(v)) > self._reached - k[:, None]).to(like)
         with torch.no_grad():
-            for first in range(0, len(k), STEPS):
-                part = slice(first, first + STEPS)
+            for part in schedule(
+                n, float(self.eta), self._reached, len(v), like.dtype, like.device
+            ):
                 try:
-                    v, epsilon = run_steps(*arguments, v, eta[part].clone(), reached[part].clone())
+                    v, epsilon = run_steps(*arguments, v, *part)
                 except Exception as error:
-                    if first > 0:
+                    if v is not self.v:
                         raise
                     # Whatever it was: the same steps without compilation say it plainly.
                     give_up(network.model, error)
