@@ -125,6 +125,18 @@ def test_runs_plainly_where_it_cannot_compile_and_says_so_once(
         case.infer("Strict", compile=True)
 
 
+@needs_compiler
+def test_compiles_once_nothing_is_random_any_more() -> None:
+    case = small_case()
+    case.model.insert(1, nn.Dropout())
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        case.infer("Strict", compile=True)
+    case.model.eval()
+    plain, graphs = case.infer("Strict"), counters["stats"]["unique_graphs"]
+    assert_close(list(case.infer("Strict", compile=True)), list(plain))
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
 def test_the_other_algorithms_have_nothing_to_compile() -> None:
     case = small_case()
     graphs = counters["stats"]["unique_graphs"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.func import grad, vjp
 
 # None for a model that torch.compile could not take.
 _compiled: WeakKeyDictionary[nn.Module, Callable[..., Any] | None] = WeakKeyDictionary()
-
+_warned: WeakSet[nn.Module] = WeakSet()
 
 # Steps in one call: more of them take longer to compile and gain little.
 STEPS = 4
@@ -40,14 +40,20 @@ def compiled_steps(model: nn.Module) -> Callable[..., Any] | None:
     return _compiled[model]
 
 
-def give_up(model: nn.Module, reason: object) -> None:
-    """Say once that the model's relaxation runs without compilation, and remember it."""
-    _compiled[model] = None
-    first_line = str(reason).strip().partition("\n")[0]
-    warnings.warn(
-        f"compile=True: {type(model).__name__} runs without compilation, because {first_line}",
-        stacklevel=2,
-    )
+def run_plainly(model: nn.Module, reason: object, for_good: bool = False) -> None:
+    """Say, the first time, that the model's relaxation runs without compilation.
+
+    ``for_good``: nor is it tried again.
+    """
+    if for_good:
+        _compiled[model] = None
+    if model not in _warned:
+        _warned.add(model)
+        first_line = str(reason).strip().partition("\n")[0]
+        warnings.warn(
+            f"compile=True: {type(model).__name__} runs without compilation, because {first_line}",
+            stacklevel=2,
+        )
 
 
 def steps(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torch2pc.checks import check_vinit_entries
-from torch2pc.compiled import compiled_steps, give_up, schedule
+from torch2pc.compiled import compiled_steps, run_plainly, schedule
 from torch2pc.layers import (
     Inference,
     Layer,
@@ -204,7 +204,7 @@ class Relaxation:
         for function in functions:
             if not function.is_pure:
                 reason = f"{function.name} draws random numbers or changes its buffers"
-                give_up(network.model, reason)
+                run_plainly(network.model, reason)
                 return 0
         is_free = self._lowest == 1
         v, epsilon = self.v, self.epsilon
@@ -228,7 +228,7 @@ class Relaxation:
                     if v is not self.v:
                         raise
                     # Whatever it was: the same steps without compilation say it plainly.
-                    give_up(network.model, error)
+                    run_plainly(network.model, error, for_good=True)
                     return 0
         self.v[:], self.epsilon[:] = [self.v[0] if not is_free else v[0], *v[1:]], epsilon
         return n
