@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -102,3 +103,11 @@ def test_no_choice_where_results_must_repeat() -> None:
         assert products.fast_products() == {}
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_steps_compile_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch2pc.products", None)
+    case = Case(nn.Sequential(nn.Linear(3, 2)), nn.MSELoss(), torch.ones(4, 3), torch.ones(4, 2))
+    torch.testing.assert_close(case.infer("Strict", compile=True).v, case.infer("Strict").v)

@@ -30,14 +30,21 @@ STEPS = 4
 def compiled_steps(model: nn.Module) -> Callable[..., Any] | None:
     """``steps``, compiled for this model; None if that has failed before."""
     if model not in _compiled:
-        from torch2pc.products import fast_products  # not before: it imports the compiler
-
         # Its own code object: what is compiled for a model is kept with the code, so it goes when
         # the model does, and one model's shapes do not count against another's recompilations.
         code = steps.__code__.replace(co_name=f"steps_of_{id(model)}")
         own = FunctionType(code, steps.__globals__)
-        _compiled[model] = torch.compile(own, fullgraph=True, options=fast_products())
+        _compiled[model] = torch.compile(own, fullgraph=True, options=_options())
     return _compiled[model]
+
+
+def _options() -> dict[str, Any]:
+    try:
+        # Not at the top, as it imports the compiler, and parts of it that another PyTorch may lack.
+        from torch2pc.products import fast_products
+    except ImportError:
+        return {}
+    return fast_products()
 
 
 def run_plainly(model: nn.Module, reason: object, for_good: bool = False) -> None:

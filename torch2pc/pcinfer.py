@@ -106,7 +106,7 @@ def PCInfer(
             are not used. Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
         compile: run Strict's iterations through ``torch.compile``, which takes up to a minute at
-            the first call for a model and pays off where many small layers are evaluated often.
+            the first call for a model, and then about two thirds of the time for small networks.
             Where it cannot be done (random layers, changing buffers, code that does not trace) a
             warning says so once. The other two algorithms have nothing to compile.
 
