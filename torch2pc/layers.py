@@ -287,17 +287,18 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def leaves_between(output: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
-    """The leaves that require grad and were used to compute ``output`` from ``inputs``.
+def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that require grad and were used to compute ``output``, except ``inputs``.
 
     Read off the autograd graph, so that it is right for shared, frozen, unused and parametrized
-    parameters, and for those that belong to no module; faster than listing parameters, too.
+    parameters, and for those that belong to no module; faster than listing parameters, too. The
+    inputs are leaves themselves.
     """
-    node, known = _node(output), dict.fromkeys([None, *(_node(x) for x in inputs)], 0)
-    leaves: list[Any] = []
-    if node not in known:
-        _claim(node, 1, known, leaves)
-    return [leaf.variable for leaf in leaves]
+    nodes: list[Any] = []
+    if not output.is_leaf:
+        _claim(output.grad_fn, 1, {None: 0}, nodes)
+    given = set(map(id, inputs))
+    return [leaf for leaf in [node.variable for node in nodes] if id(leaf) not in given]
 
 
 def _node(x: Tensor) -> Any:
