@@ -55,6 +55,19 @@ def test_equals_the_plain_relaxation_and_compiles_once() -> None:
 
 @needs_compiler
 @pytest.mark.filterwarnings("error:compile=True")
+def test_the_error_that_arrives_at_the_input() -> None:
+    case = small_case()
+    case = case._replace(X=case.X.requires_grad_())
+    plain, gradients, of_X = case.infer("Strict"), case.gradients(), case.X.grad
+    found = case.infer("Strict", compile=True)
+    assert_close(list(found), list(plain))
+    assert_close(case.gradients(), gradients)
+    assert of_X is not None
+    assert_close(case.X.grad, of_X)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
 def test_latent_equals_the_plain_relaxation() -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     Y, Xinit = torch.randn(5, 3).double(), torch.zeros(5, 2).double()

@@ -139,6 +139,7 @@ class Network:
             for l, item in enumerate(model._modules.values())
         ]
         self.loss = Layer(LossFun, "LossFun", devices, writes and _may_write_input(LossFun))
+        self.first: tuple[Tensor, Tensor] | None = None
 
     def feed_forward(self) -> Graph:
         """One forward pass, with its autograd graph."""
@@ -157,10 +158,11 @@ class Network:
         Loss = check_loss(self.loss(vhat[-1], self.Y))
         return Graph(vhat, Loss)
 
-    def record(self) -> tuple[list[Tensor], Tensor, Tensor]:
+    def record(self, keep_first: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
         """One forward pass without a graph across layers; returns vhat, Loss and dLdy, detached.
 
-        After it each layer, and the loss, can be replayed.
+        After it each layer, and the loss, can be replayed. ``keep_first``: layer 1's input and
+        output stay in ``first``, with the graph between them.
         """
         vhat = [_input_copy(self.X)]
 
@@ -170,8 +172,12 @@ class Network:
                 x = x.detach().requires_grad_(x.is_floating_point())
                 # With gradients on, as in every replay: under no_grad some modules take another
                 # path, and autocast would cache weights that are cut off from the graph.
-                x = layer.record(x).detach()
+                output = layer.record(x)
+                if keep_first and len(vhat) == 1:
+                    self.first = x, output
+                x = output.detach()
                 vhat.append(x)
+                del output  # and its graph, before the next layer makes its own
             return x
 
         output = self._through_hooks_of_model(walk, vhat[0])

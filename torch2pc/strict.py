@@ -45,7 +45,8 @@ def strict(
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
     with outside_autocast(network.X.device):
-        relaxation = Relaxation(network, eta, vinit)
+        # Compiled steps hold all layers at once, so that the first one's graph adds nothing to it.
+        relaxation = Relaxation(network, eta, vinit, keep_first=compile)
         with network.replaying():
             relaxation.run(n, compile)
             return relaxation.result()
@@ -56,7 +57,8 @@ class Relaxation:
 
     The lists that it yields are its own and change with the next step: copy what is to be kept.
     Steps and ``updates()`` belong inside ``with network.replaying()``. What ``latent.py`` adds to
-    the energy is optional: a first belief that is free, precisions, and a prior.
+    the energy is optional: a first belief that is free, precisions, and a prior. ``keep_first``
+    saves one evaluation of layer 1 for the memory of its graph.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
@@ -72,12 +74,13 @@ class Relaxation:
         eta: float,
         vinit: Sequence[Any] | None = None,
         *,
+        keep_first: bool = False,
         free_input: bool = False,
         precision: Sequence[float] | None = None,
         prior: Layer | None = None,
     ) -> None:
         self.network, self.eta = network, eta
-        self.vhat, self.Loss, self.dLdy = network.record()
+        self.vhat, self.Loss, self.dLdy = network.record(keep_first)
         self.v = [in_belief_dtype(vhat_l).clone() for vhat_l in self.vhat]
         if not free_input:
             self.v[0] = detached(network.X)
@@ -109,6 +112,8 @@ class Relaxation:
     def run(self, n: int, compile: bool = False) -> None:
         """``n`` steps, compiled if that is asked for and can be done."""
         done = self._run_compiled(n) if compile else 0
+        if not done:
+            self.network.first = None  # a plain step holds one layer's graph at a time
         for _ in range(n - done):
             self.step()
 
@@ -161,9 +166,12 @@ class Relaxation:
             asks_loss = l == L and network.loss.has_leaves
             if not (layer.has_leaves or asks_input or asks_loss):
                 continue
-            x = self._input_of(l)
-            x.requires_grad_(x.is_floating_point())
-            prediction = layer.replay(x)
+            if l == 1 and network.first is not None:
+                (x, prediction), network.first = network.first, None
+            else:
+                x = self._input_of(l)
+                x.requires_grad_(x.is_floating_point())
+                prediction = layer.replay(x)
             leaves = leaves_between(prediction, [x])
             asked = [*leaves, x] if asks_input else leaves
             found = gradient([prediction], asked, [self._weighted_error(l, prediction)])
