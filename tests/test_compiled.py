@@ -53,6 +53,19 @@ def test_equals_the_plain_relaxation_and_compiles_once() -> None:
     assert counters["stats"]["unique_graphs"] == graphs + 1
 
 
+@pytest.mark.parametrize(("L", "in_a_call"), [(1, 4), (10, 4), (20, 2), (60, 1)])
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_all_calls_make_the_same_number_of_steps(L: int, in_a_call: int, n: int) -> None:
+    parts = compiled.schedule(n, 0.1, L, L + 1, torch.float32, torch.device("cpu"))
+    assert {len(eta) for eta, _ in parts} == {in_a_call}
+    eta, reached = torch.cat([e for e, _ in parts]), torch.cat([r for _, r in parts])
+    assert eta[-n:].tolist() == [pytest.approx(0.1)] * n
+    assert not eta[:-n].any()
+    # In the k-th step, k of the layers have errors.
+    assert reached[-n:, 1:].sum(dim=1).tolist() == [min(k, L) for k in range(1, n + 1)]
+    assert (reached.diff(dim=1) >= 0).all()
+
+
 @needs_compiler
 @pytest.mark.filterwarnings("error:compile=True")
 def test_the_error_that_arrives_at_the_input() -> None:

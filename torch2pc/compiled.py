@@ -23,8 +23,9 @@ from torch.func import grad, vjp
 _compiled: WeakKeyDictionary[nn.Module, Callable[..., Any] | None] = WeakKeyDictionary()
 _warned: WeakSet[nn.Module] = WeakSet()
 
-# Steps in one call: more of them take longer to compile and gain little.
-STEPS = 4
+# A call makes up to so many steps, fewer of deep models: what it evaluates has to be compiled first,
+# and the more that is, the less a call's own time counts.
+MOST_STEPS, MOST_LAYERS = 4, 40
 
 
 def compiled_steps(model: nn.Module) -> Callable[..., Any] | None:
@@ -76,7 +77,7 @@ def steps(
     eta: Tensor,
     reached: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The beliefs after ``STEPS`` steps from ``v``, and the errors before the last of them.
+    """The beliefs after as many steps from ``v`` as ``eta`` has entries, and the last one's errors.
 
     ``first_prediction`` is layer 1's if the input is clamped, None if the input is free; a
     precision of None is 1. Step k has the size ``eta[k]``, and ``reached[k, l]`` is 0 for a layer
@@ -84,7 +85,7 @@ def steps(
     round its prediction.
     """
     L = len(layers)
-    for k in range(STEPS):
+    for k in range(len(eta)):
         moved, epsilon = list(v), list(v)
         if first_prediction is not None:
             epsilon[1] = reached[k, 1] * (first_prediction - v[1])
@@ -115,11 +116,13 @@ def schedule(
     """``eta`` and ``reached`` for each call that ``n`` steps take, with ``count`` beliefs.
 
     Errors have reached layer ``lowest`` in the first step and climb down a layer in each. Steps of
-    size 0 come before it, to make their number a multiple of ``STEPS``.
+    size 0 come before it, so that all calls make the same number of steps, whatever ``n`` is.
     """
-    k = torch.arange(1 - (-n % STEPS), n + 1, device="cpu")
+    in_a_call = max(1, min(MOST_STEPS, MOST_LAYERS // (count - 1)))
+    k = torch.arange(1 - (-n % in_a_call), n + 1, device="cpu")
+    etas = eta * (k > 0).double()
     reached = torch.arange(count, device="cpu") > lowest - k[:, None]
-    parts = zip((eta * (k > 0).double()).split(STEPS), reached.split(STEPS), strict=True)  # type: ignore[no-untyped-call]
+    parts = zip(etas.split(in_a_call), reached.split(in_a_call), strict=True)  # type: ignore[no-untyped-call]
     return [(sizes.to(device, dtype), which.to(device, dtype)) for sizes, which in parts]
 
 
