@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -133,6 +135,11 @@ def test_replaces_or_accumulates(ErrType: str, case: Case) -> None:
     assert_close(case.gradients(), {k: None if g is None else 2 * g for k, g in once.items()})
     case.infer(ErrType)
     assert_close(case.gradients(), once, tolerance=0)
+
+
+def test_can_be_imported_in_inference_mode() -> None:
+    code = "import torch\nwith torch.inference_mode():\n    import torch2pc"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @err_types

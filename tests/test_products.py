@@ -64,6 +64,19 @@ def test_the_faster_one_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> Non
     products.faster.cache_clear()
 
 
+@needs_both
+def test_the_defaults_for_new_tensors_do_not_matter() -> None:
+    a, b = torch.ones(2, 3), torch.ones(3, 4)
+    products.faster.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = products.product(a, b)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, torch.full((2, 4), 3.0))
+
+
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, ...]]]:
     """The shapes of b that ``product`` was asked for."""

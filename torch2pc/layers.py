@@ -329,8 +329,9 @@ def _claim(node: Any, l: int, layer_of: dict[Any, int], leaves: list[Any]) -> bo
     return meets_other
 
 
-# The node that takes the gradient of a leaf.
-_AccumulateGrad = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
+with torch.inference_mode(False), torch.enable_grad():  # whatever mode this is imported in
+    # The type of the node that takes the gradient of a leaf.
+    _AccumulateGrad = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
 
 
 def add_updates(

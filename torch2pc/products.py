@@ -49,8 +49,9 @@ def faster(
     threads: int,
 ) -> Callable[..., Tensor]:
     """``by_mkl`` or ``by_onednn`` for matrices like these and as many threads as there are."""
-    a, b = torch.ones(shape_a), torch.empty_strided(shape_b, stride_b).fill_(1.0)
-    bias = torch.ones(shape_b[1]) if has_bias else None
+    kind: Any = dict(dtype=torch.float32, device="cpu")
+    a, b = torch.ones(shape_a, **kind), torch.empty_strided(shape_b, stride_b, **kind).fill_(1.0)
+    bias = torch.ones(shape_b[1], **kind) if has_bias else None
     seconds = dict.fromkeys([by_mkl, by_onednn], float("inf"))
     for _ in range(10):
         for multiply in seconds:
