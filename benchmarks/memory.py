@@ -29,7 +29,7 @@ METHOD = (
     "and what PCInfer returns. Every step starts with zero_grad, except where it says that the "
     "gradients of the step before are still there. 'Beliefs' is the size of v[1..L], 'results' that "
     "of all that PCInfer must return: vhat, v and epsilon. In vgg_blocks, a layer is a whole block "
-    "of vgg_style: Strict keeps the graph of one block at a time, BP of all."
+    "of vgg_style: Strict keeps the graphs of the first block and of one other, BP of all."
 )
 
 N, ETA = 20, 0.1

@@ -162,7 +162,7 @@ class Network:
         """One forward pass without a graph across layers; returns vhat, Loss and dLdy, detached.
 
         After it each layer, and the loss, can be replayed. ``keep_first``: layer 1's input and
-        output stay in ``first``, with the graph between them.
+        output stay in ``first``, with the graph between them, if anything needs its gradient.
         """
         vhat = [_input_copy(self.X)]
 
@@ -173,7 +173,7 @@ class Network:
                 # With gradients on, as in every replay: under no_grad some modules take another
                 # path, and autocast would cache weights that are cut off from the graph.
                 output = layer.record(x)
-                if keep_first and len(vhat) == 1:
+                if keep_first and len(vhat) == 1 and (layer.has_leaves or self.X.requires_grad):
                     self.first = x, output
                 x = output.detach()
                 vhat.append(x)

@@ -9,7 +9,8 @@ by repeating n times, all layers at once,
     v_l <- v_l + eta (epsilon_l - J_{l+1}(v_l)^T epsilon_{l+1})
 
 Each layer needs no more than its own input, its own belief and the error from the layer above, and
-that is all that is held at a time: the beliefs and one layer's graph.
+that is all that is held at a time: the beliefs, one layer's graph, and that of layer 1, whose input
+does not move, for its update at the end.
 
 The errors are small differences of predictions: a belief moves by far less than the 1/256 of its
 value that bfloat16 resolves. So this algorithm runs outside autocast, in the parameters' own type.
@@ -45,8 +46,7 @@ def strict(
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
     with outside_autocast(network.X.device):
-        # Compiled steps hold all layers at once, so that the first one's graph adds nothing to it.
-        relaxation = Relaxation(network, eta, vinit, keep_first=compile)
+        relaxation = Relaxation(network, eta, vinit)
         with network.replaying():
             relaxation.run(n, compile)
             return relaxation.result()
@@ -57,8 +57,7 @@ class Relaxation:
 
     The lists that it yields are its own and change with the next step: copy what is to be kept.
     Steps and ``updates()`` belong inside ``with network.replaying()``. What ``latent.py`` adds to
-    the energy is optional: a first belief that is free, precisions, and a prior. ``keep_first``
-    saves one evaluation of layer 1 for the memory of its graph.
+    the energy is optional: a first belief that is free, precisions, and a prior.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
@@ -74,13 +73,13 @@ class Relaxation:
         eta: float,
         vinit: Sequence[Any] | None = None,
         *,
-        keep_first: bool = False,
         free_input: bool = False,
         precision: Sequence[float] | None = None,
         prior: Layer | None = None,
     ) -> None:
         self.network, self.eta = network, eta
-        self.vhat, self.Loss, self.dLdy = network.record(keep_first)
+        # A clamped input makes the first evaluation of layer 1 its last: its update needs no other.
+        self.vhat, self.Loss, self.dLdy = network.record(keep_first=not free_input)
         self.v = [in_belief_dtype(vhat_l).clone() for vhat_l in self.vhat]
         if not free_input:
             self.v[0] = detached(network.X)
@@ -112,8 +111,6 @@ class Relaxation:
     def run(self, n: int, compile: bool = False) -> None:
         """``n`` steps, compiled if that is asked for and can be done."""
         done = self._run_compiled(n) if compile else 0
-        if not done:
-            self.network.first = None  # a plain step holds one layer's graph at a time
         for _ in range(n - done):
             self.step()
 
