@@ -80,9 +80,8 @@ class Relaxation:
         self.network, self.eta = network, eta
         # A clamped input makes the first evaluation of layer 1 its last: its update needs no other.
         self.vhat, self.Loss, self.dLdy = network.record(keep_first=not free_input)
-        self.v = [in_belief_dtype(vhat_l).clone() for vhat_l in self.vhat]
-        if not free_input:
-            self.v[0] = detached(network.X)
+        v_0 = in_belief_dtype(self.vhat[0]).clone() if free_input else detached(network.X)
+        self.v = [v_0, *[in_belief_dtype(vhat_l).clone() for vhat_l in self.vhat[1:]]]
         self.epsilon = [torch.zeros_like(v_l) for v_l in self.v]
         self.epsilon[-1].copy_(self.dLdy)
         # precision[l] weighs the error of layer l; that of the output is in the loss.
