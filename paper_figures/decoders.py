@@ -1,4 +1,4 @@
-"""What figures with `torch2pc.PCInferLatent` share: the energy of what it inferred, and mosaics."""
+"""What figures with `torch2pc.PCInferLatent` share: energies, weights of length 1, and mosaics."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def energy(
     F = LossFun(decoder[-1](result.v[-2]), Y)
     F = F + sum(0.5 * precision * epsilon_l.square().sum() for epsilon_l in result.epsilon[1:-1])
     return (F if prior is None else F + prior(result.v[:-1])).item()
+
+
+def unit_columns(layer: nn.Linear) -> None:
+    """Columns of length 1: else the prior could be had for nothing, by small latents."""
+    with torch.no_grad():
+        layer.weight /= layer.weight.norm(dim=0, keepdim=True)
 
 
 def mosaic(pictures: Tensor, columns: int, gap: int = 1) -> Tensor:

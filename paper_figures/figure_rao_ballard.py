@@ -35,7 +35,14 @@ from torch.nn import functional
 from tqdm import tqdm, trange
 
 from paper_figures.data import cifar10_folder, load_cifar10
-from paper_figures.decoders import energy, half_squared_error, mosaic, show_mosaic, signed
+from paper_figures.decoders import (
+    energy,
+    half_squared_error,
+    mosaic,
+    show_mosaic,
+    signed,
+    unit_columns,
+)
 from paper_figures.plotting import letter
 from paper_figures.report import Number, Options, save, yes
 from torch2pc import PCInferLatent
@@ -371,12 +378,6 @@ def infer_fields(decoder: nn.Sequential, kind: Fields, Y: Tensor) -> PCResult:
         kind.n,
         prior=kind.energy_of_causes,
     )
-
-
-def unit_columns(layer: nn.Linear) -> None:
-    """Fields of length 1: else the prior could be had for nothing, by small causes."""
-    with torch.no_grad():
-        layer.weight /= layer.weight.norm(dim=0, keepdim=True)
 
 
 def excess_kurtosis(values: Tensor) -> float:

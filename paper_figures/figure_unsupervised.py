@@ -32,7 +32,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from paper_figures.data import DataSet, load_digits
-from paper_figures.decoders import Prior, energy, half_squared_error, mosaic, show_mosaic
+from paper_figures.decoders import (
+    Prior,
+    energy,
+    half_squared_error,
+    mosaic,
+    show_mosaic,
+    unit_columns,
+)
 from paper_figures.plotting import letter
 from paper_figures.report import Number, Options, save, yes
 from torch2pc import PCInferLatent
@@ -143,10 +150,7 @@ class Sparse(Reference):
         return predictions * self.scale @ self.axes + self.mean
 
     def after_step(self) -> None:
-        # Else the prior could be had for nothing: small latents and large weights.
-        with torch.no_grad():
-            weight = self.decoder[0].weight
-            weight /= weight.norm(dim=0, keepdim=True)
+        unit_columns(self.decoder[0])
 
     def summary(self) -> dict[str, object]:
         names = ("components", "whitening", "positive_slope", "negative_curvature")
