@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.nets import Case, case
-from benchmarks.report import Options, Row, device_name, rows_record, rows_table, save
+from benchmarks.report import Options, Row, device_name, save_rows
 from benchmarks.steps import Step, backprop, infer
 from benchmarks.timing import threads
 from torch2pc import PCInfer
@@ -49,15 +49,7 @@ def run(options: Options) -> None:
             rows += rows_of(name, where, peaks)
             in_megabytes = {what: size / 1e6 for what, size in peaks.items()}
             megabytes.append({"network": name, "device": where, **in_megabytes})
-    text = rows_table(rows)
-    print(text)
-    save(
-        options,
-        "memory",
-        method=METHOD,
-        text=text,
-        record={"rows": rows_record(rows), "megabytes": megabytes},
-    )
+    save_rows(options, "memory", rows, method=METHOD, megabytes=megabytes)
 
 
 def measure_case(case: Case, device: torch.device) -> dict[str, int]:

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import torch2pc
 from benchmarks.peer_steps import BATCH, ETA, PACKAGES, N
 from benchmarks.report import Options, device_name, save, table
-from benchmarks.steps import can_compile
 from benchmarks.timing import SAMPLE, Times
 
 MLPS = {
@@ -111,10 +111,7 @@ def find(interpreters: Sequence[str]) -> tuple[dict[str, tuple[str, str]], dict[
     found, missing = {}, {}
     for name, (distribution, _, _) in PACKAGES.items():
         if distribution == "torch2pc":
-            if "compile" in name and not can_compile():
-                missing[name] = "this version has no such keyword"
-            else:
-                found[name] = (sys.executable, torch2pc.__version__)
+            found[name] = (sys.executable, torch2pc.__version__)
             continue
         for interpreter in interpreters:
             tried = subprocess.run(
@@ -138,7 +135,7 @@ def measure(
             peer = stack.enter_context(started(name, interpreter, threads))
             row = {
                 "network": network,
-                "device": device_name_of_cpu(threads),
+                "device": device_name(torch.device("cpu"), threads),
                 "package": name,
                 "version": version,
             }
@@ -196,12 +193,6 @@ def started(name: str, interpreter: str, threads: int) -> Iterator[Peer]:
                 yield Peer(process)
             finally:
                 process.kill()
-
-
-def device_name_of_cpu(threads: int) -> str:
-    import torch
-
-    return device_name(torch.device("cpu"), threads)
 
 
 def rows_table(rows: Sequence[dict[str, Any]]) -> str:

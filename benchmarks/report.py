@@ -97,8 +97,17 @@ def device_name(device: torch.device, threads: int) -> str:
     return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def rows_record(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) | {"reached": row.reached} for row in rows]
+def save_rows(
+    options: Options, name: str, rows: Sequence[Row], *, method: str, **more: object
+) -> None:
+    """Print the table of the rows, and write it and them into ``name.md`` and ``name.json``.
+
+    more: what else the JSON file holds.
+    """
+    text = rows_table(rows)
+    print(text)
+    found = [asdict(row) | {"reached": row.reached} for row in rows]
+    save(options, name, method=method, text=text, record={"rows": found, **more})
 
 
 def save(

@@ -6,7 +6,6 @@ Each function prepares what need not be repeated and returns the step to call.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -64,8 +63,3 @@ def infer(case: Case, ErrType: str, *, from_vinit: bool = False, **options: Any)
         PCInfer(case.model, case.LossFun, case.X, case.Y, ErrType, **options)
 
     return step
-
-
-def can_compile() -> bool:
-    """Whether this version of PCInfer has the keyword ``compile``."""
-    return "compile" in inspect.signature(PCInfer).parameters

@@ -48,7 +48,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Options:
     """The settings of a run on one tiny network, which is over at once."""
     networks = {"mlp_tiny": ("MLP", lambda: nets.mlp(3, 6, 8), (8,), 4)}
     monkeypatch.setattr(nets, "NETWORKS", networks)
-    monkeypatch.setattr(speed, "can_compile", lambda: False)  # compiling takes too long here
+    monkeypatch.setattr(speed, "COMPILED", ())  # compiling takes too long here
     return Options(tmp_path, list(networks), [1], seconds=0.0, quick=True)
 
 
