@@ -245,39 +245,75 @@ def test_autocast(ErrType: str, device: str) -> None:
         outputs = {h.dtype for h in result.vhat[1:]}
         assert torch.is_autocast_enabled(device)
     Loss.backward()
-    assert outputs == {torch.float32 if ErrType == "Strict" else torch.bfloat16}
+    assert outputs == {torch.bfloat16}
     assert {v.dtype for v in result.v} == {torch.float32}
     assert {p.grad.dtype for p in case.model.parameters()} == {torch.float32}
-    if ErrType == "Strict":
-        gradients = copy.deepcopy(case.gradients())
-        case.infer(ErrType)
-        assert_close(case.gradients(), gradients, tolerance=0)
     if ErrType == "Exact":
         assert_close(
             case.gradients(), {k: p.grad for k, p in twin.named_parameters()}, tolerance=1e-6
         )
 
 
-def accuracy_after_training(ErrType: str, autocast: bool, steps: int = 150) -> float:
-    """Percent of 1000 test digits, trained by Adam on 100 digits a step."""
-    torch.manual_seed(0)
+def accuracy_after_training(ErrType: str, autocast: bool, seed: int, steps: int = 150) -> float:
+    """Percent of 2000 test digits, trained by Adam on 100 digits a step."""
+    torch.manual_seed(seed)
     model, data = mnist_net(), load_digits(None)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     device = torch.device("cpu")
-    for batch in data.train_batches(steps, 100, 0, device):
+    for batch in data.train_batches(steps, 100, seed, device):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             PCInfer(model, nn.CrossEntropyLoss(), batch.X, batch.labels, ErrType, n=10)
         optimizer.step()
-    test = next(iter(data.all_test_batches(1000, device)))
+    test = next(iter(data.all_test_batches(2000, device)))
     with torch.no_grad():
         return 100 * (model(test.X).argmax(1) == test.labels).float().mean().item()
 
 
 @pytest.mark.parametrize("ErrType", ["FixedPred", "Strict"])
 def test_bfloat16_autocast_learns_as_well_as_float32(ErrType: str) -> None:
-    of_float32 = accuracy_after_training(ErrType, autocast=False)
+    """In the mean of four seeds: one moves by a point or two, with backpropagation too."""
+    of_float32, of_bfloat16 = (
+        sum(accuracy_after_training(ErrType, autocast, seed) for seed in range(4)) / 4
+        for autocast in (False, True)
+    )
     assert of_float32 > 80
-    assert abs(accuracy_after_training(ErrType, autocast=True) - of_float32) < 2
+    assert abs(of_bfloat16 - of_float32) < 1
+
+
+def updates_of_each_layer(model: nn.Sequential, ErrType: str, kind: str) -> list[Tensor]:
+    """All of a layer's update in one vector, on a batch of digits."""
+    model = copy.deepcopy(model)
+    batch = next(iter(load_digits(None).train_batches(1, 100, 0, torch.device("cpu"))))
+    X = batch.X
+    if kind == "bfloat16 model":
+        model, X = model.bfloat16(), X.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        PCInfer(model, nn.CrossEntropyLoss(), X, batch.labels, ErrType)
+    return [torch.cat([p.grad.double().flatten() for p in layer.parameters()]) for layer in model]
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16 model"])
+def test_half_precision_costs_strict_no_more_than_backpropagation(kind: str) -> None:
+    """Within 2% in each layer of a smooth network; where units switch, as much as Exact loses."""
+    smooth = nn.Sequential(
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 100), nn.Tanh()),
+        *(nn.Sequential(nn.Linear(100, 100), nn.Tanh()) for _ in range(5)),
+        nn.Linear(100, 10),
+    )
+    for model in smooth, mnist_net():
+        off = {}
+        for ErrType in "Exact", "Strict":
+            pairs = zip(
+                updates_of_each_layer(model, ErrType, kind),
+                updates_of_each_layer(model, ErrType, "float32"),
+                strict=True,
+            )
+            off[ErrType] = [
+                ((found - right).norm() / right.norm()).item() for found, right in pairs
+            ]
+        if model is smooth:
+            assert max(off["Strict"]) < 0.02
+        assert max(off["Strict"]) < 1.5 * max(off["Exact"])
 
 
 def test_grad_scaler() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs
+from torch2pc.displacement import Displacement
 from torch2pc.layers import Network
 from torch2pc.strict import Relaxation
 
@@ -94,13 +96,46 @@ def test_the_iterator_follows_one_relaxation(case: Case, vinit: bool) -> None:
             assert_close(relaxation.updates()[1], found)
 
 
-def test_layers_that_the_error_has_not_reached_are_not_evaluated() -> None:
+def count_displacements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The width of each displacement that is evaluated from now on."""
+    widths: list[int] = []
+    forward = Displacement.forward
+
+    def counted(self: Displacement, delta: Tensor) -> object:
+        widths.append(delta.shape[1])
+        return forward(self, delta)
+
+    monkeypatch.setattr(Displacement, "forward", counted)
+    return widths
+
+
+def test_layers_that_the_error_has_not_reached_are_not_evaluated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """n iterations from vhat on L layers evaluate 1 + ... + L-1 + (n-L+1)(L-1) times, no more."""
     calls = [0] * 5
-    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
+    model = nn.Sequential(*(nn.Linear(l, l + 1) for l in range(3, 8)))
     for l, layer in enumerate(model):
         layer.register_forward_hook(lambda *_, l=l: calls.__setitem__(l, calls[l] + 1))
-    Case(model, nn.MSELoss(), torch.randn(2, 3), torch.randn(2, 3)).infer("Strict", n=7)
-    # Once in the feed-forward pass, once for the update, and in the iterations as the error comes;
+    case = Case(model, nn.MSELoss(), torch.randn(2, 3), torch.randn(2, 8))
+    case.infer("Strict", n=7)
+    # Once in the feed-forward pass, once to check what was recorded there, once for the update;
     # layer 1, whose input stays the same, once and for all.
-    assert calls == [1, 2 + 4, 2 + 5, 2 + 6, 2 + 7]
+    assert calls == [1, 3, 3, 3, 3]
+    widths = count_displacements(monkeypatch)
+    case.infer("Strict", n=7)
+    assert calls == [2, 5, 5, 5, 5]
+    assert [widths.count(width) for width in range(3, 8)] == [0, 4, 5, 6, 7]
+
+
+def test_from_vinit_all_layers_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(
+        nn.Sequential(*(nn.Linear(l, l + 1) for l in range(3, 8))),
+        nn.MSELoss(),
+        torch.randn(2, 3),
+        torch.randn(2, 8),
+    )
+    vhat = case.infer("Strict").vhat
+    widths = count_displacements(monkeypatch)
+    case.infer("Strict", n=2, vinit=vhat)
+    assert [widths.count(width) for width in range(3, 8)] == [0, 2, 2, 2, 2]

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch2pc.rules import belief_dtype
+
 
 def check_model(model: object) -> None:
     """``model`` is a non-empty ``nn.Sequential`` that runs its items one after the other."""
@@ -75,20 +77,20 @@ def check_vinit_length(vinit: object, length: int) -> None:
         )
 
 
-def check_vinit_entries(vinit: Sequence[Any], vhat: Sequence[Tensor], v: Sequence[Tensor]) -> None:
-    """Entries 1..L-1 of ``vinit`` are tensors like the beliefs ``v``; the two ends are not used.
+def check_vinit_entries(vinit: Sequence[Any], vhat: Sequence[Tensor]) -> None:
+    """Entries 1..L-1 of ``vinit`` are tensors like the beliefs; the two ends are not used.
 
     Where the beliefs about a half-precision ``vhat`` are held in float32, both types are accepted.
     """
-    for l in range(1, len(v) - 1):
-        given, belief = vinit[l], v[l]
-        accepted = f"a tensor of shape {tuple(belief.shape)}, {belief.dtype}, on {belief.device}"
+    for l in range(1, len(vhat) - 1):
+        given, like, dtype = vinit[l], vhat[l], belief_dtype(vhat[l].dtype)
+        accepted = f"a tensor of shape {tuple(like.shape)}, {dtype}, on {like.device}"
         if not isinstance(given, Tensor):
             raise TypeError(f"vinit[{l}] must be {accepted}, got {type(given).__name__}")
         if (
-            given.shape != belief.shape
-            or given.device != belief.device
-            or given.dtype not in (belief.dtype, vhat[l].dtype)
+            given.shape != like.shape
+            or given.device != like.device
+            or given.dtype not in (dtype, like.dtype)
         ):
             raise ValueError(
                 f"vinit[{l}] must be {accepted}, "

@@ -1,42 +1,52 @@
 """Strict's steps as one function for ``torch.compile``, kept for as long as its model lives.
 
-It computes what ``Relaxation.step`` computes, layer by layer, but for all layers in every step, and
-written with ``torch.func``, so that it traces whole. Parameters, beliefs, targets and the step
-sizes are its inputs: new values of them do not compile it again. A call of it makes a few steps, as
-every call takes some time of its own.
+It computes what ``Relaxation.step`` computes, layer by layer, but for all layers in every step. What
+the layers do comes from their displacements: the operations are compiled in, and the tensors (weights,
+beliefs, dropout masks, targets, step sizes) are its inputs, so that new values of them do not compile
+it again. A call of it makes a few steps, as every call takes some time of its own.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from types import FunctionType
+from contextlib import nullcontext
+from functools import lru_cache
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vjp
+from torch.func import grad
 
-# None for a model that torch.compile could not take.
-_compiled: WeakKeyDictionary[nn.Module, Callable[..., Any] | None] = WeakKeyDictionary()
+from torch2pc.displacement import Displacement, Line
+
+# Each model's functions, by what is compiled in. None for a model that torch.compile could not take.
+_compiled: WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]] | None] = WeakKeyDictionary()
 _warned: WeakSet[nn.Module] = WeakSet()
 
 # A call makes up to so many steps, fewer of deep models: what it evaluates has to be compiled first,
 # and the more that is, the less a call's own time counts.
-MOST_STEPS, MOST_LAYERS = 4, 40
+MOST_STEPS, MOST_LAYERS = 4, 80
 
 
-def compiled_steps(model: nn.Module) -> Callable[..., Any] | None:
-    """``steps``, compiled for this model; None if that has failed before."""
-    if model not in _compiled:
+def compiled_steps(model: nn.Module, program: Program) -> Callable[..., Any] | None:
+    """``steps`` of this program, compiled for this model; None if that has failed before."""
+    kept = _compiled.setdefault(model, {})
+    if kept is None:
+        return None
+    if program not in kept:
         # Its own code object: what is compiled for a model is kept with the code, so it goes when
         # the model does, and one model's shapes do not count against another's recompilations.
-        code = steps.__code__.replace(co_name=f"steps_of_{id(model)}")
-        own = FunctionType(code, steps.__globals__)
-        _compiled[model] = torch.compile(own, fullgraph=True, options=_options())
-    return _compiled[model]
+
+        def run(*arguments: Any) -> Any:
+            return steps(program, *arguments)
+
+        code: CodeType = run.__code__.replace(co_name=f"steps_of_{id(model)}")
+        own = FunctionType(code, run.__globals__, closure=run.__closure__)
+        kept[program] = torch.compile(own, fullgraph=True, options=_options())
+    return kept[program]
 
 
 def _options() -> dict[str, Any]:
@@ -64,49 +74,96 @@ def run_plainly(model: nn.Module, reason: object, for_good: bool = False) -> Non
         )
 
 
+class Program:
+    """What is compiled in: equal for calls that differ in tensors and step sizes alone."""
+
+    def __init__(
+        self,
+        displacements: Sequence[Displacement | None],
+        output_dtype: torch.dtype,
+        autocast: tuple[str, torch.dtype] | None,
+    ) -> None:
+        # For each layer its operations, None for a first layer whose input is clamped.
+        self.operations = [
+            None if found is None else [(*line[:2], *line[3:]) for line in found.lines]
+            for found in displacements
+        ]
+        self.results = [None if found is None else found.result for found in displacements]
+        self.output_dtype, self.autocast = output_dtype, autocast
+        keys = [None if found is None else found.key for found in displacements]
+        self._key = tuple(keys), output_dtype, autocast
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self._key == other._key
+
+    def displacement(self, l: int, tensors: Sequence[Sequence[Tensor]], like: Tensor) -> Any:
+        """Layer l's, with these tensors."""
+        operations = self.operations[l - 1]
+        assert operations is not None
+        lines = [
+            Line(rule, inputs, tuple(of_line), static, has_gradient)
+            for (rule, inputs, static, has_gradient), of_line in zip(
+                operations, tensors, strict=True
+            )
+        ]
+        return Displacement(lines, self.results[l - 1], like)
+
+
 def steps(
-    layers: Sequence[Callable[..., Tensor]],
-    copies_input: Sequence[bool],
-    dtypes: Sequence[torch.dtype],
+    program: Program,
+    tensors: Sequence[Sequence[Sequence[Tensor]]],
     LossFun: Callable[[Tensor, Any], Tensor],
     prior: Callable[[list[Tensor]], Tensor] | None,
     Y: Any,
-    first_prediction: Tensor | None,
+    vhat: Sequence[Tensor],
     precision: Sequence[Tensor | None],
-    v: list[Tensor],
+    delta: list[Tensor],
     eta: Tensor,
     reached: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The beliefs after as many steps from ``v`` as ``eta`` has entries, and the last one's errors.
+    """``delta`` after as many steps as ``eta`` has entries, and the errors of the last one.
 
-    ``first_prediction`` is layer 1's if the input is clamped, None if the input is free; a
-    precision of None is 1. Step k has the size ``eta[k]``, and ``reached[k, l]`` is 0 for a layer
-    that no error has reached by then: its error is zero, and not the difference between two ways to
-    round its prediction.
+    ``tensors`` holds the constants of each line of each layer; a precision of None is 1. Step k has
+    the size ``eta[k]``, and ``reached[k, l]`` is 0 for a layer that no error has reached by then.
     """
-    L = len(layers)
+    L = len(program.operations)
+    is_clamped = program.operations[0] is None
+    displacements: list[Any] = [
+        None
+        if program.operations[l] is None
+        else program.displacement(l + 1, of_layer, vhat[l + 1])
+        for l, of_layer in enumerate(tensors)
+    ]
+
+    def loss_at(y: Tensor) -> Tensor:
+        with nullcontext() if program.autocast is None else torch.autocast(*program.autocast):
+            return LossFun(y.to(program.output_dtype), Y).reshape(())
+
     for k in range(len(eta)):
-        moved, epsilon = list(v), list(v)
-        if first_prediction is not None:
-            epsilon[1] = reached[k, 1] * (first_prediction - v[1])
-        of_prior = None if prior is None else grad(prior)(v[:-1])
-        for l in range(1 if first_prediction is None else 2, L + 1):
-            predict = partial(_predict, layers[l - 1], copies_input[l - 1])
-            prediction, pull_back = vjp(predict, v[l - 1].to(dtypes[l - 1]))  # type: ignore[misc]
+        moved, epsilon = list(delta), [*delta, vhat[-1]]
+        if is_clamped:
+            epsilon[1] = -delta[1]
+        of_prior = None
+        if prior is not None:
+            of_prior = grad(prior)([v + d for v, d in zip(vhat, delta, strict=False)])
+        for l in range(2 if is_clamped else 1, L + 1):
+            d, saved = displacements[l - 1].forward(delta[l - 1])
             if l < L:
-                epsilon[l] = reached[k, l] * (prediction - v[l])
+                epsilon[l] = reached[k, l] * (d - delta[l])
             else:
-                epsilon[L] = grad(lambda output: LossFun(output, Y).reshape(()))(prediction)
-            (arriving,) = pull_back(_weighted(epsilon[l], precision[l]).to(prediction.dtype))
-            descended = arriving.to(v[l - 1].dtype)
+                epsilon[L] = grad(loss_at)(vhat[-1].to(d.dtype) + d)
+            arriving = displacements[l - 1].backward(saved, _weighted(epsilon[l], precision[l]))
+            descended = 0.0 if arriving is None else arriving
             if of_prior is not None:
                 descended = descended + of_prior[l - 1]
             if l > 1:
                 descended = descended - _weighted(epsilon[l - 1], precision[l - 1])
-            moved[l - 1] = v[l - 1] - eta[k] * descended
-        v = moved
-    epsilon[L] = epsilon[L].to(v[L].dtype)
-    return v, epsilon
+            moved[l - 1] = delta[l - 1] - eta[k] * descended
+        delta = moved
+    return delta, epsilon
 
 
 @lru_cache(maxsize=8)
@@ -124,10 +181,6 @@ def schedule(
     reached = torch.arange(count, device="cpu") > lowest - k[:, None]
     parts = zip(etas.split(in_a_call), reached.split(in_a_call), strict=True)  # type: ignore[no-untyped-call]
     return [(sizes.to(device, dtype), which.to(device, dtype)) for sizes, which in parts]
-
-
-def _predict(layer: Callable[..., Tensor], copies_input: bool, x: Tensor) -> Tensor:
-    return layer(x.clone() if copies_input else x)
 
 
 def _weighted(error: Tensor, precision: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch2pc.checks import (
     check_precision,
     check_tensor,
 )
-from torch2pc.layers import Inference, Layer, Network, outside_autocast
+from torch2pc.layers import Inference, Layer, Network
 from torch2pc.pcinfer import PCResult, infer
 from torch2pc.strict import Relaxation
 
@@ -108,11 +108,10 @@ def PCInferLatent(
 
     def relax(network: Network) -> Inference:
         of_beliefs = None if prior is None else Layer(prior, "prior", network.devices)
-        with outside_autocast(network.X.device):
-            relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
-            with network.replaying():
-                relaxation.run(n, compile)
-                relaxation.take_errors()
-                return relaxation.result()
+        relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
+        with network.replaying():
+            relaxation.run(n, compile)
+            relaxation.take_errors()
+            return relaxation.result()
 
     return infer(relax, model, LossFun, Xinit.detach(), Y, accumulate, prior)

@@ -16,6 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from torch2pc.displacement import (
+    Displacement,
+    Recorder,
+    Reevaluation,
+    Uncovered,
+    agrees,
+    uncompiled,
+)
+from torch2pc.rules import belief_dtype
 from torch2pc.state import (
     Buffers,
     RandomState,
@@ -51,6 +60,9 @@ class Layer:
     _random: RandomState | None = None
     _buffers: Buffers | None = None
     has_leaves = True
+    displacement: Displacement | Reevaluation
+    # Why the displacement is no ``Displacement``.
+    uncovered: str | None = None
 
     def __init__(
         self,
@@ -94,15 +106,52 @@ class Layer:
             "clone the input first, or give the module an attribute inplace=True to be handed a copy"
         )
 
-    def record(self, x: Any, *others: Any) -> Tensor:
-        """The first evaluation, noting what it draws and changes, so that it can be replayed."""
+    def record(self, x: Any, *others: Any, displaced: bool = False) -> Tensor:
+        """The first evaluation, noting what it draws and changes, so that it can be replayed.
+
+        ``displaced``: it becomes a ``displacement`` too.
+        """
         random = random_state(self._devices)
-        buffers = Buffers(modules_in(self.function))
-        output = self(x, *others)
+        modules = modules_in(self.function)
+        buffers = Buffers(modules)
+        recorder = Recorder(x) if displaced else None
+        if recorder is None:
+            output = self(x, *others)
+        else:
+            with uncompiled, recorder:
+                output = self(x, *others)
+        if recorder is not None and any(
+            [module._backward_hooks or module._backward_pre_hooks for module in modules]
+        ):
+            recorder.give_up("a module has a backward hook")
         self._random = random if random_state_differs(random) else None
         self._buffers = buffers if buffers.differ() else None
         self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
+        if recorder is not None:
+            self._displace(recorder, x, output)
         return output
+
+    def _displace(self, recorder: Recorder, x: Tensor, output: Tensor) -> None:
+        """Set ``displacement``: by rules if it can be, and is found to be right."""
+        in_autocast = torch.is_autocast_enabled(x.device.type)
+
+        def reevaluation() -> Reevaluation:
+            if not in_autocast:
+                return Reevaluation(self.replay, x.detach(), output.detach())
+            # A difference of half-precision outputs would have no digits left.
+            a = in_belief_dtype(x.detach())
+            return Reevaluation(self.replay, a, self.replay(a).detach())
+
+        with torch.no_grad(), outside_autocast(x.device), self._generators_kept():
+            try:
+                self.displacement = recorder.displacement(output)
+                if not agrees(self.function, self.displacement, reevaluation, x):
+                    raise Uncovered("its operations alone do not give its outputs and gradients")
+            except Uncovered as reason:
+                self.uncovered, self.displacement = str(reason), reevaluation()
+
+    def _generators_kept(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._random is None else generators_kept(self._devices)
 
     @property
     def is_pure(self) -> bool:
@@ -158,11 +207,13 @@ class Network:
         Loss = check_loss(self.loss(vhat[-1], self.Y))
         return Graph(vhat, Loss)
 
-    def record(self, keep_first: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
+    def record(self, free_input: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
         """One forward pass without a graph across layers; returns vhat, Loss and dLdy, detached.
 
-        After it each layer, and the loss, can be replayed. ``keep_first``: layer 1's input and
-        output stay in ``first``, with the graph between them, if anything needs its gradient.
+        After it each layer, and the loss, can be replayed, and each layer whose input moves has a
+        displacement. Layer 1's does not move unless ``free_input``: its evaluation is the only one
+        that it needs, so that its input and output stay in ``first``, with the graph between them,
+        if anything needs its gradient.
         """
         vhat = [_input_copy(self.X)]
 
@@ -172,8 +223,9 @@ class Network:
                 x = x.detach().requires_grad_(x.is_floating_point())
                 # With gradients on, as in every replay: under no_grad some modules take another
                 # path, and autocast would cache weights that are cut off from the graph.
-                output = layer.record(x)
-                if keep_first and len(vhat) == 1 and (layer.has_leaves or self.X.requires_grad):
+                moves = free_input or len(vhat) > 1
+                output = layer.record(x, displaced=moves)
+                if not moves and (layer.has_leaves or self.X.requires_grad):
                     self.first = x, output
                 x = output.detach()
                 vhat.append(x)
@@ -204,14 +256,19 @@ class Network:
             raise TypeError(f"model must return a tensor, but a hook made it {_type_name(output)}")
         return output
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self) -> AbstractContextManager[None]:
         """Leaves the generators as they are before the body, whatever the body replays."""
-        random = random_state(self.devices)
-        try:
-            yield
-        finally:
-            set_random_state(random)
+        return generators_kept(self.devices)
+
+
+@contextmanager
+def generators_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Leaves the generators of the devices as they are before the body."""
+    random = random_state(devices)
+    try:
+        yield
+    finally:
+        set_random_state(random)
 
 
 class Graph:
@@ -361,11 +418,8 @@ def check_scalar(name: str, energy: Tensor) -> None:
 
 
 def in_belief_dtype(x: Tensor) -> Tensor:
-    """``x`` in the type that beliefs and errors are held in.
-
-    Float32 for half precision, where updates would vanish in rounding.
-    """
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    """``x`` in the type that beliefs and errors are held in."""
+    return x.to(belief_dtype(x.dtype))
 
 
 def own(tensors: list[Tensor]) -> list[Tensor]:

@@ -79,17 +79,23 @@ def PCInfer(
       ``epsilon_L = dLossFun(f_L(v_{L-1}), Y)/df_L``, then
       ``v_l += eta (epsilon_l - J_{l+1}(v_l)^T epsilon_{l+1})``: gradient descent on the energy
       ``F = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} ||f_l(v_{l-1}) - v_l||^2``. The updates are
-      taken at the returned ``v`` with the ``epsilon`` of the last iteration.
+      taken at the returned ``v`` with the ``epsilon`` of the last iteration. What is iterated is
+      ``v_l - vhat_l``, by a rule for each operation of the layers, so that no round-off is taken for
+      an error: in float32, errors are right to about 1e-6 of their size, however small they are.
 
     The call has the side effects of one forward pass: dropout masks are drawn once and kept, running
     statistics move once, and if it raises, everything is as it was. Hooks of modules fire as in one
-    forward pass; with Strict, those of a layer fire at each of its evaluations. Tensor hooks of a
-    parameter see each layer's gradient before FixedPred weighs it; post-accumulate-grad hooks run
-    when ``.grad`` is written. With half-precision outputs, beliefs and errors are held in float32;
-    Strict runs outside autocast, as its errors are differences too small for half precision (a model
-    whose parameters are in half precision still rounds them; prefer the other two there). With a
-    ``GradScaler``, let ``LossFun`` return the scaled loss: that scales the updates of Exact and
-    FixedPred, but changes the energy that Strict descends.
+    forward pass; with Strict also when a layer is evaluated for its update, and once more the first
+    time that its operations are met, to hold them against the layer itself. A layer whose operations
+    cannot be followed (it branches on values, leaves PyTorch, draws random numbers from its input, has
+    backward hooks) is evaluated in each iteration instead, and its errors are differences.
+    ``displacement_rule`` teaches Strict a module. Tensor hooks of a parameter see each layer's
+    gradient before FixedPred weighs it; post-accumulate-grad hooks run when ``.grad`` is written.
+
+    With half-precision outputs, beliefs and errors are held in float32, and half precision costs
+    Strict no more than it costs backpropagation. With a ``GradScaler``, let ``LossFun`` return the
+    scaled loss: that scales the updates of Exact and FixedPred, but changes the energy that Strict
+    descends.
 
     Args:
         model: an ``nn.Sequential`` on any device, of any floating type, with batched inputs.
@@ -107,8 +113,9 @@ def PCInfer(
         accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
         compile: run Strict's iterations through ``torch.compile``, which takes up to a minute at
             the first call for a model, and then about two thirds of the time for small networks.
-            Where it cannot be done (random layers, changing buffers, code that does not trace) a
-            warning says so once. The other two algorithms have nothing to compile.
+            Where it cannot be done (a layer whose operations cannot be followed, a loss that is
+            random or changes buffers) a warning says so once. The other two algorithms have nothing
+            to compile.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``.

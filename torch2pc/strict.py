@@ -8,24 +8,32 @@ by repeating n times, all layers at once,
     epsilon_l = f_l(v_{l-1}) - v_l                                               l = 1..L-1
     v_l <- v_l + eta (epsilon_l - J_{l+1}(v_l)^T epsilon_{l+1})
 
-Each layer needs no more than its own input, its own belief and the error from the layer above, and
-that is all that is held at a time: the beliefs, one layer's graph, and that of layer 1, whose input
-does not move, for its update at the end.
+The errors are small differences of predictions and beliefs, of which float32 would keep few digits
+in the upper layers and none in the lower ones. So what is iterated is how far each belief has moved,
+delta_l = v_l - vhat_l. With the displacement d_l(delta) = f_l(vhat_{l-1} + delta) - f_l(vhat_{l-1}) of
+layer l's prediction (``displacement.py``), which is not computed as a difference, it is the same
+iteration, term by term:
 
-The errors are small differences of predictions: a belief moves by far less than the 1/256 of its
-value that bfloat16 resolves. So this algorithm runs outside autocast, in the parameters' own type.
+    epsilon_L = dLossFun(y, Y) / dy  at  y = vhat_L + d_L(delta_{L-1})
+    epsilon_l = d_l(delta_{l-1}) - delta_l                                       l = 1..L-1
+    delta_l <- delta_l + eta (epsilon_l - J_{l+1}(v_l)^T epsilon_{l+1})
+
+Each layer needs no more than its own input, its own belief and the error from the layer above. Held
+are the beliefs, what the layers' displacements were prepared with, what one of them saves, and the
+graph of layer 1, whose input does not move, for its update at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch2pc.checks import check_vinit_entries
-from torch2pc.compiled import compiled_steps, run_plainly, schedule
+from torch2pc.compiled import Program, compiled_steps, run_plainly, schedule
 from torch2pc.layers import (
     Inference,
     Layer,
@@ -45,19 +53,18 @@ def strict(
     network: Network, eta: float, n: int, vinit: Sequence[Any] | None, compile: bool
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
-    with outside_autocast(network.X.device):
-        relaxation = Relaxation(network, eta, vinit)
-        with network.replaying():
-            relaxation.run(n, compile)
-            return relaxation.result()
+    relaxation = Relaxation(network, eta, vinit)
+    with network.replaying():
+        relaxation.run(n, compile)
+        return relaxation.result()
 
 
 class Relaxation:
     """The iteration, one step at a time; iterating over it yields (v, epsilon) after each step.
 
-    The lists that it yields are its own and change with the next step: copy what is to be kept.
-    Steps and ``updates()`` belong inside ``with network.replaying()``. What ``latent.py`` adds to
-    the energy is optional: a first belief that is free, precisions, and a prior.
+    The list epsilon that it yields is its own and changes with the next step: copy what is to be
+    kept. Steps and ``updates()`` belong inside ``with network.replaying()``. What ``latent.py`` adds
+    to the energy is optional: a first belief that is free, precisions, and a prior.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
@@ -78,12 +85,11 @@ class Relaxation:
         prior: Layer | None = None,
     ) -> None:
         self.network, self.eta = network, eta
-        # A clamped input makes the first evaluation of layer 1 its last: its update needs no other.
-        self.vhat, self.Loss, self.dLdy = network.record(keep_first=not free_input)
-        v_0 = in_belief_dtype(self.vhat[0]).clone() if free_input else detached(network.X)
-        self.v = [v_0, *[in_belief_dtype(vhat_l).clone() for vhat_l in self.vhat[1:]]]
-        self.epsilon = [torch.zeros_like(v_l) for v_l in self.v]
-        self.epsilon[-1].copy_(self.dLdy)
+        self.vhat, self.Loss, self.dLdy = network.record(free_input)
+        # How far each belief has moved from its feed-forward value; the output's stays there.
+        self.delta = [torch.zeros_like(in_belief_dtype(vhat_l)) for vhat_l in self.vhat[:-1]]
+        self.epsilon = [torch.zeros_like(delta_l) for delta_l in self.delta]
+        self.epsilon.append(in_belief_dtype(self.dLdy).clone())
         # precision[l] weighs the error of layer l; that of the output is in the loss.
         self.precision = [1.0, *(precision or [1.0] * (len(network.layers) - 1)), 1.0]
         self.prior = prior
@@ -97,9 +103,9 @@ class Relaxation:
             check_scalar("prior", prior.record(self._free_beliefs()))
             self._reached = 1
         if vinit is not None:
-            check_vinit_entries(vinit, self.vhat, self.v)
-            for v_l, given in zip(self.v[1:-1], vinit[1:-1], strict=True):
-                v_l.copy_(given.detach())
+            check_vinit_entries(vinit, self.vhat)
+            for l in range(1, len(self.delta)):
+                torch.sub(vinit[l].detach(), self.vhat[l], out=self.delta[l])
             self._reached = 1
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -107,53 +113,72 @@ class Relaxation:
             self.step()
             yield self.v, self.epsilon
 
+    @property
+    def v(self) -> list[Tensor]:
+        """The beliefs, v = vhat + delta."""
+        moved = zip(self.vhat, self.delta, strict=False)
+        v = [vhat_l + delta_l for vhat_l, delta_l in moved]
+        v.append(in_belief_dtype(self.vhat[-1]).clone())
+        if self._lowest > 1:
+            v[0] = detached(self.network.X)
+        return v
+
     def run(self, n: int, compile: bool = False) -> None:
         """``n`` steps, compiled if that is asked for and can be done."""
         done = self._run_compiled(n) if compile else 0
         for _ in range(n - done):
             self.step()
 
+    @torch.no_grad()
     def step(self) -> None:
         """Move all beliefs once."""
-        v, epsilon, eta, L = self.v, self.epsilon, self.eta, len(self.network.layers)
+        delta, epsilon, eta, L = self.delta, self.epsilon, self.eta, len(self.network.layers)
         of_prior = self._gradient_of_prior()
         lowest = max(self._lowest, self._reached)
         if lowest == 2 <= L:
             # The input is clamped, and so is its prediction.
-            torch.sub(self.vhat[1], v[1], out=epsilon[1])
-        # Upwards, so that v_{l-1} can move as soon as layer l has been evaluated there.
+            torch.neg(delta[1], out=epsilon[1])
+        # Upwards, so that delta_{l-1} can move as soon as layer l has been evaluated there.
         for l in range(lowest, L + 1):
-            x = self._input_of(l).requires_grad_()
-            prediction = self.network.layers[l - 1].replay(x)
+            displacement = self.network.layers[l - 1].displacement
+            with self._outside_autocast():
+                moved, saved = displacement.forward(delta[l - 1])
             if l < L:
-                torch.sub(prediction.detach(), v[l], out=epsilon[l])
-                (arriving,) = gradient([prediction], [x], [self._weighted_error(l, prediction)])
+                torch.sub(moved, delta[l], out=epsilon[l])
             else:
-                arriving = self._take_output_error(prediction, x)
+                epsilon[L] = self._output_error(moved)
+            del moved
+            with self._outside_autocast():
+                arriving = displacement.backward(saved, self._weighted_error(l))
             if l > 1:
-                v[l - 1].add_(epsilon[l - 1], alpha=eta * self.precision[l - 1])
+                delta[l - 1].add_(epsilon[l - 1], alpha=eta * self.precision[l - 1])
             for descended in (arriving, of_prior[l - 1]):
                 if descended is not None:
-                    v[l - 1].sub_(descended, alpha=eta)
-            del x, prediction, arriving, descended  # before the next layer makes its own
+                    delta[l - 1].sub_(descended, alpha=eta)
+            del saved, arriving, descended  # before the next layer makes its own
         self._reached = max(1, self._reached - 1)
 
+    @torch.no_grad()
     def take_errors(self) -> None:
         """Bring ``epsilon`` up to the beliefs as they are now, without moving them."""
         L = len(self.network.layers)
         for l, layer in enumerate(self.network.layers, start=1):
-            prediction = layer.replay(self._input_of(l))
+            with self._outside_autocast():
+                moved, _ = layer.displacement.forward(self.delta[l - 1])
             if l < L:
-                torch.sub(prediction.detach(), self.v[l], out=self.epsilon[l])
+                torch.sub(moved, self.delta[l], out=self.epsilon[l])
             else:
-                self._take_output_error(prediction.detach().requires_grad_(), None)
+                self.epsilon[L] = self._output_error(moved)
 
-    def updates(self) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
+    def updates(
+        self, v: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
         """The input's error (if the input requires grad) and the parameters' updates.
 
-        (df_l(v_{l-1})/dtheta_l)^T epsilon_l, with the beliefs as they are now and the errors as
-        they were last taken.
+        (df_l(v_{l-1})/dtheta_l)^T epsilon_l, with the errors as they were last taken. ``v`` is
+        ``self.v``, for whoever has it already.
         """
+        v = self.v if v is None else v
         network, L = self.network, len(self.network.layers)
         updates: dict[Tensor, Tensor] = {}
         input_error = None
@@ -165,12 +190,13 @@ class Relaxation:
             if l == 1 and network.first is not None:
                 (x, prediction), network.first = network.first, None
             else:
-                x = self._input_of(l)
+                belief = v[l - 1] if l >= self._lowest else self.vhat[0]
+                x = belief.detach().to(self.vhat[l - 1].dtype)
                 x.requires_grad_(x.is_floating_point())
                 prediction = layer.replay(x)
             leaves = leaves_between(prediction, [x])
             asked = [*leaves, x] if asks_input else leaves
-            found = gradient([prediction], asked, [self._weighted_error(l, prediction)])
+            found = gradient([prediction], asked, [self._weighted_error(l).to(prediction.dtype)])
             if asks_input:
                 *found, input_error = found
                 input_error = torch.zeros_like(x) if input_error is None else input_error
@@ -186,75 +212,86 @@ class Relaxation:
 
     def result(self) -> Inference:
         """What was inferred, in tensors that share no memory."""
-        input_error, updates = self.updates()
+        v = self.v
+        input_error, updates = self.updates(v)
         L = len(self.network.layers)
         found = own([*self.epsilon[1:], *updates.values()])
         return Inference(
             self.vhat,
             self.Loss,
             self.dLdy,
-            self.v,
+            v,
             [input_error, *found[:L]],
             list(zip(updates, found[L:], strict=True)),
         )
 
     def _run_compiled(self, n: int) -> int:
         """Try to run ``n`` compiled steps; the number of steps that were done, 0 or n."""
-        network, like = self.network, self.v[-1]
-        functions = [*network.layers, network.loss, *([] if self.prior is None else [self.prior])]
-        run_steps = compiled_steps(network.model)
-        if run_steps is None:
-            return 0
-        for function in functions:
+        network, like = self.network, self.epsilon[-1]
+        moving = network.layers[self._lowest - 1 :]
+        reason = next(
+            (f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered), None
+        )
+        for function in [network.loss, *([] if self.prior is None else [self.prior])]:
             if not function.is_pure:
                 reason = f"{function.name} draws random numbers or changes its buffers"
-                run_plainly(network.model, reason)
-                return 0
-        is_free = self._lowest == 1
-        v, epsilon = self.v, self.epsilon
+        if reason is not None:
+            run_plainly(network.model, reason)
+        if reason is not None or not moving:
+            return 0
+        device, autocast = network.X.device.type, None
+        if torch.is_autocast_enabled(device):
+            autocast = device, torch.get_autocast_dtype(device)
+        clamped: list[Any] = [None] * (self._lowest - 1)
+        displacements = [*clamped, *[layer.displacement for layer in moving]]
+        program = Program(displacements, self.vhat[-1].dtype, autocast)
+        run_steps = compiled_steps(network.model, program)
+        if run_steps is None:
+            return 0
         arguments = (
-            [layer.function for layer in network.layers],
-            [layer.copies_input for layer in network.layers],
-            [vhat_l.dtype for vhat_l in self.vhat],
+            [
+                [] if found is None else [line.tensors for line in found.lines]
+                for found in displacements
+            ],
             network.loss.function,
             None if self.prior is None else self.prior.function,
             network.Y,
-            None if is_free else self.vhat[1],
+            self.vhat,
             [None if pi == 1 else like.new_full((), pi) for pi in self.precision],
         )
-        with torch.no_grad():
+        delta, epsilon = self.delta, self.epsilon
+        with torch.no_grad(), self._outside_autocast():
             for part in schedule(
-                n, float(self.eta), self._reached, len(v), like.dtype, like.device
+                n, float(self.eta), self._reached, len(epsilon), like.dtype, like.device
             ):
                 try:
-                    v, epsilon = run_steps(*arguments, v, *part)
+                    delta, epsilon = run_steps(*arguments, delta, *part)
                 except Exception as error:
-                    if v is not self.v:
+                    if delta is not self.delta:
                         raise
                     # Whatever it was: the same steps without compilation say it plainly.
                     run_plainly(network.model, error, for_good=True)
                     return 0
-        self.v[:], self.epsilon[:] = [self.v[0] if not is_free else v[0], *v[1:]], epsilon
+        self.delta[self._lowest - 1 :] = delta[self._lowest - 1 :]
+        self.epsilon[1:] = epsilon[1:]
         return n
 
-    def _input_of(self, l: int) -> Tensor:
-        """The belief that layer l predicts from, in the type that the layer works in."""
-        belief = self.v[l - 1] if l >= self._lowest else self.vhat[0]
-        return belief.detach().to(self.vhat[l - 1].dtype)
-
-    def _weighted_error(self, l: int, prediction: Tensor) -> Tensor:
-        error = self.epsilon[l].to(prediction.dtype)
+    def _weighted_error(self, l: int) -> Tensor:
+        error = self.epsilon[l]
         return error if self.precision[l] == 1 else error * self.precision[l]
 
-    def _take_output_error(self, prediction: Tensor, x: Tensor | None) -> Tensor | None:
-        """Set epsilon_L to the loss's gradient at ``prediction``; returns that at ``x``."""
-        Loss = self.network.loss.replay(prediction, self.network.Y)
-        inputs = [prediction] if x is None else [prediction, x]
-        epsilon_L, *arriving = gradient([Loss], inputs)
-        self.epsilon[-1] = (
-            torch.zeros_like(self.v[-1]) if epsilon_L is None else epsilon_L.to(self.v[-1].dtype)
-        )
-        return arriving[0] if arriving else None
+    def _output_error(self, moved: Tensor) -> Tensor:
+        """The loss's gradient where the prediction of the output has moved to."""
+        y = self.vhat[-1].to(moved.dtype) + moved
+        with torch.enable_grad():
+            prediction = y.to(self.vhat[-1].dtype).requires_grad_()
+            Loss = self.network.loss.replay(prediction, self.network.Y)
+        (epsilon_L,) = gradient([Loss], [prediction])
+        return torch.zeros_like(y) if epsilon_L is None else epsilon_L.to(y.dtype)
+
+    def _outside_autocast(self) -> AbstractContextManager[Any]:
+        # The rules choose the types themselves.
+        return outside_autocast(self.network.X.device)
 
     def _free_beliefs(self) -> list[Tensor]:
         """v_0..v_{L-1} as the prior is given them."""
@@ -262,9 +299,11 @@ class Relaxation:
 
     def _gradient_of_prior(self) -> list[Tensor | None]:
         if self.prior is None:
-            return [None] * len(self.v)
+            return [None] * len(self.vhat)
         beliefs = self._free_beliefs()
-        return gradient([self.prior.replay(beliefs)], beliefs)
+        with torch.enable_grad():
+            energy = self.prior.replay(beliefs)
+        return gradient([energy], beliefs)
 
 
 def _add_own_gradients(

@@ -1,0 +1,381 @@
+"""Recording a layer's operations: what is covered, and what must never be used silently."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests import reference
+from tests.cases import Case, assert_close, check_against_reference
+from torch2pc import PCInfer, displacement_rule
+from torch2pc.displacement import Displacement, Recorder, Uncovered
+from torch2pc.layers import Layer, Network
+from torch2pc.strict import Relaxation
+
+
+def layers_of(case: Case) -> list[Layer]:
+    """The model's layers, recorded."""
+    network = Network(case.model, case.LossFun, case.X, case.Y)
+    Relaxation(network, 0.1)
+    return network.layers
+
+
+def around(item: nn.Module, width: int = 6) -> Case:
+    model = nn.Sequential(nn.Linear(4, width), item, nn.Linear(width, 3)).double()
+    return Case(model, nn.MSELoss(), torch.randn(5, 4).double(), torch.randn(5, 3).double())
+
+
+class Does(nn.Module):
+    """A module that does what a function does."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *parts: nn.Module) -> None:
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.parts)
+
+
+def branches_on_values(x: Tensor) -> Tensor:
+    return 2 * x if x.detach().sum() > -1e9 else x
+
+
+def writes_through_a_view(x: Tensor) -> Tensor:
+    y = x * 2
+    y[:, 1] = x[:, 0]
+    return y
+
+
+def writes_and_reads_under_two_names(x: Tensor) -> Tensor:
+    y = x * 2
+    first = y[:, :1]
+    y.add_(x)
+    return y + first
+
+
+def leaves_torch(x: Tensor) -> Tensor:
+    class Outside(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return torch.from_numpy(x.detach().numpy() ** 2)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g * ctx.saved_tensors[0]
+
+    return Outside.apply(x)
+
+
+def draws_from_its_input(x: Tensor) -> Tensor:
+    return x * torch.bernoulli(x.detach().sigmoid())
+
+
+def has_another_gradient(x: Tensor) -> Tensor:
+    """Straight through: rounds, with the gradient of not rounding."""
+    return x + (torch.round(4 * x) / 4 - x).detach()
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -g
+
+
+def is_conditional(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > -1e9, lambda x: x.sin(), lambda x: x.cos(), (x,))
+
+
+UNCOVERED = {
+    "branches on values": (branches_on_values, "a Python number is taken"),
+    "writes through a view": (writes_through_a_view, "writes into a part of a tensor"),
+    "two names": (writes_and_reads_under_two_names, "changed through another name"),
+    "leaves torch": (leaves_torch, "its operations alone do not give its outputs"),
+    "draws from its input": (draws_from_its_input, "draws random numbers"),
+    "another gradient": (Reversed.apply, "its operations alone do not give"),
+}
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_what_is_not_covered_is_evaluated_again(name: str) -> None:
+    function, reason = UNCOVERED[name]
+    case = around(Does(function))
+    layers = layers_of(case)
+    assert reason in layers[1].uncovered
+    assert layers[0].uncovered is layers[2].uncovered is None
+    check_against_reference(case, "Strict")
+
+
+def test_a_hook_that_changes_gradients_is_not_left_out() -> None:
+    """Also where it comes after the layer was found to be right without."""
+    case = around(nn.Tanh())
+    case.infer("Strict")
+    case.model[1].register_full_backward_hook(lambda module, inputs, outputs: (3 * inputs[0],))
+    check_against_reference(case, "Strict")
+    assert layers_of(case)[1].uncovered == "a module has a backward hook"
+
+
+def test_a_tensor_hook_is_not_left_out() -> None:
+    triples = False
+
+    def hooked(x: Tensor) -> Tensor:
+        y = x.sin()
+        if triples and y.requires_grad:
+            y.register_hook(lambda g: 3 * g)
+        return y.cos()
+
+    case = around(Does(hooked))
+    case.infer("Strict")
+    triples = True
+    assert layers_of(case)[1].uncovered == "a tensor has a backward hook"
+    check_against_reference(case, "Strict")
+
+
+def test_hooks_that_change_outputs_and_inputs_are_recorded() -> None:
+    case = around(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    case.infer("Strict")
+    case.model[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    case.model[1][0].register_forward_pre_hook(lambda module, inputs: (inputs[0].sin(),))
+    check_against_reference(case, "Strict")
+    assert layers_of(case)[1].uncovered is None
+
+
+def test_a_module_that_changes_is_recorded_anew() -> None:
+    """Each call records what it computes: nothing of an earlier call can be used."""
+    case = around(Does(lambda x: x.tanh()))
+    for function in (lambda x: x.sin(), lambda x: x * x, lambda x: x * 3, lambda x: x * 5):
+        case.infer("Strict")
+        case.model[1].function = function
+        check_against_reference(case, "Strict")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Dropout(0.3)),
+        Does(has_another_gradient),
+        Does(lambda x: x.clone().sub_(1).mul_(x).abs_()),
+        Does(lambda x: torch.zeros_like(x).add_(x).exp_()),
+        Does(lambda x, f: checkpoint(f, x, use_reentrant=False), nn.Linear(6, 6)),
+        Does(lambda x, f: x + f(x), nn.Sequential(nn.Linear(6, 6), nn.GELU())),
+        Does(lambda x: x),
+        Does(lambda x: x.view(5, 2, 3).transpose(1, 2).reshape(5, 6)),
+        Does(lambda x: torch.ones_like(x)),
+        Does(lambda x: x.detach() * x),
+        Does(lambda x: torch.nn.functional.dropout(x, 0.5) * torch.rand(6)),
+        Does(lambda x: (x > 0).double() * x),
+        Does(lambda x: x * x.argmax(1, keepdim=True)),
+        Does(lambda x: torch.sort(x, 1)[0]),
+        Does(lambda x: torch.fft.rfft(x).abs().repeat(1, 2)[:, :6]),
+        nn.BatchNorm1d(6, momentum=None),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
+        nn.utils.parametrizations.orthogonal(nn.Linear(6, 6)),
+    ],
+    ids=repr,
+)
+def test_is_the_iteration_whatever_the_item_does(item: nn.Module) -> None:
+    check_against_reference(around(copy.deepcopy(item)), "Strict", n=10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules() -> None:
+    case = around(nn.Identity())
+    plain = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).double()
+    case.model[1] = torch.jit.trace(plain, torch.ones(5, 6).double())
+    expected = reference.strict(*case, 0.1, 10)
+    assert_close(case.infer("Strict", n=10).epsilon[1:], expected.epsilon[1:])
+    assert layers_of(case)[1].uncovered is None
+
+
+def test_what_the_user_compiles_is_recorded_and_stays_compiled() -> None:
+    case = around(nn.Identity())
+    block = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).double()
+    runs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        runs.append(graph)
+        return graph.forward
+
+    case.model[1] = torch.compile(block, backend=backend)
+    expected = reference.strict(*around_with(case, block), 0.1, 10)
+    assert_close(case.infer("Strict", n=10).epsilon[1:], expected.epsilon[1:])
+    assert layers_of(case)[1].uncovered is None
+    # The update is computed by what was compiled.
+    assert runs
+
+
+def test_a_conditional_operation_works_as_before() -> None:
+    case = around(Does(is_conditional))
+    expected = reference.strict(*around_with(case, torch.sin), 0.1, 10)
+    assert_close(case.infer("Strict", n=10).epsilon[1:], expected.epsilon[1:])
+
+
+def around_with(case: Case, function: Callable[[Tensor], Tensor]) -> Case:
+    return case._replace(model=nn.Sequential(case.model[0], Does(function), case.model[2]))
+
+
+def test_nothing_is_kept_between_calls_and_no_garbage_is_made() -> None:
+    case = around(nn.Sequential(nn.Conv1d(6, 6, 1), nn.MaxPool1d(1), nn.Flatten()))
+    case.model.insert(1, nn.Unflatten(1, (6, 1)))
+    case.infer("Strict")
+    gc.collect()
+    gc.disable()
+    try:
+        case.infer("Strict")
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+    model = weakref.ref(case.model)
+    item = weakref.ref(case.model[2])
+    del case
+    gc.collect()
+    assert model() is item() is None
+
+
+class Versine(nn.Module):
+    """1 - cos(x), whose operations subtract nearly equal numbers around 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 - torch.cos(x)
+
+
+class ShiftedVersine(Versine):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.fixture
+def versine_rule() -> Any:
+    plain = Versine.forward
+    uses = []
+
+    @displacement_rule(Versine)
+    def versine(module: Versine, a: Tensor, d: Tensor) -> Tensor:
+        uses.append(type(module))
+        return 2 * torch.sin(a + d / 2) * torch.sin(d / 2)
+
+    yield uses
+    Versine.forward = plain
+
+
+def test_a_rule_of_the_users_own_is_used(versine_rule: list[type]) -> None:
+    case = around(nn.Sequential(nn.Linear(6, 6), Versine(), nn.Tanh()))
+    check_against_reference(case, "Strict")
+    assert set(versine_rule) == {Versine}
+    # Outside Strict the module is what it was.
+    versine_rule.clear()
+    case.infer("Exact")
+    assert not versine_rule
+    assert_close(Versine()(case.X), 1 - torch.cos(case.X))
+
+
+def test_a_wrong_rule_of_the_users_is_not_used(versine_rule: list[type]) -> None:
+    plain = Versine.forward
+
+    @displacement_rule(Versine)
+    def wrong(module: Versine, a: Tensor, d: Tensor) -> Tensor:
+        return 3 * torch.sin(a + d / 2) * torch.sin(d / 2)
+
+    try:
+        case = around(Versine())
+        assert "its operations alone" in layers_of(case)[1].uncovered
+        check_against_reference(case, "Strict")
+    finally:
+        Versine.forward = plain
+
+
+def test_subclasses_that_do_more_are_recorded(versine_rule: list[type]) -> None:
+    check_against_reference(around(ShiftedVersine()), "Strict")
+    # Its own forward calls the one with the rule.
+    assert set(versine_rule) == {ShiftedVersine}
+
+
+@pytest.mark.parametrize("kind", [nn.Module, 3, Versine(), type("Same", (Versine,), {})])
+def test_a_rule_needs_a_module_with_a_forward_of_its_own(kind: Any) -> None:
+    if kind is nn.Module:
+        kind = int
+    with pytest.raises(TypeError, match=r"kind must be a subclass of nn\.Module with a forward"):
+        displacement_rule(kind)
+
+
+def test_recording_in_one_thread_leaves_the_others_alone() -> None:
+    cases = [around(nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6))) for _ in range(4)]
+    expected = [copy.deepcopy(case).infer("Strict") for case in cases]
+    found: list[Any] = [None] * 4
+
+    def run(k: int) -> None:
+        for _ in range(5):
+            found[k] = cases[k].infer("Strict")
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(found, expected, strict=True):
+        assert_close(list(one), list(other), tolerance=1e-12)
+    # Nor is anything left behind: what is compiled from now on runs compiled.
+    backend_runs = []
+    doubled = torch.compile(
+        lambda x: 2 * x, backend=lambda graph, _: backend_runs.append(1) or graph
+    )
+    doubled(torch.ones(2))
+    assert backend_runs
+
+
+def test_tensors_that_are_overwritten_are_no_one_elses() -> None:
+    """A displacement leaves its argument, and the error it is given, as they were."""
+    item = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU())
+    x = torch.randn(3, 2, 4, 4, requires_grad=True)
+    recorder = Recorder(x)
+    with recorder:
+        output = item(x)
+    recorded = recorder.displacement(output)
+    delta, e = torch.randn_like(x), torch.randn_like(output)
+    given = delta.clone(), e.clone()
+    with torch.no_grad():
+        for _ in range(2):
+            moved, saved = recorded.forward(delta)
+            back = recorded.backward(saved, e)
+            assert torch.equal(delta, given[0])
+            assert torch.equal(e, given[1])
+    y = (x + delta).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(item(y), y, e)
+    assert_close(moved, (item(y) - output).detach(), 1e-5)
+    assert_close(back, expected, 1e-5)
+
+
+def test_an_output_that_is_no_recorded_tensor_is_uncovered() -> None:
+    x = torch.randn(3, requires_grad=True)
+    recorder = Recorder(x)
+    with recorder:
+        y = x.sin()
+    with pytest.raises(Uncovered, match="under another name"):
+        recorder.displacement(y.detach())
+    assert isinstance(recorder.displacement(y), Displacement)
+
+
+def test_integers_are_embedded_by_the_first_layer() -> None:
+    model = nn.Sequential(
+        nn.Sequential(nn.Embedding(9, 6), nn.Flatten()),
+        nn.Linear(24, 5),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    ).double()
+    X, Y = torch.randint(9, (5, 4)), torch.randn(5, 3).double()
+    expected = reference.strict(model, nn.MSELoss(), X, Y, 0.1, 10)
+    PCInfer(model, nn.MSELoss(), X, Y, "Strict", n=10)
+    assert_close({p: p.grad for p in model.parameters()}, expected.updates)

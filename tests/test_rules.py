@@ -1,0 +1,373 @@
+"""Each rule's displacement against a difference that is right: mpmath for functions of one number,
+float64 for the rest, down to displacements that float32 could not subtract."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mpmath import mpf
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torch2pc.displacement import Displacement, Recorder
+from torch2pc.rules.core import DIFFERENCE
+
+
+def displacement_of(function: Callable[[Tensor], Tensor], a: Tensor) -> Displacement:
+    x = a.clone().requires_grad_(a.is_floating_point())
+    recorder = Recorder(x)
+    with recorder:
+        output = function(x)
+    return recorder.displacement(output)
+
+
+# Functions of one number.
+
+
+def sigmoid(x: mpf) -> mpf:
+    return 1 / (1 + mpmath.exp(-x))
+
+
+def softplus(x: mpf) -> mpf:
+    return mpmath.log1p(mpmath.exp(x)) if x < 200 else x + mpmath.exp(-x)
+
+
+def clamp(x: mpf, low: float, high: float) -> mpf:
+    return min(max(x, mpf(low)), mpf(high))
+
+
+def elu(x: mpf) -> mpf:
+    return x if x > 0 else mpmath.expm1(x)
+
+
+def gelu_tanh(x: mpf) -> mpf:
+    u = mpmath.sqrt(2 / mpmath.pi) * (x + mpf(0.044715) * x**3)
+    return x * (1 + mpmath.tanh(u)) / 2
+
+
+# With its value, and the places where its slope jumps.
+POINTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[mpf], mpf], tuple[float, ...]]] = {
+    "ReLU": (nn.ReLU(), lambda x: max(x, mpf(0)), (0,)),
+    "ReLU6": (nn.ReLU6(), lambda x: clamp(x, 0, 6), (0, 6)),
+    "LeakyReLU": (nn.LeakyReLU(0.25), lambda x: x if x > 0 else x / 4, (0,)),
+    "PReLU": (nn.PReLU(), lambda x: x if x > 0 else x / 4, (0,)),
+    "RReLU": (nn.RReLU(0.125, 0.375).eval(), lambda x: x if x > 0 else x / 4, (0,)),
+    "Hardtanh": (nn.Hardtanh(), lambda x: clamp(x, -1, 1), (-1, 1)),
+    "Hardsigmoid": (nn.Hardsigmoid(), lambda x: clamp(x + 3, 0, 6) / 6, (-3, 3)),
+    "Hardswish": (nn.Hardswish(), lambda x: x * clamp(x + 3, 0, 6) / 6, (-3, 3)),
+    "Hardshrink": (nn.Hardshrink(0.5), lambda x: x if abs(x) > 0.5 else mpf(0), (-0.5, 0.5)),
+    "Softshrink": (nn.Softshrink(0.5), lambda x: x - clamp(x, -0.5, 0.5), (-0.5, 0.5)),
+    "Threshold": (nn.Threshold(0.5, 2.0), lambda x: x if x > 0.5 else mpf(2), (0.5,)),
+    "abs": (torch.abs, abs, (0,)),
+    "Tanh": (nn.Tanh(), mpmath.tanh, ()),
+    "Sigmoid": (nn.Sigmoid(), sigmoid, ()),
+    "Softplus": (nn.Softplus(), softplus, ()),
+    "LogSigmoid": (nn.LogSigmoid(), lambda x: -softplus(-x), ()),
+    "SiLU": (nn.SiLU(), lambda x: x * sigmoid(x), ()),
+    "Mish": (nn.Mish(), lambda x: x * mpmath.tanh(softplus(x)), ()),
+    "GELU": (nn.GELU(), lambda x: x * mpmath.ncdf(x), ()),
+    "GELU tanh": (nn.GELU("tanh"), gelu_tanh, ()),
+    "ELU": (nn.ELU(), elu, ()),
+    "SELU": (
+        nn.SELU(),
+        lambda x: mpf(1.0507009873554805) * (x if x > 0 else mpf(1.6732632423543772) * elu(x)),
+        (0,),
+    ),
+    "CELU": (nn.CELU(0.5), lambda x: x if x > 0 else mpmath.expm1(2 * x) / 2, ()),
+    "Tanhshrink": (nn.Tanhshrink(), lambda x: x - mpmath.tanh(x), ()),
+    "Softsign": (nn.Softsign(), lambda x: x / (1 + abs(x)), ()),
+    "square": (torch.square, lambda x: x * x, ()),
+    "cube": (lambda x: x**3, lambda x: x**3, ()),
+    "exp": (torch.exp, mpmath.exp, ()),
+    "reciprocal": (torch.reciprocal, lambda x: 1 / x if x else mpf("inf"), ()),
+}
+
+sizes = st.floats(-30, 3).map(lambda exponent: 10**exponent)
+numbers = st.builds(math.copysign, st.just(0.0) | sizes, st.sampled_from([-1, 1]))
+ordinary = st.floats(-6, 6, width=32)
+pairs = st.lists(st.tuples(numbers | ordinary, numbers | ordinary), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+@given(pairs=pairs)
+def test_a_function_of_one_number(name: str, pairs: list[tuple[float, float]]) -> None:
+    """The displacement to 1e-5 of itself, and the derivative at a + d, whatever a and d are."""
+    function, value, kinks = POINTWISE[name]
+    a, d = torch.tensor(pairs).T.contiguous().unbind()
+    recorded = displacement_of(function, a)
+    assert all(line.rule is not DIFFERENCE for line in recorded.lines)
+    with torch.no_grad():
+        found, saved = recorded.forward(d.clone())
+        slopes = recorded.backward(saved, torch.ones_like(found))
+        plain = function(a + d) - function(a)
+    x = (a.double() + d.double()).requires_grad_()
+    (right_slopes,) = torch.autograd.grad(
+        copy.deepcopy(function).double()(x).sum()
+        if isinstance(function, nn.Module)
+        else function(x).sum(),
+        x,
+    )
+    with mpmath.workdps(60):
+        for k in range(len(pairs)):
+            start, moved = mpf(a[k].item()), mpf(d[k].item())
+            exact = value(start + moved) - value(start)
+            if not mpmath.isfinite(exact) or abs(exact) > 1e38:
+                continue
+            off = float(abs(mpf(found[k].item()) - exact))
+            # Below 1e-37, float32 has fewer digits.
+            assert off <= 1e-5 * float(abs(exact)) + 1e-37, (a[k], d[k], found[k], exact, plain[k])
+            near_kink = any(
+                abs(x[k].item() - kink) <= 1e-5 * (abs(pairs[k][0]) + abs(pairs[k][1]) + kink)
+                for kink in kinks
+            )
+            if not near_kink and abs(right_slopes[k]) < 1e37:
+                slope = right_slopes[k].item()
+                # As right as PyTorch's own derivative, which subtracts in the tails.
+                assert abs(slopes[k].item() - slope) <= 1e-5 * abs(slope) + 1e-6
+
+
+extremes = [0.0, -0.0, 1.0, -1.0, 1e-30, 1e3, -1e3, 1e30, -1e30, math.inf, -math.inf, math.nan]
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_never_nan_where_the_plain_difference_is_not(name: str) -> None:
+    function, _, _ = POINTWISE[name]
+    a, d = torch.cartesian_prod(torch.tensor(extremes), torch.tensor(extremes)).T.contiguous()
+    with torch.no_grad():
+        found, _ = displacement_of(function, a).forward(d.clone())
+        plain = function(a + d) - function(a)
+    assert not (found.isnan() & ~plain.isnan()).any()
+    # A broken displacement has to be seen, unless the function itself hides it.
+    assert not (found.isfinite() & plain.isnan() & d.isnan()).any()
+
+
+# All others.
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Tensor], *modules: nn.Module) -> None:
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.parts)
+
+
+def attention(x: Tensor, project: nn.Module, **options: Any) -> Tensor:
+    q, k, v = project(x).chunk(3, -1)
+    return functional.scaled_dot_product_attention(q, k, v, **options)
+
+
+def encoder_layer(**options: Any) -> nn.Module:
+    options = {"dropout": 0.0, "batch_first": True, **options}
+    return nn.TransformerEncoderLayer(8, 2, 16, **options)
+
+
+def in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y.add_(x.sin())
+    y.mul_(3)
+    return y.exp_()
+
+
+VECTOR, SEQUENCE, IMAGE, VOLUME = (4, 6), (2, 5, 8), (3, 4, 8, 8), (2, 2, 4, 4, 4)
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Linear": (lambda: nn.Linear(6, 3), VECTOR),
+    "Linear of sequences": (lambda: nn.Linear(8, 3, bias=False), SEQUENCE),
+    "Conv1d": (lambda: nn.Conv1d(5, 3, 3, padding=1), SEQUENCE),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2, dilation=2), IMAGE),
+    "Conv2d reflect": (lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect"), IMAGE),
+    "Conv3d": (lambda: nn.Conv3d(2, 3, 2), VOLUME),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(5, 3, 3, stride=2), SEQUENCE),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 3, 3, output_padding=1, stride=2), IMAGE),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(2, 2, 2), VOLUME),
+    "Flatten": (nn.Flatten, IMAGE),
+    "Unflatten": (lambda: nn.Unflatten(1, (2, 3)), VECTOR),
+    "Identity": (nn.Identity, VECTOR),
+    "MaxPool1d": (lambda: nn.MaxPool1d(2), SEQUENCE),
+    "MaxPool2d": (lambda: nn.MaxPool2d(2), IMAGE),
+    "MaxPool2d overlapping": (lambda: nn.MaxPool2d(3, 2, 1), IMAGE),
+    "MaxPool2d ceil": (lambda: nn.MaxPool2d(3, ceil_mode=True), IMAGE),
+    "MaxPool2d floor": (lambda: nn.MaxPool2d(3), IMAGE),
+    "MaxPool3d": (lambda: nn.MaxPool3d(2), VOLUME),
+    "AdaptiveMaxPool1d": (lambda: nn.AdaptiveMaxPool1d(3), SEQUENCE),
+    "AdaptiveMaxPool2d": (lambda: nn.AdaptiveMaxPool2d(3), IMAGE),
+    "AdaptiveMaxPool3d": (lambda: nn.AdaptiveMaxPool3d(2), VOLUME),
+    "AvgPool1d": (lambda: nn.AvgPool1d(2), SEQUENCE),
+    "AvgPool2d": (lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), IMAGE),
+    "AvgPool3d": (lambda: nn.AvgPool3d(2), VOLUME),
+    "AdaptiveAvgPool1d": (lambda: nn.AdaptiveAvgPool1d(3), SEQUENCE),
+    "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(3), IMAGE),
+    "global pooling": (lambda: nn.AdaptiveAvgPool2d(1), IMAGE),
+    "AdaptiveAvgPool3d": (lambda: nn.AdaptiveAvgPool3d(2), VOLUME),
+    "Dropout": (nn.Dropout, VECTOR),
+    "Dropout1d": (nn.Dropout1d, SEQUENCE),
+    "Dropout2d": (nn.Dropout2d, IMAGE),
+    "Dropout3d": (nn.Dropout3d, VOLUME),
+    "AlphaDropout": (nn.AlphaDropout, VECTOR),
+    "FeatureAlphaDropout": (nn.FeatureAlphaDropout, IMAGE),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(6), VECTOR),
+    "BatchNorm1d eval": (lambda: nn.BatchNorm1d(6).eval(), VECTOR),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(4), IMAGE),
+    "BatchNorm2d eval": (lambda: nn.BatchNorm2d(4).eval(), IMAGE),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(2), VOLUME),
+    "LayerNorm": (lambda: nn.LayerNorm(8), SEQUENCE),
+    "LayerNorm of images": (lambda: nn.LayerNorm((8, 8), elementwise_affine=False), IMAGE),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), IMAGE),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(5), SEQUENCE),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(4, affine=True), IMAGE),
+    "InstanceNorm2d eval": (lambda: nn.InstanceNorm2d(4, track_running_stats=True).eval(), IMAGE),
+    "InstanceNorm3d": (lambda: nn.InstanceNorm3d(2), VOLUME),
+    "RMSNorm": (lambda: nn.RMSNorm(8), SEQUENCE),
+    "LocalResponseNorm": (lambda: nn.LocalResponseNorm(2), IMAGE),
+    "Softmax": (lambda: nn.Softmax(-1), SEQUENCE),
+    "Softmin": (lambda: nn.Softmin(-1), SEQUENCE),
+    "LogSoftmax": (lambda: nn.LogSoftmax(-1), SEQUENCE),
+    "Softmax2d": (nn.Softmax2d, IMAGE),
+    "GLU": (nn.GLU, SEQUENCE),
+    "PReLU": (lambda: nn.PReLU(4), IMAGE),
+    "Upsample": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), IMAGE),
+    "PixelShuffle": (lambda: nn.PixelShuffle(2), IMAGE),
+    "ConstantPad2d": (lambda: nn.ConstantPad2d(1, 3.0), IMAGE),
+    "Unfold": (lambda: nn.Unfold(2), IMAGE),
+    "spectral_norm": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)).eval(),
+        VECTOR,
+    ),
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), VECTOR),
+    "nested": (
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 4))),
+        VECTOR,
+    ),
+    "in place": (lambda: Function(in_place), VECTOR),
+    "residual": (lambda: Function(lambda x, f: x + f(x).tanh(), nn.Linear(6, 6)), VECTOR),
+    "concatenation": (lambda: Function(lambda x: torch.cat([x, x * x, x.tanh()], -1)), SEQUENCE),
+    "product": (lambda: Function(lambda x: x.sin() * x.exp()), VECTOR),
+    "quotient": (lambda: Function(lambda x: x / (1 + x * x)), VECTOR),
+    "gate": (
+        lambda: Function(
+            lambda x, f: x * f(x.mean((2, 3))).sigmoid()[:, :, None, None], nn.Linear(4, 4)
+        ),
+        IMAGE,
+    ),
+    "matrix product": (lambda: Function(lambda x: x @ x.mT), SEQUENCE),
+    "einsum": (lambda: Function(lambda x: torch.einsum("bij,bkj->bik", x, x)), SEQUENCE),
+    "standardised": (lambda: Function(lambda x: (x - x.mean(0)) / (x.std(0) + 0.1)), VECTOR),
+    "normalize": (lambda: Function(lambda x: functional.normalize(x, dim=-1)), SEQUENCE),
+    "max": (lambda: Function(lambda x: x.max(1)[0]), SEQUENCE),
+    "amax": (lambda: Function(lambda x: x.amax((1, 2))), SEQUENCE),
+    "logsumexp": (lambda: Function(lambda x: x.logsumexp(1)), SEQUENCE),
+    "where": (lambda: Function(lambda x: torch.where(x > 0, x, 0.1 * x * x)), VECTOR),
+    "indexing": (lambda: Function(lambda x: x[:, [0, 2, 2]] + x[:, 1:4]), VECTOR),
+    "lerp": (lambda: Function(lambda x: torch.lerp(x, x * x, 0.3)), VECTOR),
+    "rotary": (
+        lambda: Function(lambda x: x * 0.8 + 0.6 * torch.cat([-x[..., 4:], x[..., :4]], -1)),
+        SEQUENCE,
+    ),
+    "attention": (lambda: Function(attention, nn.Linear(8, 24)), SEQUENCE),
+    "causal attention": (
+        lambda: Function(lambda x, f: attention(x, f, is_causal=True), nn.Linear(8, 24)),
+        SEQUENCE,
+    ),
+    "masked attention": (
+        lambda: Function(
+            lambda x, f: attention(x, f, attn_mask=torch.tensor([[True] * 3 + [False] * 2] * 5)),
+            nn.Linear(8, 24),
+        ),
+        SEQUENCE,
+    ),
+    "MultiheadAttention": (
+        lambda: Function(lambda x, f: f(x, x, x)[0], nn.MultiheadAttention(8, 2, batch_first=True)),
+        SEQUENCE,
+    ),
+    "TransformerEncoderLayer": (encoder_layer, SEQUENCE),
+    "TransformerEncoderLayer eval": (lambda: encoder_layer(dropout=0.1).eval(), SEQUENCE),
+    "TransformerEncoderLayer, norm first": (
+        lambda: encoder_layer(norm_first=True, activation="gelu", dropout=0.2),
+        SEQUENCE,
+    ),
+    "TransformerEncoder": (lambda: nn.TransformerEncoder(encoder_layer(), 2), SEQUENCE),
+}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module(name: str) -> None:
+    """Float32 displacements and vector-Jacobian products against float64, for d from 1 to 1e-30."""
+    make, shape = MODULES[name]
+    module, a = make(), torch.randn(shape)
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    right = Right(copy.deepcopy(module), a)
+    recorded = displacement_of(module, a)
+    assert all(
+        line.rule is not DIFFERENCE or line.static[0] is torch.ops.aten.gt.Scalar
+        for line in recorded.lines
+    )
+    for size in (1.0, 1e-3, 1e-7, 1e-12, 1e-30):
+        d = size * torch.randn(shape)
+        with torch.no_grad():
+            found, saved = recorded.forward(d.clone())
+            e = torch.randn_like(found)
+            back = recorded.backward(saved, e)
+        expected, expected_back = right.displacement(d.double()), right.vjp(d.double(), e.double())
+        assert (found - expected).norm() <= 2e-6 * expected.norm()
+        assert (back - expected_back).norm() <= 2e-6 * expected_back.norm()
+
+
+class Right:
+    """The same in float64: the difference where it is right, else the derivative along d."""
+
+    def __init__(self, module: nn.Module, a: Tensor) -> None:
+        self.module, self.a = module.double(), a.double()
+        self.random = torch.get_rng_state()
+        self.buffers = [buffer.clone() for buffer in self.module.buffers()]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for buffer, value in zip(self.module.buffers(), self.buffers, strict=True):
+                buffer.copy_(value)
+        now = torch.get_rng_state()
+        torch.set_rng_state(self.random)
+        # The operations for attention in one have no second derivative.
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            output = self.module(x)
+        torch.set_rng_state(now)
+        return output
+
+    def displacement(self, d: Tensor) -> Tensor:
+        if d.abs().max() > 1e-8:
+            with torch.no_grad():
+                return self(self.a + d) - self(self.a)
+        x = self.a.clone().requires_grad_()
+        output = self(x)
+        e = torch.zeros_like(output, requires_grad=True)
+        (back,) = torch.autograd.grad(output, x, e, create_graph=True)
+        return torch.autograd.grad(back, e, d)[0]
+
+    def vjp(self, d: Tensor, e: Tensor) -> Tensor:
+        x = (self.a + d).requires_grad_()
+        return torch.autograd.grad(self(x), x, e)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MODULES)
+def test_broken_inputs_stay_visible(name: str, dtype: torch.dtype) -> None:
+    """A NaN in the displacement reaches the output, as it does in a plain difference."""
+    make, shape = MODULES[name]
+    module, a = make().to(dtype), torch.randn(shape, dtype=dtype)
+    recorded = displacement_of(module, a)
+    with torch.no_grad():
+        found, _ = recorded.forward(torch.full(shape, math.nan, dtype=dtype))
+    assert found.isnan().any()

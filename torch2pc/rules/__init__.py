@@ -1,0 +1,37 @@
+"""How each operation passes a displacement on: f(a + d) - f(a), without subtracting nearly equal numbers.
+
+``core.py`` says what a rule is. The other files hold the rules, by kind of operation; to import them
+enters each in ``PREPARED``, by the operation that it serves. ``displacement.py`` records which
+operations a layer is made of and runs their rules.
+"""
+
+from torch2pc.rules import axes, kinks, linear, maxima, smooth
+from torch2pc.rules.core import (
+    PREPARED,
+    Call,
+    Rule,
+    Step,
+    aten,
+    belief_dtype,
+    difference_step,
+    linear_step,
+)
+from torch2pc.rules.smooth import COMPOSING, composed_step
+
+__all__ = [
+    "COMPOSING",
+    "PREPARED",
+    "Call",
+    "Rule",
+    "Step",
+    "aten",
+    "axes",
+    "belief_dtype",
+    "composed_step",
+    "difference_step",
+    "kinks",
+    "linear",
+    "linear_step",
+    "maxima",
+    "smooth",
+]
