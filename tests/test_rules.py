@@ -199,6 +199,15 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MaxPool2d overlapping": (lambda: nn.MaxPool2d(3, 2, 1), IMAGE),
     "MaxPool2d ceil": (lambda: nn.MaxPool2d(3, ceil_mode=True), IMAGE),
     "MaxPool2d floor": (lambda: nn.MaxPool2d(3), IMAGE),
+    "ReLU, MaxPool2d": (lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), IMAGE),
+    "ReLU, MaxPool2d overlapping": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)),
+        IMAGE,
+    ),
+    "ReLU, twice used": (
+        lambda: Function(lambda x: functional.max_pool2d(x.relu(), 3, 1, 1) * x.relu()),
+        IMAGE,
+    ),
     "MaxPool3d": (lambda: nn.MaxPool3d(2), VOLUME),
     "AdaptiveMaxPool1d": (lambda: nn.AdaptiveMaxPool1d(3), SEQUENCE),
     "AdaptiveMaxPool2d": (lambda: nn.AdaptiveMaxPool2d(3), IMAGE),

@@ -41,6 +41,7 @@ from torch2pc.rules import (
     composed_step,
     difference_step,
     linear_step,
+    pooled_before_relu,
 )
 
 # What these return depends on the shape of a tensor, not on its values.
@@ -343,6 +344,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The lines of an operation with several outputs, one for each."""
         if not isinstance(output, list | tuple):
             return  # a size, a flag
+        swapped = pooled_before_relu(call, self._made_by)
+        if swapped is not None:
+            pool, between, relu = swapped
+            self._append(pool, between, output[0])
+            self._append(relu, output[0])
+            return
         prepare = PREPARED.get(call.func)
         step = prepare(call) if prepare is not None else None
         is_linear = call.func.is_view or call.func in _SPLITS
@@ -356,10 +363,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 self._append(difference_step(call, item), tensor)
 
-    def _append(self, step: Step, output: Tensor) -> None:
+    def _append(self, step: Step, output: Tensor, recorded: Tensor | None = None) -> None:
+        """A line that computes ``output``, on the way to ``recorded`` if that is another tensor."""
         inputs = tuple([self.place[id(tensor)] for tensor in step.inputs])
         self.lines.append((step, inputs, [tensor._version for tensor in step.tensors]))
-        self._output_of.append(output)
+        self._output_of.append(output if recorded is None else recorded)
         self._enter(output, len(self.lines))
 
     def _enter(self, tensor: Tensor, place: int) -> None:

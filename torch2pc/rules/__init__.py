@@ -16,6 +16,7 @@ from torch2pc.rules.core import (
     difference_step,
     linear_step,
 )
+from torch2pc.rules.maxima import pooled_before_relu
 from torch2pc.rules.smooth import COMPOSING, composed_step
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "linear",
     "linear_step",
     "maxima",
+    "pooled_before_relu",
     "smooth",
 ]

@@ -23,28 +23,58 @@ from torch2pc.rules.core import (
 # Piecewise linear functions of one number.
 
 
+# relu(a + d) - relu(a) = max(d + min(a, 0), -relu(a)), with ``lack`` = relu(-a) and ``top`` = relu(a),
+# of which the second is often at hand: it is the layer's output. What is saved is relu(a + d), or
+# something negative. (threshold_backward is several times as fast as masked_fill.)
+
+
+def relu_moved(d: Tensor, lack: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """The displacement of relu(a), and what tells where its slope is 1."""
+    return _relu_moved(lack - d, top)
+
+
+def _relu_moved_(d: Tensor, lack: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    return _relu_moved(torch.sub(lack, d, out=d), top)
+
+
+def _relu_moved(lacking: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    moved = torch.minimum(lacking, top).neg_()
+    return moved, torch.sub(top, lacking, out=lacking)
+
+
+def _relu_back(e: Tensor, x: Tensor, lack: Tensor, top: Tensor) -> Tensor:
+    return aten.threshold_backward.default(e, x, 0)
+
+
+def _relu_back_(e: Tensor, x: Tensor, lack: Tensor, top: Tensor) -> Tensor:
+    return aten.threshold_backward.grad_input(e, x, 0, grad_input=e)
+
+
+RELU = Rule(relu_moved, _relu_back, True, _relu_moved_, _relu_back_)
+
+
+def relu_bases(a: Tensor, output: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(relu(-a), relu(a)); the second is ``output`` where it is given."""
+    a = base(a)
+    return (-a).clamp_(min=0), a.clamp(min=0) if output is None else base(output)
+
+
+def below_moved(d: Tensor, lack: Tensor, top: Tensor) -> Tensor:
+    """The displacement of min(a, 0), the mirror image."""
+    return torch.minimum(d + top, lack)
+
+
+@prepares(aten.relu.default)
+def _(call: Call) -> Step:
+    return Step(RELU, (call.args[0],), relu_bases(call.args[0], call.output))
+
+
+# clamp(a + d) - clamp(a) with c = clamp(a) is clamp(d + (a - c), low - c, high - c): nothing nearly
+# equal is subtracted where a lies inside.
+
+
 class Clamp:
     """The rule for clamp(a, low, high); ``with_ends``: whether the slope at the ends is 1."""
-
-    @staticmethod
-    def above(d: Tensor, beyond: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-        free = d + beyond
-        return torch.maximum(free, low), free.sub_(low)
-
-    @staticmethod
-    def above_(d: Tensor, beyond: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-        free = d.add_(beyond)
-        return torch.maximum(free, low), free.sub_(low)
-
-    # threshold_backward is several times as fast as masked_fill.
-
-    @staticmethod
-    def above_back(e: Tensor, free: Tensor, beyond: Tensor, low: Tensor) -> Tensor:
-        return aten.threshold_backward.default(e, free, 0)
-
-    @staticmethod
-    def above_back_(e: Tensor, free: Tensor, beyond: Tensor, low: Tensor) -> Tensor:
-        return aten.threshold_backward.grad_input(e, free, 0, grad_input=e)
 
     @staticmethod
     def between(
@@ -61,16 +91,7 @@ class Clamp:
         return e.masked_fill(flat, 0)
 
 
-# clamp(a + d) - clamp(a) with c = clamp(a) is clamp(d + (a - c), low - c, high - c): nothing nearly
-# equal is subtracted where a lies inside. With high = inf and low = 0 it is ReLU.
-RELU = Rule(Clamp.above, Clamp.above_back, True, Clamp.above_, Clamp.above_back_)
 CLAMP = Rule(Clamp.between, Clamp.between_back)
-
-
-def relu_bases(a: Tensor) -> tuple[Tensor, Tensor]:
-    """(a - c, -c) for c = relu(a)."""
-    a = base(a)
-    return a.clamp(max=0), -a.clamp(min=0)
 
 
 def clamp_bases(a: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,11 +100,6 @@ def clamp_bases(a: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Ten
     c = a.clamp(low, high)
     # An infinite a is as far beyond as it is; inf - inf would be NaN.
     return torch.where(a == c, 0.0, a - c), low - c, high - c
-
-
-@prepares(aten.relu.default)
-def _(call: Call) -> Step:
-    return Step(RELU, (call.args[0],), relu_bases(call.args[0]))
 
 
 @prepares(aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
@@ -143,17 +159,13 @@ def _(call: Call) -> Step:
     return Step(HARD_SWISH, (x,), (base(x), *clamp_bases(x, -3.0, 3.0)))
 
 
-def _leaky(
-    d: Tensor, beyond: Tensor, low: Tensor, slope: Any, *static: Any
-) -> tuple[Tensor, Tensor]:
-    # relu's displacement, and slope times that of min(a, 0), which is its mirror image.
-    above, free = Clamp.above(d, beyond, low)
-    below = torch.minimum(d - low, -beyond)
-    return above + slope * below, free
+def _leaky(d: Tensor, lack: Tensor, top: Tensor, slope: Any, *static: Any) -> tuple[Tensor, Tensor]:
+    above, x = relu_moved(d, lack, top)
+    return above + slope * below_moved(d, lack, top), x
 
 
 def _leaky_back(
-    e: Tensor, x: Tensor, beyond: Tensor, low: Tensor, slope: Any, *static: Any
+    e: Tensor, x: Tensor, lack: Tensor, top: Tensor, slope: Any, *static: Any
 ) -> Tensor:
     if isinstance(slope, Tensor):
         return aten._prelu_kernel_backward.default(e, x, slope)[0]

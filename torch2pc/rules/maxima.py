@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,7 @@ from torch2pc.rules.core import (
     prepares,
     unsqueezed,
 )
-from torch2pc.rules.kinks import (
-    select,
-)
+from torch2pc.rules.kinks import RELU, relu_bases, select
 
 # (The backward operations take no more than the shape from the input.)
 
@@ -73,7 +72,7 @@ _POOLS = {
 
 
 @prepares(*_POOLS)
-def _(call: Call) -> Step:
+def _pool_step(call: Call) -> Step:
     x = call.args[0]
     axes, back = _POOLS[call.func]
     kernel = tuple(call.args[1])
@@ -89,6 +88,22 @@ def _(call: Call) -> Step:
     return Step(
         MAX_POOL, (x,), (base(x), base(call.output[0])), (call.func, back, axes, kernel, *how)
     )
+
+
+def pooled_before_relu(
+    call: Call, made_by: Callable[[Any], Step | None]
+) -> tuple[Step, Tensor, Step] | None:
+    """The steps of relu(max(a)) for a ``call`` that is max(relu(a)), and the tensor between them.
+
+    They are the same, and a maximum leaves fewer numbers to do the rest with.
+    """
+    relu = made_by(call.args[0])
+    if call.func not in _POOLS or relu is None or relu.rule is not RELU:
+        return None
+    (x,) = relu.inputs
+    pooled = call.func(x.detach(), *call.args[1:], **call.kwargs)
+    first = _pool_step(call._replace(args=(x, *call.args[1:]), output=pooled))
+    return first, pooled[0], Step(RELU, (pooled[0],), relu_bases(pooled[0], call.output[0]))
 
 
 def _short_of_maximum(a: Tensor, maxima: Tensor, kernel: tuple[int, ...]) -> Tensor:

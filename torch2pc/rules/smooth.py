@@ -20,8 +20,9 @@ from torch2pc.rules.core import (
 )
 from torch2pc.rules.kinks import (
     ABSOLUTE,
-    Clamp,
+    below_moved,
     relu_bases,
+    relu_moved,
 )
 from torch2pc.rules.linear import (
     ONE,
@@ -132,10 +133,10 @@ def _elu_prepared(
 
 
 def _elu(
-    d: Tensor, beyond: Tensor, low: Tensor, alpha: float, scale: float, input_scale: float
+    d: Tensor, lack: Tensor, top: Tensor, alpha: float, scale: float, input_scale: float
 ) -> Tensor:
-    above, below = Clamp.above(d, beyond, low)[0], torch.minimum(d - low, -beyond)
-    curved = exp_moved(input_scale * below, input_scale * beyond)
+    above, _ = relu_moved(d, lack, top)
+    curved = exp_moved(input_scale * below_moved(d, lack, top), -input_scale * lack)
     return scale * above + (scale * alpha) * curved
 
 
@@ -147,32 +148,26 @@ def _elu_derivative(e: Tensor, x: Tensor, alpha: float, scale: float, input_scal
 
 
 def softplus_bases(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(min(a, 0), -max(a, 0), -|a|, 1 + exp(-|a|))"""
+    """(relu(-a), relu(a), -|a|, 1 + exp(-|a|))"""
     size = -a.abs()
     return *relu_bases(a), size, 1 + torch.exp(size)
 
 
-def softplus_moved(d: Tensor, beyond: Tensor, low: Tensor, size: Tensor, start: Tensor) -> Tensor:
+def softplus_moved(d: Tensor, lack: Tensor, top: Tensor, size: Tensor, start: Tensor) -> Tensor:
     """softplus(a + d) - softplus(a)"""
-    above, below = Clamp.above(d, beyond, low)[0], torch.minimum(d - low, -beyond)
+    above, _ = relu_moved(d, lack, top)
     # exp(-|x|) moves as -|x| does, by below - above, one of which is 0 unless the sign changes.
-    return above + torch.log1p(exp_moved(below - above, size) / start)
+    moved = exp_moved(below_moved(d, lack, top) - above, size)
+    return above + torch.log1p(moved / start)
 
 
 def _softplus_prepared(a: Tensor, y: Tensor, beta: float, threshold: float) -> tuple[Tensor, ...]:
     return softplus_bases(beta * a)
 
 
-def _softplus(
-    d: Tensor,
-    beyond: Tensor,
-    low: Tensor,
-    size: Tensor,
-    start: Tensor,
-    beta: float,
-    threshold: float,
-) -> Tensor:
-    return softplus_moved(beta * d, beyond, low, size, start) / beta
+def _softplus(d: Tensor, *rest: Any) -> Tensor:
+    *bases, beta, _ = rest
+    return softplus_moved(beta * d, *bases) / beta
 
 
 def _softplus_derivative(e: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
