@@ -19,6 +19,7 @@ from tests.cases import Case, assert_close, check_against_reference
 from torch2pc import PCInfer, displacement_rule
 from torch2pc.displacement import Displacement, Recorder, Uncovered
 from torch2pc.layers import Layer, Network
+from torch2pc.rules import PREPARED, Rule, Step
 from torch2pc.strict import Relaxation
 
 
@@ -295,6 +296,42 @@ def test_a_wrong_rule_of_the_users_is_not_used(versine_rule: list[type]) -> None
         check_against_reference(case, "Strict")
     finally:
         Versine.forward = plain
+
+
+def test_an_error_in_a_rule_of_the_users_is_shown(versine_rule: list[type]) -> None:
+    plain = Versine.forward
+
+    @displacement_rule(Versine)
+    def broken(module: Versine, a: Tensor, d: Tensor) -> Tensor:
+        raise ZeroDivisionError("in the rule")
+
+    try:
+        with pytest.raises(ZeroDivisionError, match="in the rule"):
+            around(Versine()).infer("Strict")
+    finally:
+        Versine.forward = plain
+
+
+@pytest.mark.parametrize("at", ["preparation", "forward", "backward"])
+def test_an_error_in_a_rule_of_ours_is_no_error_of_the_users(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise IndexError("a case that was not thought of")
+
+    def passes(d: Tensor) -> tuple[Tensor, None]:
+        return d, None
+
+    def prepare(call: Any) -> Step:
+        if at == "preparation":
+            fails()
+        forward, backward = (fails, fails) if at == "forward" else (passes, fails)
+        return Step(Rule(forward, backward), (call.args[0],))
+
+    monkeypatch.setitem(PREPARED, torch.ops.aten.sin.default, prepare)
+    case = around(Does(torch.sin))
+    check_against_reference(case, "Strict")
+    assert layers_of(case)[1].uncovered
 
 
 def test_subclasses_that_do_more_are_recorded(versine_rule: list[type]) -> None:

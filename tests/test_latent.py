@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -190,6 +191,47 @@ def test_dropout_mask_and_generator() -> None:
     fixed = nn.Sequential(model[0], Masked(), model[2])
     expected = reference.latent(fixed, squared_error, Y, Xinit, 0.1, 20, [1.0, 1.0])
     assert_close(result.v[:-1], expected)
+
+
+def decoder_and_images() -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(2)
+    decoder = nn.Sequential(
+        nn.Sequential(nn.Linear(8, 32), nn.Tanh()),
+        nn.Sequential(nn.Linear(32, 32), nn.Tanh()),
+        nn.Sequential(nn.Linear(32, 32), nn.Tanh()),
+        nn.Linear(32, 20),
+    )
+    return decoder, torch.rand(16, 20)
+
+
+def updates(decoder: nn.Sequential, Y: Tensor, n: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Each layer's update, in one vector, and the errors."""
+    Xinit = torch.zeros(16, 8, dtype=decoder[0][0].weight.dtype)
+    result = PCInferLatent(decoder, squared_error, Y, Xinit, 0.01, n)
+    found = [torch.cat([p.grad.double().flatten() for p in l.parameters()]) for l in decoder]
+    return found, [error.double() for error in result.epsilon[1:]]
+
+
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_float32_loses_nothing(n: int) -> None:
+    """Not even after one step, where the lower layers' errors are products of small ones."""
+    decoder, Y = decoder_and_images()
+    in_float64 = updates(copy.deepcopy(decoder).double(), Y.double(), n)
+    for found, expected in zip(updates(decoder, Y, n), in_float64, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16 model"])
+def test_half_precision(kind: str) -> None:
+    decoder, Y = decoder_and_images()
+    expected, _ = updates(copy.deepcopy(decoder), Y, 20)
+    if kind == "bfloat16 model":
+        decoder, Y = decoder.bfloat16(), Y.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        found, _ = updates(decoder, Y, 20)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 0.02 * other.norm()
 
 
 def test_accumulates() -> None:
