@@ -90,7 +90,7 @@ class Displacement:
             self._last_used.insert(0, [i for i in line.inputs if i not in used])
             used.update(line.inputs)
 
-    @property
+    @functools.cached_property
     def key(self) -> tuple[Any, ...]:
         """Equal for displacements that differ in their tensors alone."""
         return self.result, tuple([(*line[:2], *line[3:]) for line in self.lines])
