@@ -63,6 +63,8 @@ ARGUMENTS = [
     (dict(ErrType="Strict", vinit=torch.ones(5)), TypeError, "vinit must be None or a list"),
     (dict(ErrType="Strict", vinit=beliefs()[1:]), ValueError, r"vinit must have .* = 5 entries"),
     (dict(ErrType="Strict", vinit=beliefs(v2=None)), TypeError, r"vinit\[2\] must be a tensor"),
+    (dict(ErrType="Strict", update_at="vhats"), ValueError, "update_at must be .* got 'vhats'"),
+    (dict(ErrType="Strict", update_at=None), ValueError, "update_at must be .*v.*vhat.* got None"),
     (
         dict(ErrType="Strict", vinit=beliefs(v1=torch.ones(6, 4))),
         ValueError,

@@ -19,12 +19,21 @@ from torch2pc.strict import Relaxation
 iterations = st.integers(1, 12)
 
 
-@given(case=cases(), eta=st.floats(0, 0.3), n=iterations, vinit=st.booleans(), dX=st.booleans())
-def test_equals_the_iteration(case: Case, eta: float, n: int, vinit: bool, dX: bool) -> None:
+@given(
+    case=cases(),
+    eta=st.floats(0, 0.3),
+    n=iterations,
+    vinit=st.booleans(),
+    dX=st.booleans(),
+    update_at=st.sampled_from(["v", "vhat"]),
+)
+def test_equals_the_iteration(
+    case: Case, eta: float, n: int, vinit: bool, dX: bool, update_at: str
+) -> None:
     beliefs = random_beliefs(case) if vinit else None
-    expected = reference.strict(*case, eta, n, beliefs)
+    expected = reference.strict(*case, eta, n, beliefs, update_at)
     case.X.requires_grad_(dX)
-    result = case.infer("Strict", eta=eta, n=n, vinit=beliefs)
+    result = case.infer("Strict", eta=eta, n=n, vinit=beliefs, update_at=update_at)
     assert_close(result.vhat, expected.vhat)
     assert_close(result.v, expected.v)
     assert_close(result.epsilon[1:], expected.epsilon[1:])
@@ -33,6 +42,13 @@ def test_equals_the_iteration(case: Case, eta: float, n: int, vinit: bool, dX: b
     )
     if dX:
         assert_close(result.epsilon[0], expected.epsilon[0])
+
+
+@given(case=cases(), n=iterations)
+def test_where_updates_are_taken_changes_nothing_else(case: Case, n: int) -> None:
+    expected = case.infer("Strict", n=n)
+    found = case.infer("Strict", n=n, update_at="vhat")
+    assert_close(list(found), list(expected), tolerance=0)
 
 
 @given(case=cases(), n=iterations)

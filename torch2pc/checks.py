@@ -64,6 +64,12 @@ def check_n(n: object) -> None:
         raise ValueError(f"n must be an int >= 1, got {n}")
 
 
+def check_update_at(update_at: object) -> None:
+    """``update_at`` is one of the two places where Strict's updates can be taken."""
+    if not isinstance(update_at, str) or update_at not in ("v", "vhat"):
+        raise ValueError(f'update_at must be "v" or "vhat", got {update_at!r}')
+
+
 def check_vinit_length(vinit: object, length: int) -> None:
     """``vinit`` is None or a sequence of ``length`` entries."""
     if vinit is None:

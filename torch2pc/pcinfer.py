@@ -15,6 +15,7 @@ from torch2pc.checks import (
     check_model,
     check_n,
     check_tensor,
+    check_update_at,
     check_vinit_length,
 )
 from torch2pc.exact import exact
@@ -60,6 +61,7 @@ def PCInfer(
     *,
     accumulate: bool = False,
     compile: bool = False,
+    update_at: str = "v",
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
@@ -79,7 +81,8 @@ def PCInfer(
       ``epsilon_L = dLossFun(f_L(v_{L-1}), Y)/df_L``, then
       ``v_l += eta (epsilon_l - J_{l+1}(v_l)^T epsilon_{l+1})``: gradient descent on the energy
       ``F = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} ||f_l(v_{l-1}) - v_l||^2``. The updates are
-      taken at the returned ``v`` with the ``epsilon`` of the last iteration. What is iterated is
+      ``(df_l(v_{l-1})/dtheta_l)^T epsilon_l`` at the returned ``v``, or at ``vhat`` if ``update_at``
+      says so, with the ``epsilon`` of the last iteration. What is iterated is
       ``v_l - vhat_l``, by a rule for each operation of the layers, so that no round-off is taken for
       an error: in float32, errors are right to about 1e-6 of their size, however small they are.
 
@@ -116,6 +119,13 @@ def PCInfer(
             Where it cannot be done (a layer whose operations cannot be followed, a loss that is
             random or changes buffers) a warning says so once. The other two algorithms have nothing
             to compile.
+        update_at: where Strict's updates are taken, ``"v"`` or ``"vhat"``. At v they descend the
+            energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, as the paper's figures were
+            made and as FixedPred does, they leave the weights of inactive units alone: a unit
+            that a ReLU holds at 0 has ``vhat = 0`` but ``v = -epsilon``, and its update at v grows with
+            the weights that it updates, until training blows up. Items that are cut before the
+            activation, ``Linear | ReLU, Linear | ReLU, Linear``, have no such units; for a network
+            that is cut after it, take ``"vhat"``. Not used by Exact and FixedPred.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``.
@@ -125,7 +135,7 @@ def PCInfer(
             callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is no number, ``n`` no int;
             a layer returns something other than one floating-point tensor.
         ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite; ``n`` < 1;
-            ``vinit`` does not fit the layers' outputs; ``X`` was made under
+            ``vinit`` does not fit the layers' outputs; ``update_at`` is unknown; ``X`` was made under
             ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
         RuntimeError: a layer wrote into its input without an ``inplace`` attribute that says so.
 
@@ -158,8 +168,11 @@ def PCInfer(
         check_n(n)
     if ErrType == "Strict":
         check_vinit_length(vinit, len(model) + 1)
+        check_update_at(update_at)
 
-    algorithm = partial(ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile)
+    algorithm = partial(
+        ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile, update_at=update_at
+    )
     return infer(algorithm, model, LossFun, X, Y, accumulate)
 
 

@@ -50,13 +50,18 @@ from torch2pc.layers import (
 
 
 def strict(
-    network: Network, eta: float, n: int, vinit: Sequence[Any] | None, compile: bool
+    network: Network,
+    eta: float,
+    n: int,
+    vinit: Sequence[Any] | None,
+    compile: bool,
+    update_at: str,
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
     relaxation = Relaxation(network, eta, vinit)
     with network.replaying():
         relaxation.run(n, compile)
-        return relaxation.result()
+        return relaxation.result(update_at)
 
 
 class Relaxation:
@@ -171,14 +176,14 @@ class Relaxation:
                 self.epsilon[L] = self._output_error(moved)
 
     def updates(
-        self, v: Sequence[Tensor] | None = None
+        self, at: Sequence[Tensor] | None = None
     ) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
         """The input's error (if the input requires grad) and the parameters' updates.
 
-        (df_l(v_{l-1})/dtheta_l)^T epsilon_l, with the errors as they were last taken. ``v`` is
-        ``self.v``, for whoever has it already.
+        (df_l(a_{l-1})/dtheta_l)^T epsilon_l, with the errors as they were last taken, at the values
+        ``at``: the beliefs ``v`` if none are given, or ``vhat``.
         """
-        v = self.v if v is None else v
+        at = self.v if at is None else at
         network, L = self.network, len(self.network.layers)
         updates: dict[Tensor, Tensor] = {}
         input_error = None
@@ -190,8 +195,8 @@ class Relaxation:
             if l == 1 and network.first is not None:
                 (x, prediction), network.first = network.first, None
             else:
-                belief = v[l - 1] if l >= self._lowest else self.vhat[0]
-                x = belief.detach().to(self.vhat[l - 1].dtype)
+                a = at[l - 1] if l >= self._lowest else self.vhat[0]
+                x = a.detach().to(self.vhat[l - 1].dtype)
                 x.requires_grad_(x.is_floating_point())
                 prediction = layer.replay(x)
             leaves = leaves_between(prediction, [x])
@@ -210,10 +215,10 @@ class Relaxation:
             _add_own_gradients(updates, self.prior.replay(beliefs), beliefs)
         return input_error, updates
 
-    def result(self) -> Inference:
-        """What was inferred, in tensors that share no memory."""
+    def result(self, update_at: str = "v") -> Inference:
+        """What was inferred, in tensors that share no memory; the updates at ``v`` or at ``vhat``."""
         v = self.v
-        input_error, updates = self.updates(v)
+        input_error, updates = self.updates(v if update_at == "v" else self.vhat)
         L = len(self.network.layers)
         found = own([*self.epsilon[1:], *updates.values()])
         return Inference(
