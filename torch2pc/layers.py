@@ -8,6 +8,7 @@ turned into beliefs, is up to ``exact.py``, ``fixed_pred.py`` and ``strict.py``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -60,6 +61,7 @@ class Layer:
     _random: RandomState | None = None
     _buffers: Buffers | None = None
     has_leaves = True
+    ends_flat = False
     displacement: Displacement | Reevaluation
     # Why the displacement is no ``Displacement``.
     uncovered: str | None = None
@@ -127,6 +129,7 @@ class Layer:
         self._random = random if random_state_differs(random) else None
         self._buffers = buffers if buffers.differ() else None
         self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
+        self.ends_flat = _ends_flat(output)
         if recorder is not None:
             self._displace(recorder, x, output)
         return output
@@ -362,6 +365,36 @@ def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         _claim(output.grad_fn, 1, {None: 0}, nodes)
     given = set(map(id, inputs))
     return [leaf for leaf in [node.variable for node in nodes] if id(leaf) not in given]
+
+
+# By the names of autograd's nodes: activations that are constant over a range, and what keeps a
+# constant one.
+_FLAT = re.compile(
+    "(Relu|Threshold|Hardtanh|Clamp|ClampMin|ClampMax|Hardshrink|Softshrink|Hardsigmoid|Hardswish)"
+    "Backward"
+)
+_KEEPS_CONSTANT = re.compile(
+    "(View|UnsafeView|ReshapeAlias|Alias|Clone|ToCopy|Permute|Transpose|T|Squeeze|Unsqueeze|Slice|"
+    r"Select|Mean|Mul|Div|NativeDropout|\w*Pool\w*)Backward"
+)
+
+
+def _ends_flat(output: Tensor) -> bool:
+    """Whether the last thing that a layer does to its units can hold them at a constant.
+
+    A ReLU or its like, with or without pooling, dropout and reshaping after it. Read off the graph,
+    since to look for constants in the values would wait for their device, and would miss the units
+    that fall silent in training.
+    """
+    node = output.grad_fn
+    while node is not None:
+        if _FLAT.match(type(node).__name__):
+            return True
+        before = [other for other, _ in node.next_functions if other is not None]
+        if len(before) != 1 or not _KEEPS_CONSTANT.match(type(node).__name__):
+            return False
+        node = before[0]
+    return False
 
 
 def _node(x: Tensor) -> Any:

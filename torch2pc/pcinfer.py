@@ -125,7 +125,8 @@ def PCInfer(
             that a ReLU holds at 0 has ``vhat = 0`` but ``v = -epsilon``, and its update at v grows with
             the weights that it updates, until training blows up. Items that are cut before the
             activation, ``Linear | ReLU, Linear | ReLU, Linear``, have no such units; for a network
-            that is cut after it, take ``"vhat"``. Not used by Exact and FixedPred.
+            that is cut after it, take ``"vhat"``. (A warning says so, once for a model, where an
+            item ends in ReLU or its like.) Not used by Exact and FixedPred.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``.
@@ -143,7 +144,7 @@ def PCInfer(
         >>> import torch
         >>> from torch import nn
         >>> from torch2pc import PCInfer
-        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 3))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 3)))
         >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         >>> X, Y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> vhat, Loss, dLdy, v, epsilon = PCInfer(

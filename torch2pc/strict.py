@@ -25,12 +25,14 @@ graph of layer 1, whose input does not move, for its update at the end.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch2pc.checks import check_vinit_entries
 from torch2pc.compiled import Program, compiled_steps, run_plainly, schedule
@@ -59,9 +61,42 @@ def strict(
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
     relaxation = Relaxation(network, eta, vinit)
+    if update_at == "v":
+        _warn_of_flat_items(network)
     with network.replaying():
         relaxation.run(n, compile)
         return relaxation.result(update_at)
+
+
+_warned: WeakSet[nn.Module] = WeakSet()
+
+
+def _warn_of_flat_items(network: Network) -> None:
+    """Say, once for each model, where updates at v feed themselves.
+
+    A unit j that its item's activation holds at 0 has the belief v_j = -epsilon_j, which is
+    -W_j . epsilon_{l+1} at equilibrium. At v, the weights W_j that leave it get the gradient
+    v_j epsilon_{l+1}: a step along it lets them grow along epsilon_{l+1}, and the larger they are,
+    the larger is the next step.
+    """
+    if network.model in _warned:
+        return
+    trains = [layer.has_leaves for layer in network.layers]
+    flat = [
+        layer.name
+        for l, layer in enumerate(network.layers, start=1)
+        if layer.ends_flat and any(trains[l:])
+    ]
+    if flat:
+        _warned.add(network.model)
+        warnings.warn(
+            "Strict takes its updates at v, where those of units that an activation holds at a "
+            "constant feed themselves, so that training may blow up. "
+            f"Such an activation is the last in {', '.join(flat)}. "
+            "Cut the model before the activations (items Linear | ReLU, Linear | ReLU, Linear), "
+            'or pass update_at="vhat"',
+            stacklevel=5,  # who called PCInfer
+        )
 
 
 class Relaxation:
