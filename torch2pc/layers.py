@@ -193,9 +193,10 @@ class Network:
         self.loss = Layer(LossFun, "LossFun", devices, writes and _may_write_input(LossFun))
         self.first: tuple[Tensor, Tensor] | None = None
 
-    def feed_forward(self) -> Graph:
-        """One forward pass, with its autograd graph."""
-        vhat = [_input_copy(self.X)]
+    def feed_forward(self, from_X: bool = False) -> Graph:
+        """One forward pass, with its autograd graph; ``from_X``: which goes on into what made X."""
+        # A copy in either case: whatever a layer does to it, the user's X stays as it is.
+        vhat = [self.X.clone() if from_X else _input_copy(self.X)]
 
         def walk(x: Tensor) -> Tensor:
             for layer in self.layers:
@@ -243,10 +244,7 @@ class Network:
             )
         prediction = vhat[-1].detach().requires_grad_()
         Loss = check_loss(self.loss.record(prediction, self.Y))
-        (dLdy,) = gradient([Loss], [prediction])
-        if dLdy is None:
-            raise _independent_loss()
-        return vhat, Loss.detach().clone(), dLdy
+        return vhat, Loss.detach().clone(), output_gradient(Loss, prediction)
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``walk(x)`` as the forward of the model, so that the hooks of the container run too."""
@@ -344,6 +342,14 @@ def gradient(
         # A tensor hook may have returned a tensor that is not ours to write into.
         found = tuple(None if of_x is None else of_x.clone() for of_x in found)
     return list(found)
+
+
+def output_gradient(Loss: Tensor, output: Tensor, keep_graph: bool = False) -> Tensor:
+    """dLdy, which there must be."""
+    (dLdy,) = gradient([Loss], [output], keep_graph=keep_graph)
+    if dLdy is None:
+        raise _independent_loss()
+    return dLdy
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -484,7 +490,6 @@ def detached(X: Tensor) -> Tensor:
 
 
 def _input_copy(X: Tensor) -> Tensor:
-    # A copy: whatever a layer does to it, the user's X stays as it is.
     copy = X.detach().clone()
     return copy.requires_grad_() if X.requires_grad else copy
 

@@ -55,8 +55,8 @@ def PCInfer(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float = 0.1,
-    n: int = 20,
+    eta: float | Tensor = 0.1,
+    n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
     accumulate: bool = False,
@@ -109,8 +109,8 @@ def PCInfer(
             ``X.grad`` where X is a leaf; otherwise ``X.backward(epsilon[0])`` carries on.
         Y: the targets, handed to ``LossFun`` as they are.
         ErrType: ``"Exact"``, ``"FixedPred"`` or ``"Strict"``.
-        eta: the step size of the beliefs. Not used by Exact.
-        n: the number of iterations, at least 1. Not used by Exact.
+        eta: the step size of the beliefs, a number or a tensor without dimensions. Not used by Exact.
+        n: the number of iterations, at least 1; None for L. Not used by Exact.
         vinit: initial beliefs for Strict, L+1 entries, of which the first (the input) and the last
             are not used. Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
@@ -133,7 +133,8 @@ def PCInfer(
 
     Raises:
         TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; ``LossFun`` is not
-            callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is no number, ``n`` no int;
+            callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is no number; ``n`` is
+            neither an int nor None;
             a layer returns something other than one floating-point tensor.
         ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite; ``n`` < 1;
             ``vinit`` does not fit the layers' outputs; ``update_at`` is unknown; ``X`` was made under
@@ -165,7 +166,8 @@ def PCInfer(
         accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
     if ErrType != "Exact":
-        check_eta(eta)
+        eta = check_eta(eta)
+        n = len(model) if n is None else n
         check_n(n)
     if ErrType == "Strict":
         check_vinit_length(vinit, len(model) + 1)
