@@ -143,7 +143,8 @@ def check_against_reference(case: Case, ErrType: str, seed: int = 1, **options: 
     elif ErrType == "FixedPred":
         expected = reference.fixed_pred(*of_frozen, 0.1, options.get("n", 20))
     else:
-        expected = reference.strict(*of_frozen, 0.1, options.get("n", 20))
+        update_at = options.get("update_at", "v")
+        expected = reference.strict(*of_frozen, 0.1, options.get("n", 20), update_at=update_at)
 
     torch.manual_seed(seed)
     result = case.infer(ErrType, **options)

@@ -113,6 +113,7 @@ def strict(
     eta: float,
     n: int,
     vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
 ) -> Reference:
     vhat = feed_forward(model, X)
     Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
@@ -128,7 +129,7 @@ def strict(
             else v[l]
             for l in range(L + 1)
         ]
-    updates = parameter_updates(model, v, epsilon)
+    updates = parameter_updates(model, v if update_at == "v" else vhat, epsilon)
     epsilon[0] = input_error(model, X, epsilon)
     return Reference(vhat, Loss, dLdy, v, epsilon, updates)
 

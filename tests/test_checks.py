@@ -55,6 +55,10 @@ ARGUMENTS = [
     (dict(ErrType="exact"), ValueError, "ErrType must be one of .*Exact.*, got 'exact'"),
     (dict(ErrType=["Exact"]), ValueError, "ErrType must be one of"),
     (dict(ErrType="FixedPred", eta="big"), TypeError, "eta must be a finite number, got str"),
+    (dict(ErrType="FixedPred", eta=torch.ones(2)), TypeError, r"eta .* got Tensor of shape \(2,\)"),
+    (dict(ErrType="FixedPred", eta=torch.tensor(True)), TypeError, "eta must be .* got Tensor"),
+    (dict(ErrType="Strict", eta=torch.tensor(1j)), TypeError, "eta must be .* got Tensor"),
+    (dict(ErrType="Strict", eta=torch.tensor(torch.inf)), ValueError, "eta must be .* got inf"),
     (dict(ErrType="FixedPred", eta=float("nan")), ValueError, "eta must be a finite number"),
     (dict(ErrType="Strict", eta=float("inf")), ValueError, "eta must be a finite number, got inf"),
     (dict(ErrType="Strict", n=0), ValueError, "n must be an int >= 1, got 0"),
@@ -63,6 +67,8 @@ ARGUMENTS = [
     (dict(ErrType="Strict", vinit=torch.ones(5)), TypeError, "vinit must be None or a list"),
     (dict(ErrType="Strict", vinit=beliefs()[1:]), ValueError, r"vinit must have .* = 5 entries"),
     (dict(ErrType="Strict", vinit=beliefs(v2=None)), TypeError, r"vinit\[2\] must be a tensor"),
+    (dict(ErrType="Strict", update_at="vhats"), ValueError, "update_at must be .* got 'vhats'"),
+    (dict(ErrType="Strict", update_at=None), ValueError, "update_at must be .*v.*vhat.* got None"),
     (
         dict(ErrType="Strict", vinit=beliefs(v1=torch.ones(6, 4))),
         ValueError,
@@ -146,10 +152,24 @@ def test_non_finite_values_pass_through(ErrType: str) -> None:
     assert result.Loss.isnan() and case.model[0].weight.grad.isnan().any()
 
 
-def test_numpy_scalars_are_numbers() -> None:
+def test_scalars_of_numpy_and_torch_are_numbers() -> None:
     import numpy as np
 
     case = Case(make_model().eval(), nn.MSELoss(), X, Y)
     expected = case.infer("Strict", eta=0.5, n=3)
-    found = case.infer("Strict", eta=np.float32(0.5), n=np.int64(3))
-    assert_close(list(found), list(expected), tolerance=0)
+    etas = [
+        np.float32(0.5),
+        np.array(0.5),
+        torch.tensor(0.5),
+        torch.tensor(0.5, requires_grad=True),
+    ]
+    for eta in etas:
+        found = case.infer("Strict", eta=eta, n=np.int64(3))
+        assert_close(list(found), list(expected), tolerance=0)
+
+
+@pytest.mark.parametrize("ErrType", ["FixedPred", "Strict"])
+def test_n_of_None_is_the_number_of_layers(ErrType: str) -> None:
+    case = Case(make_model().eval(), nn.MSELoss(), X, Y)
+    expected = case.infer(ErrType, n=4)
+    assert_close(list(case.infer(ErrType, n=None)), list(expected), tolerance=0)

@@ -40,7 +40,7 @@ def test_equals_the_plain_relaxation_and_compiles_once() -> None:
     case = small_case()
     graphs = counters["stats"]["unique_graphs"]
     settings = [dict(n=n) for n in (1, 2, 3, 4, 5, 9, 20)] + [dict(n=9, eta=0.3)]
-    settings += [dict(n=6, vinit=random_beliefs(case))]
+    settings += [dict(n=6, vinit=random_beliefs(case)), dict(n=6, update_at="vhat")]
     for options in settings:
         plain = case.infer("Strict", **options)
         gradients = case.gradients()

@@ -173,17 +173,23 @@ def test_stands_in_for_backward(
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("ErrType", ["FixedPred", "Strict"])
+@pytest.mark.parametrize(
+    ("ErrType", "options"),
+    [("FixedPred", {}), ("Strict", {}), ("Strict", {"update_at": "vhat"})],
+)
 @pytest.mark.parametrize("make", MODELS)
 def test_equals_the_iteration(
-    make: Callable[[], tuple[nn.Sequential, Tensor]], ErrType: str, train: bool
+    make: Callable[[], tuple[nn.Sequential, Tensor]],
+    ErrType: str,
+    options: dict[str, str],
+    train: bool,
 ) -> None:
     torch.manual_seed(1)
     model, X = make()
     model.train(train).double()
     X = X.double() if X.is_floating_point() else X
     check_against_reference(
-        Case(model, nn.CrossEntropyLoss(), X, torch.randint(5, (6,))), ErrType, n=10
+        Case(model, nn.CrossEntropyLoss(), X, torch.randint(5, (6,))), ErrType, n=10, **options
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,4 +18,6 @@ def test_there_are_blocks() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block_runs(block: str) -> None:
-    exec(compile(block, str(README), "exec"), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(block, str(README), "exec"), {})

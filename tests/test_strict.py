@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs
+from torch2pc import PCInfer
 from torch2pc.displacement import Displacement
 from torch2pc.layers import Network
 from torch2pc.strict import Relaxation
@@ -19,12 +22,21 @@ from torch2pc.strict import Relaxation
 iterations = st.integers(1, 12)
 
 
-@given(case=cases(), eta=st.floats(0, 0.3), n=iterations, vinit=st.booleans(), dX=st.booleans())
-def test_equals_the_iteration(case: Case, eta: float, n: int, vinit: bool, dX: bool) -> None:
+@given(
+    case=cases(),
+    eta=st.floats(0, 0.3),
+    n=iterations,
+    vinit=st.booleans(),
+    dX=st.booleans(),
+    update_at=st.sampled_from(["v", "vhat"]),
+)
+def test_equals_the_iteration(
+    case: Case, eta: float, n: int, vinit: bool, dX: bool, update_at: str
+) -> None:
     beliefs = random_beliefs(case) if vinit else None
-    expected = reference.strict(*case, eta, n, beliefs)
+    expected = reference.strict(*case, eta, n, beliefs, update_at)
     case.X.requires_grad_(dX)
-    result = case.infer("Strict", eta=eta, n=n, vinit=beliefs)
+    result = case.infer("Strict", eta=eta, n=n, vinit=beliefs, update_at=update_at)
     assert_close(result.vhat, expected.vhat)
     assert_close(result.v, expected.v)
     assert_close(result.epsilon[1:], expected.epsilon[1:])
@@ -33,6 +45,13 @@ def test_equals_the_iteration(case: Case, eta: float, n: int, vinit: bool, dX: b
     )
     if dX:
         assert_close(result.epsilon[0], expected.epsilon[0])
+
+
+@given(case=cases(), n=iterations)
+def test_where_updates_are_taken_changes_nothing_else(case: Case, n: int) -> None:
+    expected = case.infer("Strict", n=n)
+    found = case.infer("Strict", n=n, update_at="vhat")
+    assert_close(list(found), list(expected), tolerance=0)
 
 
 @given(case=cases(), n=iterations)
@@ -139,3 +158,145 @@ def test_from_vinit_all_layers_are_evaluated(monkeypatch: pytest.MonkeyPatch) ->
     widths = count_displacements(monkeypatch)
     case.infer("Strict", n=2, vinit=vhat)
     assert [widths.count(width) for width in range(3, 8)] == [0, 2, 2, 2, 2]
+
+
+WARNING = "Strict takes its updates at v"
+
+
+def dense(*activations: nn.Module, cut_before: bool = False) -> Case:
+    """Items of a Linear and an activation, cut after it or before it, and a Linear at the end."""
+    items: list[nn.Module] = []
+    for activation in activations:
+        parts = [activation, nn.Linear(6, 6)] if cut_before else [nn.Linear(6, 6), activation]
+        items.append(nn.Sequential(*parts))
+    model = nn.Sequential(*[nn.Linear(6, 6)] * cut_before, *items, nn.Linear(6, 6)).double()
+    return Case(model, nn.MSELoss(), torch.randn(8, 6).double(), torch.randn(8, 6).double())
+
+
+class Clamped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x.clamp(min=0).unsqueeze(1)[:, 0, :]
+
+
+FLAT: list[nn.Module] = [
+    nn.ReLU(),
+    nn.ReLU(inplace=True),
+    nn.ReLU6(),
+    nn.Threshold(0.1, 0.1),
+    nn.Hardtanh(),
+    nn.Hardshrink(),
+    nn.Softshrink(),
+    nn.Hardsigmoid(),
+    nn.Hardswish(),
+    Clamped(),
+    nn.Sequential(nn.ReLU(), nn.Dropout(0.5)),
+    nn.Sequential(nn.ReLU(), nn.Unflatten(1, (2, 3)), nn.AvgPool1d(1), nn.Flatten()),
+    nn.Sequential(nn.ReLU(), nn.Unflatten(1, (2, 3)), nn.MaxPool1d(1), nn.Flatten()),
+]
+NOT_FLAT: list[nn.Module] = [
+    nn.LeakyReLU(),
+    nn.PReLU(),
+    nn.RReLU(),
+    nn.ELU(),
+    nn.GELU(),
+    nn.SiLU(),
+    nn.Tanh(),
+    nn.Identity(),
+    nn.Dropout(),
+    nn.Sequential(nn.ReLU(), nn.LayerNorm(6)),
+]
+
+
+def warned(case: Case, **options: Any) -> list[str]:
+    """The warnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        case.infer("Strict", n=3, **options)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("activation", FLAT, ids=str)
+@pytest.mark.parametrize("place", [0, 1])
+def test_warns_of_items_that_end_flat(activation: nn.Module, place: int) -> None:
+    activations = [nn.Tanh(), nn.Tanh()]
+    activations[place] = activation
+    case = dense(*activations)
+    (message,) = warned(case)
+    assert message.startswith(WARNING)
+    assert f"last in model[{place}] (Sequential)." in message
+    assert "Cut the model before" in message and 'update_at="vhat"' in message
+    assert warned(case) == []
+    assert warned(dense(*activations), update_at="vhat") == []
+
+
+@pytest.mark.parametrize("activation", FLAT, ids=str)
+def test_does_not_warn_where_the_cut_is_before_the_activation(activation: nn.Module) -> None:
+    assert warned(dense(activation, activation, cut_before=True)) == []
+
+
+@pytest.mark.parametrize("activation", NOT_FLAT, ids=str)
+def test_does_not_warn_of_activations_that_are_never_flat(activation: nn.Module) -> None:
+    assert warned(dense(activation, activation)) == []
+
+
+def test_does_not_warn_of_a_residual_item_nor_of_the_output() -> None:
+    class Residual(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x).relu()
+
+    model = nn.Sequential(
+        Residual(4, 4), nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    )
+    case = Case(model, nn.MSELoss(), torch.randn(5, 4), torch.randn(5, 3))
+    assert warned(case) == []
+
+
+def test_warns_of_each_item_and_only_where_something_above_trains() -> None:
+    case = dense(nn.ReLU(), nn.ReLU(), nn.ReLU())
+    for item in case.model[2:]:
+        item.requires_grad_(False)
+    (message,) = warned(case)
+    assert "last in model[0] (Sequential). " in message
+    (message,) = warned(dense(nn.ReLU(), nn.ReLU()))
+    assert "last in model[0] (Sequential), model[1] (Sequential). " in message
+
+
+def test_the_warning_points_at_the_call_and_as_an_error_leaves_all_as_it_was() -> None:
+    case = dense(nn.ReLU())
+    with pytest.warns(UserWarning, match=WARNING) as caught:
+        PCInfer(*case, "Strict")
+    assert caught[0].filename == __file__
+    case = dense(nn.Sequential(nn.Dropout(), nn.ReLU()))
+    random = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=WARNING):
+            case.infer("Strict")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in case.model.parameters())
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_what_the_weights_that_leave_an_inactive_unit_get(n: int) -> None:
+    """At v, -(W_j . epsilon) epsilon times what the belief has moved; at vhat, or cut before, nothing."""
+    case = dense(nn.ReLU(), nn.Tanh())
+    with torch.no_grad():
+        case.model[0][0].bias[2] = -100.0  # unit 2 is inactive for every example
+    weight = case.model[1][0].weight
+    epsilon, v = case.infer("Strict", n=n).epsilon, case.infer("Strict", n=n).v
+    at_v = weight.grad[:, 2].clone()
+    if n == 1:
+        assert not at_v.any()  # no error has reached the item above
+    else:
+        inner = epsilon[2] * (1 - torch.tanh(case.model[1][0](v[1])).square())
+        assert_close(at_v, (inner * v[1][:, 2:3]).sum(0))
+        # The belief goes against what comes down to it, so that the weight grows along itself.
+        assert at_v @ weight[:, 2] < 0
+    case.infer("Strict", n=n, update_at="vhat")
+    assert not weight.grad[:, 2].any() and weight.grad[:, 1].any() == (n > 1)
+    first, second = case.model[0], case.model[1]
+    recut = nn.Sequential(
+        first[0], nn.Sequential(first[1], second[0]), nn.Sequential(second[1], case.model[2])
+    )
+    case._replace(model=recut).infer("Strict", n=20)
+    assert not weight.grad[:, 2].any() and weight.grad[:, 1].any()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from torch2pc.rules import belief_dtype
@@ -48,12 +49,15 @@ def check_tensor(name: str, value: object) -> None:
         )
 
 
-def check_eta(eta: object) -> None:
-    """``eta`` is a finite number."""
-    if isinstance(eta, bool) or not isinstance(eta, Real):
-        raise TypeError(f"eta must be a finite number, got {type(eta).__name__}")
-    if not math.isfinite(eta):
-        raise ValueError(f"eta must be a finite number, got {eta}")
+def check_eta(eta: object) -> float:
+    """``eta`` as a float: a finite number, which may be a tensor or an array without dimensions."""
+    value = eta.item() if isinstance(eta, Tensor | np.ndarray) and eta.ndim == 0 else eta
+    if isinstance(value, bool) or not isinstance(value, Real):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
+        raise TypeError(f"eta must be a finite number, got {type(eta).__name__}{shape}")
+    if not math.isfinite(value):
+        raise ValueError(f"eta must be a finite number, got {value}")
+    return float(value)
 
 
 def check_n(n: object) -> None:
@@ -62,6 +66,12 @@ def check_n(n: object) -> None:
         raise TypeError(f"n must be an int >= 1, got {type(n).__name__}")
     if n < 1:
         raise ValueError(f"n must be an int >= 1, got {n}")
+
+
+def check_update_at(update_at: object) -> None:
+    """``update_at`` is one of the two places where Strict's updates can be taken."""
+    if not isinstance(update_at, str) or update_at not in ("v", "vhat"):
+        raise ValueError(f'update_at must be "v" or "vhat", got {update_at!r}')
 
 
 def check_vinit_length(vinit: object, length: int) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch2pc.layers import Inference, Network, detached, in_belief_dtype, own
 
 
-def exact(network: Network, eta: Any, n: Any, vinit: Any, compile: bool) -> Inference:
+def exact(
+    network: Network, eta: Any, n: Any, vinit: Any, compile: bool, update_at: Any
+) -> Inference:
     """Infer by one forward and one backward pass; the other arguments have no use here."""
     ones = [1.0] * len(network.layers)
     return weighted_backpropagation(network, ones, ones)

@@ -28,8 +28,10 @@ from torch2pc.exact import weighted_backpropagation
 from torch2pc.layers import Inference, Network
 
 
-def fixed_pred(network: Network, eta: float, n: int, vinit: Any, compile: bool) -> Inference:
-    """Infer by the closed form of ``n`` iterations; ``vinit`` and ``compile`` have no use here."""
+def fixed_pred(
+    network: Network, eta: float, n: int, vinit: Any, compile: bool, update_at: Any
+) -> Inference:
+    """Infer by the closed form of ``n`` iterations; the last three arguments have no use here."""
     L = len(network.layers)
     # epsilon is that of the n-th iteration, computed before the n-th update of v; v_L is not moved.
     before, after = error_factors(eta, n - 1, L), error_factors(eta, n, L)

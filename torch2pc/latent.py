@@ -53,7 +53,7 @@ def PCInferLatent(
             other terms do: with a mean, the data would weigh less the larger the batch is.
         Y: the data, handed to ``LossFun`` as they are.
         Xinit: the latent to start from, ``(batch, *features)``, floating-point. It is not changed.
-        eta: the step size of the beliefs.
+        eta: the step size of the beliefs, a number.
         n: the number of iterations, at least 1.
         precision: pi_l = 1/sigma_l^2, one number for all hidden layers or a sequence of L-1
             (l = 1..L-1); 1 if not given.
@@ -97,7 +97,7 @@ def PCInferLatent(
     check_tensor("Xinit", Xinit)
     if not Xinit.is_floating_point():
         raise TypeError(f"Xinit must be a floating-point tensor, got {Xinit.dtype}")
-    check_eta(eta)
+    eta = check_eta(eta)
     check_n(n)
     pi = check_precision(precision, len(model) - 1)
     if prior is not None and not callable(prior):

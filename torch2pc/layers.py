@@ -8,6 +8,7 @@ turned into beliefs, is up to ``exact.py``, ``fixed_pred.py`` and ``strict.py``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -60,6 +61,7 @@ class Layer:
     _random: RandomState | None = None
     _buffers: Buffers | None = None
     has_leaves = True
+    ends_flat = False
     displacement: Displacement | Reevaluation
     # Why the displacement is no ``Displacement``.
     uncovered: str | None = None
@@ -127,6 +129,7 @@ class Layer:
         self._random = random if random_state_differs(random) else None
         self._buffers = buffers if buffers.differ() else None
         self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
+        self.ends_flat = _ends_flat(output)
         if recorder is not None:
             self._displace(recorder, x, output)
         return output
@@ -190,9 +193,10 @@ class Network:
         self.loss = Layer(LossFun, "LossFun", devices, writes and _may_write_input(LossFun))
         self.first: tuple[Tensor, Tensor] | None = None
 
-    def feed_forward(self) -> Graph:
-        """One forward pass, with its autograd graph."""
-        vhat = [_input_copy(self.X)]
+    def feed_forward(self, from_X: bool = False) -> Graph:
+        """One forward pass, with its autograd graph; ``from_X``: which goes on into what made X."""
+        # A copy in either case: whatever a layer does to it, the user's X stays as it is.
+        vhat = [self.X.clone() if from_X else _input_copy(self.X)]
 
         def walk(x: Tensor) -> Tensor:
             for layer in self.layers:
@@ -240,10 +244,7 @@ class Network:
             )
         prediction = vhat[-1].detach().requires_grad_()
         Loss = check_loss(self.loss.record(prediction, self.Y))
-        (dLdy,) = gradient([Loss], [prediction])
-        if dLdy is None:
-            raise _independent_loss()
-        return vhat, Loss.detach().clone(), dLdy
+        return vhat, Loss.detach().clone(), output_gradient(Loss, prediction)
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``walk(x)`` as the forward of the model, so that the hooks of the container run too."""
@@ -343,6 +344,14 @@ def gradient(
     return list(found)
 
 
+def output_gradient(Loss: Tensor, output: Tensor, keep_graph: bool = False) -> Tensor:
+    """dLdy, which there must be."""
+    (dLdy,) = gradient([Loss], [output], keep_graph=keep_graph)
+    if dLdy is None:
+        raise _independent_loss()
+    return dLdy
+
+
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Switches autocast off for the body, if it is on."""
     if torch.is_autocast_enabled(device.type):
@@ -362,6 +371,36 @@ def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         _claim(output.grad_fn, 1, {None: 0}, nodes)
     given = set(map(id, inputs))
     return [leaf for leaf in [node.variable for node in nodes] if id(leaf) not in given]
+
+
+# By the names of autograd's nodes: activations that are constant over a range, and what keeps a
+# constant one.
+_FLAT = re.compile(
+    "(Relu|Threshold|Hardtanh|Clamp|ClampMin|ClampMax|Hardshrink|Softshrink|Hardsigmoid|Hardswish)"
+    "Backward"
+)
+_KEEPS_CONSTANT = re.compile(
+    "(View|UnsafeView|ReshapeAlias|Alias|Clone|ToCopy|Permute|Transpose|T|Squeeze|Unsqueeze|Slice|"
+    r"Select|Mean|Mul|Div|NativeDropout|\w*Pool\w*)Backward"
+)
+
+
+def _ends_flat(output: Tensor) -> bool:
+    """Whether the last thing that a layer does to its units can hold them at a constant.
+
+    A ReLU or its like, with or without pooling, dropout and reshaping after it. Read off the graph,
+    since to look for constants in the values would wait for their device, and would miss the units
+    that fall silent in training.
+    """
+    node = output.grad_fn
+    while node is not None:
+        if _FLAT.match(type(node).__name__):
+            return True
+        before = [other for other, _ in node.next_functions if other is not None]
+        if len(before) != 1 or not _KEEPS_CONSTANT.match(type(node).__name__):
+            return False
+        node = before[0]
+    return False
 
 
 def _node(x: Tensor) -> Any:
@@ -451,7 +490,6 @@ def detached(X: Tensor) -> Tensor:
 
 
 def _input_copy(X: Tensor) -> Tensor:
-    # A copy: whatever a layer does to it, the user's X stays as it is.
     copy = X.detach().clone()
     return copy.requires_grad_() if X.requires_grad else copy
 

@@ -15,6 +15,7 @@ from torch2pc.checks import (
     check_model,
     check_n,
     check_tensor,
+    check_update_at,
     check_vinit_length,
 )
 from torch2pc.exact import exact
@@ -54,12 +55,13 @@ def PCInfer(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float = 0.1,
-    n: int = 20,
+    eta: float | Tensor = 0.1,
+    n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
     accumulate: bool = False,
     compile: bool = False,
+    update_at: str = "v",
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
@@ -79,7 +81,8 @@ def PCInfer(
       ``epsilon_L = dLossFun(f_L(v_{L-1}), Y)/df_L``, then
       ``v_l += eta (epsilon_l - J_{l+1}(v_l)^T epsilon_{l+1})``: gradient descent on the energy
       ``F = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} ||f_l(v_{l-1}) - v_l||^2``. The updates are
-      taken at the returned ``v`` with the ``epsilon`` of the last iteration. What is iterated is
+      ``(df_l(v_{l-1})/dtheta_l)^T epsilon_l`` at the returned ``v``, or at ``vhat`` if ``update_at``
+      says so, with the ``epsilon`` of the last iteration. What is iterated is
       ``v_l - vhat_l``, by a rule for each operation of the layers, so that no round-off is taken for
       an error: in float32, errors are right to about 1e-6 of their size, however small they are.
 
@@ -106,8 +109,8 @@ def PCInfer(
             ``X.grad`` where X is a leaf; otherwise ``X.backward(epsilon[0])`` carries on.
         Y: the targets, handed to ``LossFun`` as they are.
         ErrType: ``"Exact"``, ``"FixedPred"`` or ``"Strict"``.
-        eta: the step size of the beliefs. Not used by Exact.
-        n: the number of iterations, at least 1. Not used by Exact.
+        eta: the step size of the beliefs, a number or a tensor without dimensions. Not used by Exact.
+        n: the number of iterations, at least 1; None for L. Not used by Exact.
         vinit: initial beliefs for Strict, L+1 entries, of which the first (the input) and the last
             are not used. Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
@@ -116,16 +119,25 @@ def PCInfer(
             Where it cannot be done (a layer whose operations cannot be followed, a loss that is
             random or changes buffers) a warning says so once. The other two algorithms have nothing
             to compile.
+        update_at: where Strict's updates are taken, ``"v"`` or ``"vhat"``. At v they descend the
+            energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, as the paper's figures were
+            made and as FixedPred does, they leave the weights of inactive units alone: a unit
+            that a ReLU holds at 0 has ``vhat = 0`` but ``v = -epsilon``, and its update at v grows with
+            the weights that it updates, until training blows up. Items that are cut before the
+            activation, ``Linear | ReLU, Linear | ReLU, Linear``, have no such units; for a network
+            that is cut after it, take ``"vhat"``. (A warning says so, once for a model, where an
+            item ends in ReLU or its like.) Not used by Exact and FixedPred.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``.
 
     Raises:
         TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; ``LossFun`` is not
-            callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is no number, ``n`` no int;
+            callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is no number; ``n`` is
+            neither an int nor None;
             a layer returns something other than one floating-point tensor.
         ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite; ``n`` < 1;
-            ``vinit`` does not fit the layers' outputs; ``X`` was made under
+            ``vinit`` does not fit the layers' outputs; ``update_at`` is unknown; ``X`` was made under
             ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
         RuntimeError: a layer wrote into its input without an ``inplace`` attribute that says so.
 
@@ -133,7 +145,7 @@ def PCInfer(
         >>> import torch
         >>> from torch import nn
         >>> from torch2pc import PCInfer
-        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 3))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 3)))
         >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         >>> X, Y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> vhat, Loss, dLdy, v, epsilon = PCInfer(
@@ -154,12 +166,16 @@ def PCInfer(
         accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
     if ErrType != "Exact":
-        check_eta(eta)
+        eta = check_eta(eta)
+        n = len(model) if n is None else n
         check_n(n)
     if ErrType == "Strict":
         check_vinit_length(vinit, len(model) + 1)
+        check_update_at(update_at)
 
-    algorithm = partial(ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile)
+    algorithm = partial(
+        ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile, update_at=update_at
+    )
     return infer(algorithm, model, LossFun, X, Y, accumulate)
 
 

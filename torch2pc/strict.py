@@ -25,12 +25,14 @@ graph of layer 1, whose input does not move, for its update at the end.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch2pc.checks import check_vinit_entries
 from torch2pc.compiled import Program, compiled_steps, run_plainly, schedule
@@ -50,13 +52,51 @@ from torch2pc.layers import (
 
 
 def strict(
-    network: Network, eta: float, n: int, vinit: Sequence[Any] | None, compile: bool
+    network: Network,
+    eta: float,
+    n: int,
+    vinit: Sequence[Any] | None,
+    compile: bool,
+    update_at: str,
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
     relaxation = Relaxation(network, eta, vinit)
+    if update_at == "v":
+        _warn_of_flat_items(network)
     with network.replaying():
         relaxation.run(n, compile)
-        return relaxation.result()
+        return relaxation.result(update_at)
+
+
+_warned: WeakSet[nn.Module] = WeakSet()
+
+
+def _warn_of_flat_items(network: Network) -> None:
+    """Say, once for each model, where updates at v feed themselves.
+
+    A unit j that its item's activation holds at 0 has the belief v_j = -epsilon_j, which is
+    -W_j . epsilon_{l+1} at equilibrium. At v, the weights W_j that leave it get the gradient
+    v_j epsilon_{l+1}: a step along it lets them grow along epsilon_{l+1}, and the larger they are,
+    the larger is the next step.
+    """
+    if network.model in _warned:
+        return
+    trains = [layer.has_leaves for layer in network.layers]
+    flat = [
+        layer.name
+        for l, layer in enumerate(network.layers, start=1)
+        if layer.ends_flat and any(trains[l:])
+    ]
+    if flat:
+        _warned.add(network.model)
+        warnings.warn(
+            "Strict takes its updates at v, where those of units that an activation holds at a "
+            "constant feed themselves, so that training may blow up. "
+            f"Such an activation is the last in {', '.join(flat)}. "
+            "Cut the model before the activations (items Linear | ReLU, Linear | ReLU, Linear), "
+            'or pass update_at="vhat"',
+            stacklevel=5,  # who called PCInfer
+        )
 
 
 class Relaxation:
@@ -171,14 +211,14 @@ class Relaxation:
                 self.epsilon[L] = self._output_error(moved)
 
     def updates(
-        self, v: Sequence[Tensor] | None = None
+        self, at: Sequence[Tensor] | None = None
     ) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
         """The input's error (if the input requires grad) and the parameters' updates.
 
-        (df_l(v_{l-1})/dtheta_l)^T epsilon_l, with the errors as they were last taken. ``v`` is
-        ``self.v``, for whoever has it already.
+        (df_l(a_{l-1})/dtheta_l)^T epsilon_l, with the errors as they were last taken, at the values
+        ``at``: the beliefs ``v`` if none are given, or ``vhat``.
         """
-        v = self.v if v is None else v
+        at = self.v if at is None else at
         network, L = self.network, len(self.network.layers)
         updates: dict[Tensor, Tensor] = {}
         input_error = None
@@ -190,8 +230,8 @@ class Relaxation:
             if l == 1 and network.first is not None:
                 (x, prediction), network.first = network.first, None
             else:
-                belief = v[l - 1] if l >= self._lowest else self.vhat[0]
-                x = belief.detach().to(self.vhat[l - 1].dtype)
+                a = at[l - 1] if l >= self._lowest else self.vhat[0]
+                x = a.detach().to(self.vhat[l - 1].dtype)
                 x.requires_grad_(x.is_floating_point())
                 prediction = layer.replay(x)
             leaves = leaves_between(prediction, [x])
@@ -210,10 +250,10 @@ class Relaxation:
             _add_own_gradients(updates, self.prior.replay(beliefs), beliefs)
         return input_error, updates
 
-    def result(self) -> Inference:
-        """What was inferred, in tensors that share no memory."""
+    def result(self, update_at: str = "v") -> Inference:
+        """What was inferred, in tensors that share no memory; the updates at ``v`` or at ``vhat``."""
         v = self.v
-        input_error, updates = self.updates(v)
+        input_error, updates = self.updates(v if update_at == "v" else self.vhat)
         L = len(self.network.layers)
         found = own([*self.epsilon[1:], *updates.values()])
         return Inference(
