@@ -1,7 +1,9 @@
-"""Every figure of Rosenbaum (2022) drawn with torch2pc: ``python -m paper_figures``.
+"""Figures of predictive coding's papers drawn with torch2pc: ``python -m paper_figures``.
 
-Each figure is one file of this folder, named ``figure_NAME.py``; nothing lists them, so adding the
-file adds the figure, which ``--figure NAME`` draws. It reads like the figure's caption and has
+Each paper has its folder: `rosenbaum`, whose figures 1 to 7 the library reproduces, and with them
+`rao_ballard`, `memory`, `jpc` and `unsupervised`. Each figure is one file there, named
+``figure_NAME.py``; nothing lists them, so adding the file adds the figure, which ``--figure NAME``
+draws. It reads like the figure's caption and has
 
 - a docstring, whose first line is the title that ``--help`` shows;
 - ``run(options) -> list[Number]``, which computes the figure, calls `report.save` to write its PNG,
@@ -12,9 +14,11 @@ file adds the figure, which ``--figure NAME`` draws. It reads like the figure's 
 - optionally ``DOWNLOADS = ("mnist",)``, the data sets that ``--download`` fetches for it (keys of
   `download.DATA_SETS`).
 
-Shared by all: `data` (files into tensors), `nets` (the paper's networks), `training` (predictive
-coding against backprop), `plotting` (how panels look) and `report` (numbers and files).
+Shared by all, beside the folders: `data` and `letters` (files into tensors), `download`, `nets` (the
+networks), `training` (predictive coding against backprop), `decoders` and `maps` (what two figures
+have in common), `plotting` (how panels look) and `report` (numbers and files).
 
-Source of the settings and of the numbers called the paper's: R. Rosenbaum, *On the relationship
-between predictive coding and backpropagation*, PLOS ONE 17(3) e0266102 (2022).
+Source of the settings and of the numbers called the paper's, where a figure names no other:
+R. Rosenbaum, *On the relationship between predictive coding and backpropagation*, PLOS ONE 17(3)
+e0266102 (2022).
 """

@@ -26,11 +26,12 @@ DATA = Path("data")
 
 
 def figure_modules() -> dict[str, ModuleType]:
-    """Every figure of this package by its name: ``3`` is in ``figure_3.py``."""
-    names = [module.name for module in pkgutil.iter_modules(paper_figures.__path__)]
+    """Every figure by its name: ``3`` is in ``figure_3.py``, in the folder of its paper."""
+    found = pkgutil.walk_packages(paper_figures.__path__, "paper_figures.")
+    places = {module.name.rpartition(".")[2]: module.name for module in found}
     return {
-        name.removeprefix("figure_"): importlib.import_module(f"paper_figures.{name}")
-        for name in sorted(names)
+        name.removeprefix("figure_"): importlib.import_module(places[name])
+        for name in sorted(places)
         if name.startswith("figure_")
     }
 

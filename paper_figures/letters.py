@@ -1,7 +1,7 @@
 """Handwritten letters as pen trajectories: the embedded ones, and those of UCI's data set.
 
 The embedded ones are in ``letters.csv``, which ``python -m paper_figures.letters`` writes anew from
-the strokes of the package Hershey-Fonts. What is done with the letters is in ``figure_memory``.
+the strokes of the package Hershey-Fonts. What is done with the letters is in ``memory``.
 """
 
 from __future__ import annotations

@@ -10,18 +10,8 @@ import pytest
 import torch
 
 from paper_figures import __main__ as command
-from paper_figures import (
-    data,
-    figure_2,
-    figure_3_cifar,
-    figure_4,
-    figure_6,
-    figure_7,
-    maps,
-    nets,
-    report,
-    training,
-)
+from paper_figures import data, maps, nets, report, training
+from paper_figures.rosenbaum import figure_2, figure_3_cifar, figure_4, figure_6, figure_7
 from torch2pc import PCInfer
 
 CPU = torch.device("cpu")

@@ -15,16 +15,12 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from paper_figures import (
-    data,
-    decoders,
-    figure_jpc_mnist,
-    figure_rao_ballard,
-    figure_unsupervised,
-    report,
-)
-from paper_figures.figure_rao_ballard import Fields, Hierarchy
-from paper_figures.figure_unsupervised import Probes, Reference, Sparse
+from paper_figures import data, decoders, report
+from paper_figures.jpc import figure_jpc_mnist
+from paper_figures.rao_ballard import figure_rao_ballard
+from paper_figures.rao_ballard.figure_rao_ballard import Fields, Hierarchy
+from paper_figures.unsupervised import figure_unsupervised
+from paper_figures.unsupervised.figure_unsupervised import Probes, Reference, Sparse
 from torch2pc import PCInferLatent
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from paper_figures import figure_memory, report
+from paper_figures import report
 from paper_figures.letters import load_letters
+from paper_figures.memory import figure_memory
 
 
 def test_right_is_the_share_of_tries_that_found_their_target():

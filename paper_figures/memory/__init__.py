@@ -1,0 +1,1 @@
+"""L. Annabi, *Structured memory retrieval*: a recurrent network that finds what it stored."""

@@ -1,0 +1,1 @@
+"""T. Morrill, *Unsupervised Representation Learning with Predictive Coding*: latents of digits."""
