@@ -145,24 +145,24 @@ class Displacement:
 
 def _overwriting(lines: Sequence[Line], result: int | None) -> list[Line]:
     """The same lines, which write into what no other line needs."""
+    lines = list(lines)
     uses = [0] * (len(lines) + 1)
+    user: dict[int, Rule] = {}
     for line in lines:
         for i in line.inputs:
             uses[i] += 1
-    user = {i: line.rule for line in lines for i in line.inputs}
+            user[i] = line.rule
 
     def is_free(i: int) -> bool:
         return i > 0 and i != result and uses[i] == 1
 
-    return [
-        line._replace(
-            rule=line.rule.overwriting(
-                d=is_free(line.inputs[0]) and lines[line.inputs[0] - 1].rule.is_fresh,
-                e=is_free(k) and user[k].is_fresh,
-            )
-        )
-        for k, line in enumerate(lines, start=1)
-    ]
+    for k, line in enumerate(lines, start=1):
+        if line.rule.forward_ is not None:
+            first = line.inputs[0]
+            d = is_free(first) and lines[first - 1].rule.is_fresh
+            e = is_free(k) and user[k].is_fresh
+            lines[k - 1] = line._replace(rule=line.rule.overwriting(d, e))
+    return lines
 
 
 class Reevaluation:
