@@ -442,9 +442,8 @@ def draw(plan: Plan, runs: Runs, data: DataSet) -> Figure:
     loss.set(xlabel="training step", ylabel="loss", yscale="log", title=shown)
     growth.set(
         xlabel="training step",
-        ylabel="|W_j| of inactive units / at the start",
+        ylabel="inactive units: growth of |W_j|",
         title=shown,
-        yscale="log",
     )
     draw_optimizers(optimizers, plan, runs)
     draw_leads(lead, plan, runs)
@@ -491,7 +490,7 @@ def draw_leads(axes: Axes, plan: Plan, runs: Runs) -> None:
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yscale("symlog", linthresh=5)
     axes.set_yticks([-50, -10, -5, 0, 5], ["-50", "-10", "-5", "0", "5"])
-    axes.set(ylabel="accuracy above backprop's (points)", title=f"seeds: {plan.seeds}")
+    axes.set(ylabel="above backprop (points)", title=f"seeds: {plan.seeds}")
 
 
 def draw_swept(axes: Axes, activation: str, plan: Plan, runs: Runs) -> None:
@@ -504,11 +503,15 @@ def draw_swept(axes: Axes, activation: str, plan: Plan, runs: Runs) -> None:
         style = _style(method)
         if loss == "squared error":
             style["linestyle"] = ":"
-        axes.plot(plan.lr, values, marker="o" if loss == "cross-entropy" else "s", ms=3, **style)
-    axes.set(xscale="log", xlabel="learning rate (dotted: squared error)")
-    axes.set_xticks(plan.lr, [f"{lr:g}" for lr in plan.lr])
-    axes.minorticks_off()
-    axes.set(ylabel="test accuracy (%)", title=f"{activation}, {plan.swept}")
+        marker = "o" if loss == "cross-entropy" else "s"
+        axes.plot(range(len(plan.lr)), values, marker=marker, ms=3, **style)
+    axes.set_xticks(range(len(plan.lr)), [f"{lr:g}" for lr in plan.lr])
+    axes.set(
+        xlabel="learning rate (dotted: squared error)",
+        ylabel="test accuracy (%)",
+        ylim=(0, 100),
+        title=f"{activation}, {plan.swept}",
+    )
 
 
 def _accuracies(runs: Runs, trainings: Sequence[Training]) -> list[float]:
