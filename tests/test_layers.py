@@ -314,6 +314,11 @@ def test_shared_parameters_against_the_reference(make: Callable[[], Case], ErrTy
     check_against_reference(make(), ErrType)
 
 
+@pytest.mark.parametrize("make", [twice, tied, *RANDOM[:-1]])
+def test_updates_at_vhat_against_the_reference(make: Callable[[], Case]) -> None:
+    check_against_reference(make(), "Strict", update_at="vhat")
+
+
 class ScaledError(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -332,6 +337,8 @@ def test_loss_with_parameters_and_buffers(ErrType: str) -> None:
     output = case.model[-1](result.v[-2]) if ErrType == "Strict" else result.vhat[-1]
     assert_close(case.LossFun.scale.grad, (output - case.Y).square().mean().detach())
     assert case.LossFun.calls == 1
+    case.infer("Strict", update_at="vhat")
+    assert_close(case.LossFun.scale.grad, (result.vhat[-1] - case.Y).square().mean())
 
 
 @err_types

@@ -127,13 +127,13 @@ def test_twice_gives_the_same(ErrType: str, case: Case) -> None:
 
 
 @err_types
-@given(case=cases())
-def test_replaces_or_accumulates(ErrType: str, case: Case) -> None:
-    case.infer(ErrType)
+@given(case=cases(), update_at=st.sampled_from(["v", "vhat"]))
+def test_replaces_or_accumulates(ErrType: str, case: Case, update_at: str) -> None:
+    case.infer(ErrType, update_at=update_at)
     once = copy.deepcopy(case.gradients())
-    case.infer(ErrType, accumulate=True)
+    case.infer(ErrType, accumulate=True, update_at=update_at)
     assert_close(case.gradients(), {k: None if g is None else 2 * g for k, g in once.items()})
-    case.infer(ErrType)
+    case.infer(ErrType, update_at=update_at)
     assert_close(case.gradients(), once, tolerance=0)
 
 

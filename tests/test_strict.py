@@ -224,7 +224,7 @@ def test_warns_of_items_that_end_flat(activation: nn.Module, place: int) -> None
     (message,) = warned(case)
     assert message.startswith(WARNING)
     assert f"last in model[{place}] (Sequential)." in message
-    assert "Cut the model before" in message and 'update_at="vhat"' in message
+    assert "cut the model before" in message and 'update_at="vhat"' in message
     assert warned(case) == []
     assert warned(dense(*activations), update_at="vhat") == []
 

@@ -120,13 +120,13 @@ def PCInfer(
             random or changes buffers) a warning says so once. The other two algorithms have nothing
             to compile.
         update_at: where Strict's updates are taken, ``"v"`` or ``"vhat"``. At v they descend the
-            energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, as the paper's figures were
-            made and as FixedPred does, they leave the weights of inactive units alone: a unit
-            that a ReLU holds at 0 has ``vhat = 0`` but ``v = -epsilon``, and its update at v grows with
-            the weights that it updates, until training blows up. Items that are cut before the
-            activation, ``Linear | ReLU, Linear | ReLU, Linear``, have no such units; for a network
-            that is cut after it, take ``"vhat"``. (A warning says so, once for a model, where an
-            item ends in ReLU or its like.) Not used by Exact and FixedPred.
+            energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as when the paper
+            appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has
+            ``vhat = 0``, but ``v = -epsilon``, and what the weights that leave it get at v grows with
+            them, until training blows up; at vhat they get nothing. A warning says so, once for a
+            model, where an item ends in ReLU or its like. To cut the items before the activation,
+            ``Linear | ReLU, Linear | ReLU, Linear``, helps as well, though less surely: it may need a
+            smaller ``eta`` at large learning rates. Not used by Exact and FixedPred.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``.

@@ -93,8 +93,8 @@ def _warn_of_flat_items(network: Network) -> None:
             "Strict takes its updates at v, where those of units that an activation holds at a "
             "constant feed themselves, so that training may blow up. "
             f"Such an activation is the last in {', '.join(flat)}. "
-            "Cut the model before the activations (items Linear | ReLU, Linear | ReLU, Linear), "
-            'or pass update_at="vhat"',
+            'Pass update_at="vhat", or cut the model before the activations '
+            "(items Linear | ReLU, Linear | ReLU, Linear)",
             stacklevel=5,  # who called PCInfer
         )
 
