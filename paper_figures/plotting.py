@@ -124,13 +124,17 @@ def training_curves(
     axes: Axes, curves: Curves, measure: str, who: str, colour: str, style: object
 ) -> None:
     """One method's loss or accuracy, in training (pale) and in testing."""
-    window = np.full(SMOOTHED, 1 / SMOOTHED)
     for part, paleness in ("train", 0.4), ("test", 1):
-        values = np.convolve(getattr(curves, f"{part}_{measure}"), window, "valid")
-        steps = np.arange(len(values)) + (SMOOTHED - 1) / 2
+        values, steps = running_means(getattr(curves, f"{part}_{measure}"))
         axes.plot(
             steps, values, color=colour, linestyle=style, alpha=paleness, label=f"{who}, {part}"
         )
+
+
+def running_means(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Means over SMOOTHED steps, and the steps in their middles."""
+    means = np.convolve(values, np.full(SMOOTHED, 1 / SMOOTHED), "valid")
+    return means, np.arange(len(means)) + (SMOOTHED - 1) / 2
 
 
 def per_layer(
@@ -153,4 +157,12 @@ def per_layer(
             linestyle=linestyle,
             alpha=alpha,
             label=layer if alpha == 1 else None,
+        )
+
+
+def final_dots(axes: Axes, end: float, values: Sequence[float]) -> None:
+    """One dot a layer at the end of its line: what a paper shows there."""
+    for value, colour in zip(values, layer_colours(len(values)), strict=True):
+        axes.plot(
+            [end], [value], "o", color=colour, markeredgecolor="black", markersize=5, clip_on=False
         )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from paper_figures.data import Batch, load_digits
 from paper_figures.nets import mnist_net
-from paper_figures.plain import Plain
+from paper_figures.plain import Plain, infer_as_published, published_updates
+from paper_figures.report import Options
 from paper_figures.rosenbaum import figure_precision
-from paper_figures.training import squared_error, weights_of
+from paper_figures.training import Setup, compare_with_backprop, squared_error, weights_of
 from tests import reference, reference_precise
 
 ETA, N = 0.1, 9
@@ -72,6 +75,43 @@ def test_as_published(model: nn.Sequential, batch: Batch) -> None:
     found = plain.updates(plain.vhat)[weight]
     assert (found - other[weight]).norm() > 1e-3 * found.norm()
     assert (found - at_v[weight]).norm() > 1e-3 * found.norm()
+
+
+def test_the_published_updates_are_written_into_grad(model: nn.Sequential, batch: Batch) -> None:
+    setup = Setup("Strict", ETA, N, squared_error, 1, 20, 0.002)
+    result = infer_as_published(model, batch, setup)
+    right = published(model, batch)
+    assert_same({parameter: parameter.grad for parameter in model.parameters()}, right)
+    torch.testing.assert_close(result.Loss, squared_error(model(batch.X), batch.labels).detach())
+    in_float64 = published_updates(model.float(), Batch(batch.X.float(), batch.labels), setup)
+    for weight, update in zip(weights_of(model), in_float64, strict=True):
+        # The same but for the rounding of weights and images to float32.
+        torch.testing.assert_close(update, right[weight].double(), rtol=1e-4, atol=1e-6)
+
+
+def test_training_as_published_is_measured_in_both_types(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Tanh()),
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh()),
+        nn.Sequential(nn.Linear(8, 10)),
+    )
+    setup = Setup("Strict", ETA, N, squared_error, 11, 20, 0.01)
+    found = compare_with_backprop(
+        model,
+        load_digits(None),
+        setup,
+        Options(None, tmp_path, torch.device("cpu")),
+        "test",
+        infer_as_published,
+        published_updates,
+    )
+    assert len(found.relative_error) == 11
+    # At steps 0 and 10, at the weights of these steps.
+    assert len(found.other.relative_error) == 2
+    for step, other in zip((0, 10), found.other.relative_error, strict=True):
+        assert other == pytest.approx(found.relative_error[step], abs=1e-3)
+    assert found.relative_error[0] != pytest.approx(found.relative_error[10], abs=1e-3)
+    assert found.PC.train_loss[-1] < found.PC.train_loss[0]
 
 
 def tanh_net() -> tuple[nn.Sequential, Batch]:

@@ -26,11 +26,12 @@ from paper_figures.plain import infer_as_published, plain_updates, published_upd
 from paper_figures.plotting import (
     METHODS,
     SMOOTHED,
-    layer_colours,
+    final_dots,
     layer_legend,
     letter,
     panels,
     per_layer,
+    running_means,
     training_curves,
 )
 from paper_figures.report import Number, Options, save, yes
@@ -63,7 +64,7 @@ def run(options: Options) -> list[Number]:
         eta=0.1,
         n=20,
         LossFun=squared_error,
-        steps=20 if options.quick else 400,
+        steps=12 if options.quick else 400,
         batch_size=300,
         learning_rate=0.002,
     )
@@ -144,23 +145,25 @@ def draw(today: Comparison, published: Comparison, title: str) -> Figure:
     right.set(ylabel="accuracy", ylim=(None, 1))
     right.legend(loc="lower right", title=f"mean over {SMOOTHED} steps", fontsize=7)
 
-    every = range(0, len(today.relative_error), today.other_every)
     # torch2pc trained the one network, the plain iteration in float32 the other.
-    per_layer(error, today.relative_error)
-    per_layer(error, today.other.relative_error, every, alpha=0.4)
-    per_layer(error_then, published.relative_error, alpha=0.4)
-    per_layer(error_then, published.other.relative_error, every)
-    per_layer(angle, today.angle)
-    per_layer(angle, today.other.angle, every, alpha=0.4)
-    per_layer(angle_then, published.angle, alpha=0.4)
-    per_layer(angle_then, published.other.angle, every)
+    for panel, comparison, measure, alpha, alpha_of_other in (
+        (error, today, "relative_error", 1, 0.4),
+        (angle, today, "angle", 1, 0.4),
+        (error_then, published, "relative_error", 0.4, 1),
+        (angle_then, published, "angle", 0.4, 1),
+    ):
+        means = [running_means(layer) for layer in zip(*getattr(comparison, measure), strict=True)]
+        values = list(zip(*[of_layer for of_layer, _ in means], strict=True))
+        per_layer(panel, values, means[0][1], alpha=alpha)
+        others = getattr(comparison.other, measure)
+        every = range(0, len(others) * comparison.other_every, comparison.other_every)
+        per_layer(panel, others, every, alpha=alpha_of_other)
     error.set(title="Strict today", ylabel="relative error")
     error_then.set(title="as published (dots: the paper)")
     angle.set(ylabel="angle (degrees)")
     end = len(today.relative_error)
-    for panel, values in (error_then, PAPER_ERROR), (angle_then, PAPER_ANGLE):
-        for value, colour in zip(values, layer_colours(len(values)), strict=True):
-            panel.plot([end], [value], "o", color=colour, markeredgecolor="black", clip_on=False)
+    final_dots(error_then, end, PAPER_ERROR)
+    final_dots(angle_then, end, PAPER_ANGLE)
     for panels_of_one in (error, error_then), (angle, angle_then):
         top = max(panel.get_ylim()[1] for panel in panels_of_one)
         for panel in panels_of_one:

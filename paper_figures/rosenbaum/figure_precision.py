@@ -208,15 +208,15 @@ def numbers_of(name: str, errors: dict[str, Errors], tolerance: float) -> list[N
         max(error for of_layers in found for error in of_layers if not math.isnan(error))
         for found in (ours.by_step, ours.by_n)
     )
-    smallest = min(of_step[0] for of_step in errors[PLAIN_32].by_step)
+    at_first = errors[PLAIN_32].by_step[0][0]
     return [
         *numbers,
         Number(f"{name}, {TORCH2PC_32}: largest error", 0, largest, tolerance, check=True),
         Number(f"{name}, {TORCH2PC_32}: largest error at any n", 0, at_any_n),
         Number(
-            f"{name}, {PLAIN_32}: layer 1 always off by more than 10 %",
+            f"{name}, {PLAIN_32}: layer 1 off by more than 10 % at the first step",
             "yes",
-            yes(smallest > 0.1),
+            yes(at_first > 0.1),
             check=True,
         ),
     ]
