@@ -2,15 +2,15 @@
 
 Loss (A), accuracy (B), and the relative error (C, E) and angle (D, F) between the predictive coding
 update and the gradient, layer by layer, for Strict as torch2pc and Torch2PC have it today (C, D) and
-for the iteration of June 2021 with which the paper drew its figure (E, F). In that one hidden beliefs
-climb the loss and updates are taken at the feed-forward values; since then beliefs descend it and
-updates are taken at the beliefs, so that a ReLU unit that is silent at first gets an update too:
-it is the training that this changes, and with it layer 4's error, .30 then and .6 today. Pale lines
-are the plain iterations in float32, strong ones are without round-off: what separates them, in
-layer 1 above all, is no property of predictive coding.
+for the iteration of June 2021 with which the paper drew its figure (E, F; dots: the paper's values).
+In that one hidden beliefs climb the loss and updates are taken at the feed-forward values; since
+then beliefs descend it and updates are taken at the beliefs, so that an inactive ReLU unit, whose
+belief leaves zero, gives the weights above it an update too: which changes the training, and with it
+layer 4's error, about .3 as published and .6 today. Pale lines are the plain iterations in float32
+and strong ones are without round-off: what parts them, above all in layer 1, is the paper's too.
 
-The dots at the right are the values in the paper. Strict's updates are far from the gradient, the
-farther the deeper the layer lies below the loss, and train as well.
+Strict's updates are far from the gradient, the farther the deeper the layer lies below the loss, and
+train as well.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ Relative error (A-D) and angle (E-H) between the predictive coding update and th
 float64, layer by layer, against the number of iterations n, on one batch, with a network trained by
 backprop. One relaxation is followed for each eta, and its updates are read off after every
 iteration. Strong lines are torch2pc's, which are those of float64, and pale ones the plain iteration
-in float32, which is the paper's: where its lower layers level off at .65 and .31, the update is
-nearer to the gradient and what remains is round-off, so that the level depends on how small the
-gradients of the network and the batch are. Of networks trained as the paper's was, for two epochs by
-Adam at 0.002, each on one random batch of 300, some level off at .2 and some at .6; this one is
-chosen, by its seed, to come near the paper's.
+in float32, as in the paper (dots). Its lower layers level off, at .65 and .31, at round-off: without
+it their errors fall below .1. At which level depends on how small the gradients are; of networks
+trained as the paper's was, for two epochs by Adam at 0.002, each on a random batch of 300 training
+images, some level off at .2 and some at .6, and this one is chosen, by its seed, to come near the
+paper's.
 
 Strict is gradient descent with step eta on the energy F, so it is stable only below ``2 / lambda``,
 where lambda is the largest eigenvalue of F's Hessian. That depends on the trained weights, so that
