@@ -15,8 +15,9 @@ draws. It reads like the figure's caption and has
   `download.DATA_SETS`).
 
 Shared by all, beside the folders: `data` and `letters` (files into tensors), `download`, `nets` (the
-networks), `training` (predictive coding against backprop), `decoders` and `maps` (what two figures
-have in common), `plotting` (how panels look) and `report` (numbers and files).
+networks), `training` (predictive coding against backprop), `plain` (Strict iterated as it is written
+and as it was published), `decoders` and `maps` (what two figures have in common), `plotting` (how
+panels look) and `report` (numbers and files).
 
 Source of the settings and of the numbers called the paper's, where a figure names no other:
 R. Rosenbaum, *On the relationship between predictive coding and backpropagation*, PLOS ONE 17(3)

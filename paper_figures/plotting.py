@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from paper_figures.data import DataSet
 from paper_figures.report import Number, Options, save
-from paper_figures.training import Comparison, Setup
+from paper_figures.training import Comparison, Curves, Setup
 
 matplotlib.rcParams.update(
     {
@@ -95,10 +95,11 @@ def save_comparison(
 def comparison_figure(comparison: Comparison, title: str, letters: str = "ABCD") -> Figure:
     """Loss, accuracy, relative error and angle against the training step."""
     figure, (loss, right, error, angles) = panels(2, 2, (7.2, 5.2), title)
-    _curves(loss, comparison, "loss")
+    for who, (colour, style) in METHODS.items():
+        training_curves(loss, getattr(comparison, who), "loss", who, colour, style)
+        training_curves(right, getattr(comparison, who), "accuracy", who, colour, style)
     loss.set(ylabel="loss", yscale="log")
     loss.yaxis.set_major_formatter("{x:g}")
-    _curves(right, comparison, "accuracy")
     right.set(ylabel="accuracy", ylim=(None, 1))
     right.legend(loc="lower right", title=f"mean over {SMOOTHED} steps")
     per_layer(error, comparison.relative_error)
@@ -119,16 +120,21 @@ def _largest(values: Sequence[Sequence[float]]) -> float:
     return max(map(max, values))
 
 
-def _curves(axes: Axes, comparison: Comparison, measure: str) -> None:
-    window = np.full(SMOOTHED, 1 / SMOOTHED)
-    for who, (colour, style) in METHODS.items():
-        curves = getattr(comparison, who)
-        for part, paleness in ("train", 0.4), ("test", 1):
-            values = np.convolve(getattr(curves, f"{part}_{measure}"), window, "valid")
-            steps = np.arange(len(values)) + (SMOOTHED - 1) / 2
-            axes.plot(
-                steps, values, color=colour, linestyle=style, alpha=paleness, label=f"{who}, {part}"
-            )
+def training_curves(
+    axes: Axes, curves: Curves, measure: str, who: str, colour: str, style: object
+) -> None:
+    """One method's loss or accuracy, in training (pale) and in testing."""
+    for part, paleness in ("train", 0.4), ("test", 1):
+        values, steps = running_means(getattr(curves, f"{part}_{measure}"))
+        axes.plot(
+            steps, values, color=colour, linestyle=style, alpha=paleness, label=f"{who}, {part}"
+        )
+
+
+def running_means(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Means over SMOOTHED steps, and the steps in their middles."""
+    means = np.convolve(values, np.full(SMOOTHED, 1 / SMOOTHED), "valid")
+    return means, np.arange(len(means)) + (SMOOTHED - 1) / 2
 
 
 def per_layer(
@@ -136,8 +142,12 @@ def per_layer(
     values: Sequence[Sequence[float]],
     steps: Sequence[float] | None = None,
     linestyle: str = "-",
+    alpha: float = 1,
 ) -> None:
-    """One line a layer from ``values`` (steps, layers), coloured from first layer to last."""
+    """One line a layer from ``values`` (steps, layers), coloured from first layer to last.
+
+    Pale lines (``alpha`` below 1) have no label, as there are strong ones of the same layers.
+    """
     lines = list(zip(*values, strict=True))
     for layer, (line, colour) in enumerate(zip(lines, layer_colours(len(lines)), strict=True), 1):
         axes.plot(
@@ -145,5 +155,14 @@ def per_layer(
             line,
             color=colour,
             linestyle=linestyle,
-            label=layer,
+            alpha=alpha,
+            label=layer if alpha == 1 else None,
+        )
+
+
+def final_dots(axes: Axes, end: float, values: Sequence[float]) -> None:
+    """One dot a layer at the end of its line: what a paper shows there."""
+    for value, colour in zip(values, layer_colours(len(values)), strict=True):
+        axes.plot(
+            [end], [value], "o", color=colour, markeredgecolor="black", markersize=5, clip_on=False
         )

@@ -22,6 +22,7 @@ from paper_figures.data import Batch, DataSet
 from paper_figures.nets import mnist_net
 from paper_figures.report import Number, Options
 from torch2pc import PCInfer
+from torch2pc.pcinfer import PCResult
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -100,6 +101,7 @@ class Comparison:
 
     PC, BP: the curves of the two networks; PC_accuracy, BP_accuracy: on all test images at the end.
     relative_error, angle: the predictive coding update against the gradient, (steps, layers).
+    other: the same of another way to compute the updates, at every `other_every`-th step.
     """
 
     PC: Curves = field(default_factory=Curves)
@@ -108,6 +110,8 @@ class Comparison:
     BP_accuracy: float = math.nan
     relative_error: list[list[float]] = field(default_factory=list)
     angle: list[list[float]] = field(default_factory=list)
+    other: Convergence = field(default_factory=Convergence)
+    other_every: int = 10
 
     def series(self) -> dict[str, object]:
         return {
@@ -115,15 +119,31 @@ class Comparison:
             "BP": vars(self.BP),
             "relative error": self.relative_error,
             "angle in degrees": self.angle,
+            f"computed otherwise, every {self.other_every} steps": vars(self.other),
             "PC accuracy on all test images": self.PC_accuracy,
             "BP accuracy on all test images": self.BP_accuracy,
         }
 
 
+def infer_by_torch2pc(model: nn.Sequential, batch: Batch, setup: Setup) -> PCResult:
+    """`PCInfer` with the settings of a training."""
+    return PCInfer(model, setup.LossFun, batch.X, batch.labels, setup.ErrType, setup.eta, setup.n)
+
+
 def compare_with_backprop(
-    model: nn.Sequential, data: DataSet, setup: Setup, options: Options, title: str
+    model: nn.Sequential,
+    data: DataSet,
+    setup: Setup,
+    options: Options,
+    title: str,
+    infer: Callable[[nn.Sequential, Batch, Setup], PCResult] = infer_by_torch2pc,
+    other: Callable[[nn.Sequential, Batch, Setup], list[Tensor]] | None = None,
 ) -> Comparison:
-    """Train ``model`` by predictive coding and a copy of it by backprop, over the same batches."""
+    """Train ``model`` by predictive coding and a copy of it by backprop, over the same batches.
+
+    infer: writes the updates into ``.grad``, as PCInfer does.
+    other: another way to compute the weights' updates, measured on the way.
+    """
     comparison = Comparison()
     PC_model = model.to(options.device)
     BP_model = copy.deepcopy(PC_model)
@@ -131,11 +151,11 @@ def compare_with_backprop(
     BP_optimizer = torch.optim.Adam(BP_model.parameters(), lr=setup.learning_rate)
 
     batches = paired_batches(data, setup, options)
-    for train, test in tqdm(batches, title, setup.steps, unit="step"):
+    for step, (train, test) in enumerate(tqdm(batches, title, setup.steps, unit="step")):
         gradients = weight_gradients(PC_model, setup.LossFun, train)
-        result = PCInfer(
-            PC_model, setup.LossFun, train.X, train.labels, setup.ErrType, setup.eta, setup.n
-        )
+        if other is not None and step % comparison.other_every == 0:
+            comparison.other.append(other(PC_model, train, setup), gradients)
+        result = infer(PC_model, train, setup)
         updates = [weight.grad for weight in weights_of(PC_model)]
         comparison.relative_error.append(list(map(relative_error, updates, gradients)))
         comparison.angle.append(list(map(angle, updates, gradients)))
@@ -268,7 +288,7 @@ def layer_numbers(
     what: str,
     paper: Sequence[float],
     ours: Sequence[float],
-    tolerances: Sequence[float],
+    tolerances: Sequence[float | None],
     check: bool = False,
 ) -> list[Number]:
     """One number a layer."""
