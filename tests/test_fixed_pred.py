@@ -90,3 +90,16 @@ def test_float32_keeps_the_precision_that_the_iteration_loses() -> None:
 
     assert largest_error(list(iterated.updates.values())) > 1
     assert largest_error([p.grad for p in model.parameters()]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_divergent_eta_gives_infinities(dtype: torch.dtype) -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(5)]
+    model = nn.Sequential(*blocks, nn.Linear(4, 2)).to(dtype)
+    X, Y = torch.randn(3, 4).to(dtype), torch.randn(3, 2).to(dtype)
+    for eta, n in [(3.0, 200), (-50.0, 400)]:
+        result = PCInfer(model, nn.MSELoss(), X, Y, "FixedPred", eta=eta, n=n)
+        diverges = dtype != torch.float64 or eta < 0
+        assert result.v[1].isfinite().all() != diverges
+        assert model[0][0].weight.grad.isfinite().all() != diverges
+        assert result.epsilon[-1].isfinite().all()

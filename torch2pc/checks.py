@@ -6,6 +6,8 @@ What can only be found out on the way (what a layer or the loss returns) is in `
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -13,6 +15,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch2pc.rules import belief_dtype
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line that called the library."""
+    level, of_library = 1, 1
+    frame = sys._getframe()
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("torch2pc."):
+            of_library = level
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    warnings.warn(message, stacklevel=of_library + 1)
 
 
 def check_model(model: object) -> None:

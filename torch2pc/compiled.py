@@ -8,7 +8,6 @@ it again. A call of it makes a few steps, as every call takes some time of its o
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
+from torch2pc.checks import warn_caller
 from torch2pc.displacement import Displacement, Line
 
 # Each model's functions, by what is compiled in. None for a model that torch.compile could not take.
@@ -68,9 +68,8 @@ def run_plainly(model: nn.Module, reason: object, for_good: bool = False) -> Non
     if model not in _warned:
         _warned.add(model)
         first_line = str(reason).strip().partition("\n")[0]
-        warnings.warn(
-            f"compile=True: {type(model).__name__} runs without compilation, because {first_line}",
-            stacklevel=2,
+        warn_caller(
+            f"compile=True: {type(model).__name__} runs without compilation, because {first_line}"
         )
 
 

@@ -107,7 +107,7 @@ def PCInferLatent(
         )
 
     def relax(network: Network) -> Inference:
-        of_beliefs = None if prior is None else Layer(prior, "prior", network.devices)
+        of_beliefs = None if prior is None else Layer(prior, "prior", network.devices, model=model)
         relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
         with network.replaying():
             relaxation.run(n, compile)

@@ -176,7 +176,11 @@ def infer(
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         with torch.inference_mode(False), torch.enable_grad():
             return infer(algorithm, model, LossFun, X, Y, accumulate, prior)
-    modules = modules_in(model, LossFun, prior)
+    # A loss that is no module may hold some, say of a trainer, whose gradients are none of ours.
+    functions = [LossFun, prior]
+    own = modules_in(model, *[f for f in functions if isinstance(f, nn.Module)])
+    held = modules_in(*[f for f in functions if not isinstance(f, nn.Module)])
+    modules = list(dict.fromkeys([*own, *held])) if held else own
     network = Network(model, LossFun, X, Y, modules)
     before = Snapshot(modules, network.devices)
     try:
@@ -184,8 +188,8 @@ def infer(
         vhat, Loss, dLdy, v, epsilon, updates = inference
         if X.is_leaf and epsilon[0] is not None:
             updates.append((X, epsilon[0].clone()))
-        write_gradients(updates, accumulate)
-    except BaseException:
-        before.restore()
+        write_gradients(updates, accumulate, own)
+    except BaseException as error:
+        before.restore(error)
         raise
     return PCResult(vhat, Loss, dLdy, v, epsilon)

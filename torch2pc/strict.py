@@ -100,7 +100,10 @@ class Relaxation:
         # would be evaluated where they were before, to propagate zeros.
         self._reached = len(network.layers)
         if prior is not None:
-            check_scalar("prior", prior.record(self._free_beliefs()))
+            energy = prior.record(self._free_beliefs())
+            check_scalar("prior", energy)
+            prior.is_replayable(energy.detach(), self._free_beliefs())
+            network.functions.append(prior)
             self._reached = 1
         if vinit is not None:
             check_vinit_entries(vinit, self.vhat)
