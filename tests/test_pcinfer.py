@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from typing import Any
@@ -281,3 +282,15 @@ def test_optimizer_steps_it(ErrType: str) -> None:
         optimizer.step()
         last = case.infer(ErrType).Loss
     assert last < 0.8 * first
+
+
+@err_types
+def test_a_saved_result_is_loaded_by_default(ErrType: str) -> None:
+    """``torch.load`` reads with weights_only=True."""
+    result = small_case().infer(ErrType)
+    file = io.BytesIO()
+    torch.save(result, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert isinstance(loaded, PCResult)
+    assert_close(list(loaded), list(result), tolerance=0)

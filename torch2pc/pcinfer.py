@@ -13,12 +13,14 @@ from torch2pc.checks import (
     check_eta,
     check_LossFun,
     check_model,
+    check_modules,
     check_n,
+    check_no_transform,
     check_tensor,
     check_vinit_length,
 )
 from torch2pc.exact import exact
-from torch2pc.fixed_pred import fixed_pred
+from torch2pc.fixed_pred import fixed_pred, warn_of_short_inference
 from torch2pc.layers import Inference, Network
 from torch2pc.state import Snapshot, modules_in, write_gradients
 from torch2pc.strict import strict
@@ -46,6 +48,10 @@ class PCResult(NamedTuple):
     """Beliefs; ``v[0]`` is the input."""
     epsilon: list[Tensor | None]
     """Prediction errors; ``epsilon[0]`` is None unless ``X.requires_grad``."""
+
+
+# So that torch.load reads a saved result with weights_only=True, its default.
+torch.serialization.add_safe_globals([PCResult])
 
 
 def PCInfer(
@@ -158,6 +164,8 @@ def PCInfer(
         check_n(n)
     if ErrType == "Strict":
         check_vinit_length(vinit, len(model) + 1)
+    if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None):
+        warn_of_short_inference(model, float(eta), int(n))
 
     algorithm = partial(ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile)
     return infer(algorithm, model, LossFun, X, Y, accumulate)
@@ -178,9 +186,11 @@ def infer(
             return infer(algorithm, model, LossFun, X, Y, accumulate, prior)
     # A loss that is no module may hold some, say of a trainer, whose gradients are none of ours.
     functions = [LossFun, prior]
+    check_no_transform()
     own = modules_in(model, *[f for f in functions if isinstance(f, nn.Module)])
     held = modules_in(*[f for f in functions if not isinstance(f, nn.Module)])
     modules = list(dict.fromkeys([*own, *held])) if held else own
+    check_modules(modules)
     network = Network(model, LossFun, X, Y, modules)
     before = Snapshot(modules, network.devices)
     try:
