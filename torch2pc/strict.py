@@ -33,7 +33,13 @@ import torch
 from torch import Tensor
 
 from torch2pc.checks import check_vinit_entries
-from torch2pc.compiled import Program, compiled_steps, run_plainly, schedule
+from torch2pc.compiled import (
+    Program,
+    changing_number,
+    compiled_steps,
+    run_plainly,
+    schedule,
+)
 from torch2pc.layers import (
     Inference,
     Layer,
@@ -235,9 +241,12 @@ class Relaxation:
         reason = next(
             (f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered), None
         )
-        for function in [network.loss, *([] if self.prior is None else [self.prior])]:
+        losses = [network.loss, *([] if self.prior is None else [self.prior])]
+        for function in losses:
             if not function.is_pure:
                 reason = f"{function.name} draws random numbers or changes its buffers"
+        if reason is None:
+            reason = changing_number(network.model, [loss.function for loss in losses])
         if reason is not None:
             run_plainly(network.model, reason)
         if reason is not None or not moving:
