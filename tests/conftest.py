@@ -21,6 +21,8 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # Many tests make few iterations, to be quick.
+    config.addinivalue_line("filterwarnings", "ignore:The error hardly reaches:UserWarning")
     # Many small operations: a second thread costs more than it brings.
     torch.set_num_threads(1)

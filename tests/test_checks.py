@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -29,10 +31,6 @@ class TakesTheLast(nn.Module):
         return 2 * x
 
 
-def make_model(*more: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), *more, nn.Linear(5, 3))
-
-
 def under_inference_mode() -> Tensor:
     with torch.inference_mode():
         return torch.ones(6, 4)
@@ -44,7 +42,56 @@ def beliefs(**changed: Any) -> list[Any]:
     return [None, *(valid | changed).values(), None]
 
 
+def make_model(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), *more, nn.Linear(5, 3))
+
+
+class LightningModule(nn.Module):
+    """Lightning's class, as far as its name goes."""
+
+
+class FSDPModule:
+    """What ``fully_shard`` makes a base class of each module that it shards."""
+
+
+class ShardedLinear(FSDPModule, nn.Linear):
+    pass
+
+
+class DistributedDataParallel(nn.Module):
+    """PyTorch's needs other processes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+class Complex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.complex(x, x)
+
+
 ARGUMENTS = [
+    (dict(model=nn.Linear(4, 3)), TypeError, r"nn.Sequential\(\*model.children\(\)\)"),
+    (dict(model=LightningModule()), TypeError, "automatic_optimization = False"),
+    (
+        dict(model=DistributedDataParallel(nn.Sequential(nn.Linear(4, 3)))),
+        TypeError,
+        r"pass the nn.Sequential that it wraps.*all_reduce\(p.grad\)",
+    ),
+    (
+        dict(model=make_model(DistributedDataParallel(nn.Linear(5, 5)))),
+        TypeError,
+        r"items wrapped in DistributedDataParallel.*all_reduce\(p.grad\)",
+    ),
+    (
+        dict(model=make_model(nn.Sequential(ShardedLinear(5, 5)))),
+        TypeError,
+        r"whole parameters, got ShardedLinear.*fully_shard.*all_reduce\(p.grad\)",
+    ),
     (dict(model=nn.Linear(4, 3)), TypeError, "model must be an nn.Sequential, got Linear"),
     (dict(model=nn.ModuleList([nn.Linear(4, 3)])), TypeError, "model .* got ModuleList"),
     (dict(model=nn.Sequential()), ValueError, "model must have at least one layer"),
@@ -96,6 +143,11 @@ FOUND_ON_THE_WAY = [
         dict(model=make_model(TakesTheLast())),
         RuntimeError,
         r"model\[3\] \(TakesTheLast\) wrote into",
+    ),
+    (
+        dict(model=make_model(Complex())),
+        TypeError,
+        r"model\[3\] \(Complex\) .*complex64; beliefs are real: return torch.view_as_real",
     ),
     (dict(LossFun=nn.MSELoss(reduction="none")), ValueError, r"LossFun .*\(6, 3\).*reduction"),
     (dict(LossFun=lambda yhat, Y: 1.0), TypeError, "LossFun .*must return one .*tensor, got float"),
@@ -173,3 +225,60 @@ def test_n_of_None_is_the_number_of_layers(ErrType: str) -> None:
     case = Case(make_model().eval(), nn.MSELoss(), X, Y)
     expected = case.infer(ErrType, n=4)
     assert_close(list(case.infer(ErrType, n=None)), list(expected), tolerance=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler, when imported
+def test_a_compiled_model_is_told_apart() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    check_raises(dict(model=torch.compile(model)), TypeError, "pass the model that was compiled")
+
+
+def wrapped_by_accelerate(model: nn.Sequential) -> nn.Sequential:
+    """As ``Accelerator.prepare`` does it with mixed precision."""
+
+    def to_fp32(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def converted(*args: Any) -> Tensor:
+            return forward(*args).float()
+
+        return converted
+
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    model._original_forward = model.forward
+    model.forward = MethodType(to_fp32(autocast(model.forward.__func__)), model)
+    return model
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+def test_a_model_prepared_by_accelerate_is_accepted(ErrType: str) -> None:
+    model = make_model().eval()
+    plain = Case(copy.deepcopy(model), nn.MSELoss(), X, Y)
+    prepared = plain._replace(model=wrapped_by_accelerate(model))
+    assert prepared.model(X).dtype == torch.float32
+    assert_close(list(prepared.infer(ErrType)), list(plain.infer(ErrType)), tolerance=0)
+
+
+def test_other_wrappers_of_the_forward_are_not() -> None:
+    model = make_model()
+
+    @functools.wraps(nn.Sequential.forward)
+    def doubled(self: nn.Sequential, x: Tensor) -> Tensor:
+        return 2 * nn.Sequential.forward(self, x)
+
+    model.forward = MethodType(doubled, model)
+    check_raises(dict(model=model), TypeError, "model must use nn.Sequential's forward")
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+def test_not_inside_a_transform(ErrType: str, transform: Any) -> None:
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+
+    def loss(x: Tensor) -> Tensor:
+        return PCInfer(model, nn.MSELoss(), x, Y, ErrType).Loss
+
+    with pytest.raises(RuntimeError, match=r"inside a torch\.func transform"):
+        transform(loss)(X.expand(2, 6, 4))
+    assert all((p.grad == 7).all() for p in model.parameters())

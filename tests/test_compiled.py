@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import shutil
 import warnings
@@ -192,6 +193,73 @@ def test_compiles_once_nothing_is_in_the_way_any_more() -> None:
     plain, graphs = case.infer("Strict"), counters["stats"]["unique_graphs"]
     assert_close(list(case.infer("Strict", compile=True)), list(plain))
     assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
+class Scaled(nn.Module):
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta, self.other = beta, beta
+
+    def forward(self, yhat: Tensor, Y: Tensor) -> Tensor:
+        return self.beta * (yhat - Y).square().mean()
+
+
+def scaled_error(yhat: Tensor, Y: Tensor, beta: float) -> Tensor:
+    return beta * (yhat - Y).square().mean()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda beta: lambda yhat, Y: beta * (yhat - Y).square().mean(),
+        lambda beta: functools.partial(scaled_error, beta=beta),
+        Scaled,
+    ],
+)
+def test_a_number_that_changes_is_named_and_not_compiled_again(
+    hold: Callable[[float], Callable[..., Tensor]],
+) -> None:
+    case = small_case()
+    graphs = counters["stats"]["unique_graphs"]
+    for beta in (0.5, 0.7, 0.5):
+        case._replace(LossFun=hold(beta)).infer("Strict", n=4, compile=True)
+    compiled_so_far = counters["stats"]["unique_graphs"] - graphs
+    assert compiled_so_far <= 2
+    case = case._replace(LossFun=hold(0.25))
+    plain = case.infer("Strict", n=4)
+    with pytest.warns(UserWarning, match="a Python number beta, now 0.25, that changes"):
+        assert_close(list(case.infer("Strict", n=4, compile=True)), list(plain))
+    # The values that were compiled are still there.
+    case._replace(LossFun=hold(0.7)).infer("Strict", n=4, compile=True)
+    assert counters["stats"]["unique_graphs"] - graphs == compiled_so_far
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_a_tensor_that_changes_is_an_input() -> None:
+    case = small_case()
+    graphs = counters["stats"]["unique_graphs"]
+    for beta in torch.tensor([0.5, 0.7, 0.25, 0.1]).double():
+        case = case._replace(LossFun=lambda yhat, Y, beta=beta: beta * (yhat - Y).square().mean())
+        plain = case.infer("Strict", n=4)
+        assert_close(list(case.infer("Strict", n=4, compile=True)), list(plain))
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_another_batch_size_compiles_once_more_and_then_any_does() -> None:
+    case = small_case()
+    graphs = counters["stats"]["unique_graphs"]
+    found = []
+    for batch in (6, 4, 5, 9, 2, 6):
+        X, Y = torch.randn(batch, 4).double(), torch.randn(batch, 3).double()
+        case = case._replace(X=X, Y=Y)
+        plain = case.infer("Strict", n=4)
+        assert_close(list(case.infer("Strict", n=4, compile=True)), list(plain))
+        found.append(counters["stats"]["unique_graphs"] - graphs)
+    assert found == [1, 2, 2, 2, 2, 2]
 
 
 def test_the_other_algorithms_have_nothing_to_compile() -> None:

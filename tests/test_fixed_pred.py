@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -90,3 +91,74 @@ def test_float32_keeps_the_precision_that_the_iteration_loses() -> None:
 
     assert largest_error(list(iterated.updates.values())) > 1
     assert largest_error([p.grad for p in model.parameters()]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_divergent_eta_gives_infinities(dtype: torch.dtype) -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(5)]
+    model = nn.Sequential(*blocks, nn.Linear(4, 2)).to(dtype)
+    X, Y = torch.randn(3, 4).to(dtype), torch.randn(3, 2).to(dtype)
+    for eta, n in [(3.0, 200), (-50.0, 400)]:
+        result = PCInfer(model, nn.MSELoss(), X, Y, "FixedPred", eta=eta, n=n)
+        diverges = dtype != torch.float64 or eta < 0
+        assert result.v[1].isfinite().all() != diverges
+        assert model[0][0].weight.grad.isfinite().all() != diverges
+        assert result.epsilon[-1].isfinite().all()
+
+
+def deep(L: int) -> Case:
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(L)])
+    return Case(model, nn.MSELoss(reduction="sum"), torch.randn(4, 3), torch.randn(4, 3))
+
+
+both = pytest.mark.parametrize("ErrType", ["FixedPred", "Strict"])
+
+
+@both
+@pytest.mark.filterwarnings("error:The error hardly reaches")
+@pytest.mark.parametrize(
+    ("L", "eta", "n", "layers", "remedies"),
+    [
+        (12, 0.1, 20, "layer 1 of 12", "n=111, or eta=0.58,"),
+        (15, 0.1, 20, "layers 1 to 4 of 15", "n=141, or eta=0.74,"),
+        (21, 0.1, 20, "layers 1 to 10 of 21", "n=201 would"),
+        (3, 0.5, 1, "layers 1 to 2 of 3", "n=5 would"),
+        (3, 0.0, 9, "layers 1 to 2 of 3", "n=21 with eta=0.1, or eta=0.25,"),
+    ],
+)
+def test_says_once_which_layers_the_error_hardly_reaches(
+    ErrType: str, L: int, eta: float, n: int, layers: str, remedies: str
+) -> None:
+    case = deep(L)
+    message = re.escape(f"The error hardly reaches {layers} (model[0]")
+    with pytest.warns(UserWarning, match=f"{message}.*{re.escape(remedies)}") as caught:
+        case.infer(ErrType, eta=eta, n=n)
+    assert [w.filename for w in caught] == [Case.infer.__code__.co_filename]
+    case.infer(ErrType, eta=eta, n=n)  # warnings are errors here
+
+
+@both
+@pytest.mark.filterwarnings("error:The error hardly reaches")
+def test_does_not_warn_where_the_error_arrives(ErrType: str) -> None:
+    for L in range(1, 9):
+        deep(L).infer(ErrType)
+    deep(21).infer("Exact", n=1)
+    case = deep(21)
+    for item in case.model[:15]:
+        item.requires_grad_(False)  # they learn nothing anyway
+    case.infer(ErrType)
+    case = deep(4)
+    case.infer("Strict", n=1, vinit=[torch.zeros(4, 3)] * 5)  # errors are everywhere
+
+
+@pytest.mark.filterwarnings("error:The error hardly reaches")
+@pytest.mark.parametrize("options", [dict(eta=0.1, n=141), dict(eta=0.74, n=20)])
+def test_what_the_warning_advises_brings_half_of_the_gradient_to_layer_1(
+    options: dict[str, float],
+) -> None:
+    case = deep(15)
+    case.infer("Exact")
+    of_backward = case.model[0].weight.grad
+    for ErrType, least in [("FixedPred", 0.5), ("Strict", 0.01)]:
+        case.infer(ErrType, **options)
+        assert case.model[0].weight.grad.norm() >= least * of_backward.norm()

@@ -507,6 +507,7 @@ class RaisesInCall(nn.Module):
 
 def check_nothing_changed(case: Case, call: Callable[[], Any]) -> None:
     case.model[0].weight.requires_grad_(False)
+    case.model.register_parameter("unused", nn.Parameter(torch.ones(1)))
     for parameter in case.model.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)
     before = copy.deepcopy(case.model.state_dict())

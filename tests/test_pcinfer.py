@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from typing import Any
@@ -177,15 +178,83 @@ def test_integer_input_to_an_embedding(ErrType: str) -> None:
 
 
 @err_types
-def test_parameters_without_gradient_are_not_touched(ErrType: str) -> None:
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_parameters_that_the_call_does_not_use(ErrType: str, accumulate: bool) -> None:
+    """No optimizer shall step them again with an old gradient; frozen ones are not touched."""
     case = small_case()
-    frozen, unused = case.model[0].weight, nn.Parameter(torch.ones(1))
-    frozen.requires_grad_(False)
-    case.model[1].register_parameter("unused", unused)
-    unused.grad = marker = torch.full((1,), 3.0)
-    case.infer(ErrType)
-    assert frozen.grad is None and unused.grad is marker
+    LossFun = nn.MSELoss()
+    unused = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    case.model[1].register_parameter("unused", unused[0])
+    case.model.register_parameter("unused", unused[1])
+    LossFun.register_parameter("unused", unused[2])
+    frozen = case.model[0].weight.requires_grad_(False)
+    for parameter in [frozen, *unused]:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    markers = [parameter.grad for parameter in unused]
+    of_frozen = frozen.grad
+    case._replace(LossFun=LossFun).infer(ErrType, accumulate=accumulate)
+    assert frozen.grad is of_frozen and (of_frozen == 3).all()
+    if accumulate:
+        assert [p.grad for p in unused] == markers and all(marker == 3 for marker in markers)
+    else:
+        assert [p.grad for p in unused] == [None] * 3
     assert case.model[0].bias.grad is not None
+
+
+class DropsItself(nn.Module):
+    """LayerDrop: every other evaluation leaves it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+        self.drop = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.drop else self.inner(x)
+
+
+def test_a_layer_that_drops_out_is_trained_as_by_backward() -> None:
+    case = small_case()
+    case.model.insert(1, DropsItself().double())
+    twin = copy.deepcopy(case.model)
+    optimizers = [torch.optim.Adam(model.parameters(), lr=0.01) for model in (case.model, twin)]
+    for k in range(20):
+        case.model[1].drop = twin[1].drop = k % 2 == 1
+        case.infer("Exact")
+        optimizers[1].zero_grad()
+        case.LossFun(twin(case.X), case.Y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_close(list(case.model.parameters()), list(twin.parameters()))
+
+
+@err_types
+def test_accumulates_in_place(ErrType: str) -> None:
+    """The parameters' gradients may be views of one flat buffer, which stays so."""
+    case = small_case()
+    case.infer(ErrType)
+    once = torch.cat([p.grad.flatten() for p in case.model.parameters()])
+    flat = torch.zeros_like(once)
+    views = flat.split([p.numel() for p in case.model.parameters()])
+    for parameter, view in zip(case.model.parameters(), views, strict=True):
+        parameter.grad = view.view_as(parameter)
+    for _ in range(3):
+        case.infer(ErrType, accumulate=True)
+    assert_close(flat, 3 * once)
+
+
+@err_types
+def test_accumulating_into_a_gradient_that_cannot_be_written_changes_nothing(ErrType: str) -> None:
+    case = small_case()
+    *others, last = case.model.parameters()
+    for parameter in others:
+        parameter.grad = torch.full_like(parameter, 7.0)
+    last.grad = torch.ones((), dtype=last.dtype).expand_as(last)  # all entries are one in memory
+    before = [parameter.grad for parameter in case.model.parameters()]
+    with pytest.raises(RuntimeError, match="single memory location"):
+        case.infer(ErrType, accumulate=True)
+    assert all(p.grad is g for p, g in zip(case.model.parameters(), before, strict=True))
+    assert all((parameter.grad == 7).all() for parameter in others)
 
 
 @err_types
@@ -213,3 +282,15 @@ def test_optimizer_steps_it(ErrType: str) -> None:
         optimizer.step()
         last = case.infer(ErrType).Loss
     assert last < 0.8 * first
+
+
+@err_types
+def test_a_saved_result_is_loaded_by_default(ErrType: str) -> None:
+    """``torch.load`` reads with weights_only=True."""
+    result = small_case().infer(ErrType)
+    file = io.BytesIO()
+    torch.save(result, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert isinstance(loaded, PCResult)
+    assert_close(list(loaded), list(result), tolerance=0)

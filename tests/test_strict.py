@@ -211,7 +211,7 @@ def warned(case: Case, **options: Any) -> list[str]:
     """The warnings of a call."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        case.infer("Strict", n=3, **options)
+        case.infer("Strict", n=6, **options)
     return [str(warning.message) for warning in caught]
 
 

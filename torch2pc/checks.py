@@ -5,27 +5,118 @@ What can only be found out on the way (what a layer or the loss returns) is in `
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from torch2pc.rules import belief_dtype
 
 
+def warn_caller(message: str) -> None:
+    """Warn at the line that called the library."""
+    level, of_library = 1, 1
+    frame = sys._getframe()
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("torch2pc."):
+            of_library = level
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    warnings.warn(message, stacklevel=of_library + 1)
+
+
 def check_model(model: object) -> None:
     """``model`` is a non-empty ``nn.Sequential`` that runs its items one after the other."""
     if not isinstance(model, nn.Sequential):
-        raise TypeError(f"model must be an nn.Sequential, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be an nn.Sequential, got {type(model).__name__}{_way_out(model)}"
+        )
     if len(model) == 0:
         raise ValueError("model must have at least one layer, got an empty nn.Sequential")
-    if getattr(model.forward, "__func__", None) is not nn.Sequential.forward:
+    if not _runs_its_items(model):
         raise TypeError(
             f"model must use nn.Sequential's forward, got {type(model).__name__}, which overrides "
-            "it: predictive coding runs the items one by one and would pass it over"
+            "it: predictive coding runs the items one by one and would pass it over; move what it "
+            "adds into an item"
+        )
+
+
+def _runs_its_items(model: nn.Sequential) -> bool:
+    """Whether the forward is ``nn.Sequential``'s own, or accelerate's wrapping of it."""
+    forward, plain = getattr(model.forward, "__func__", None), nn.Sequential.forward
+    original = getattr(model.__dict__.get("_original_forward"), "__func__", None)
+    return forward is plain or (
+        forward is not None and original is plain and inspect.unwrap(forward) is plain
+    )
+
+
+def _way_out(model: object) -> str:
+    """How a model that is no ``nn.Sequential`` becomes one."""
+    kind = type(model)
+    if _base(kind, _WRAPPERS) is not None:
+        return f": pass the nn.Sequential that it wraps. {_AVERAGING}"
+    if hasattr(model, "_orig_mod"):
+        return (
+            ": pass the model that was compiled; PCInfer has a compile=True of its own, and its "
+            "items may be compiled"
+        )
+    if _base(kind, ("LightningModule",)) is not None:
+        return (
+            ": make its layers an nn.Sequential and pass that, and set "
+            "self.automatic_optimization = False, as PCInfer stands in for manual_backward()"
+        )
+    if isinstance(model, nn.Module):
+        return (
+            ": if it runs its children one after the other, pass nn.Sequential(*model.children()), "
+            "which shares its parameters; otherwise write it as an nn.Sequential with one item for "
+            "each block"
+        )
+    return ""
+
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+_AVERAGING = (
+    "For data parallel training, average the gradients between PCInfer and optimizer.step(): for "
+    "each parameter p of the model, torch.distributed.all_reduce(p.grad), then "
+    "p.grad /= torch.distributed.get_world_size()"
+)
+
+
+def check_modules(modules: Iterable[nn.Module]) -> None:
+    """None of the modules of a model or its loss has gradients that something else takes care of."""
+    for kind in set(map(type, modules)):
+        if _base(kind, _SHARDED) is not None:
+            raise TypeError(
+                f"model must have whole parameters, got {kind.__name__}, whose parameters are "
+                "sharded (fully_shard, FSDP) and gathered in passes that PCInfer does not make: "
+                f"leave the model unsharded on each process. {_AVERAGING}"
+            )
+        if _base(kind, ("DistributedDataParallel",)) is not None:
+            raise TypeError(
+                "model must not have items wrapped in DistributedDataParallel, which would not "
+                f"synchronise their gradients: use the modules themselves. {_AVERAGING}"
+            )
+
+
+def _base(kind: type, names: Sequence[str]) -> str | None:
+    """The name of the first of ``kind``'s base classes with one of these names."""
+    return next((base.__name__ for base in kind.__mro__ if base.__name__ in names), None)
+
+
+def check_no_transform() -> None:
+    """The call is not inside ``torch.func.grad``, ``torch.vmap`` and the like."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "PCInfer must not be called inside a torch.func transform (grad, vjp, jvp, vmap): it "
+            "takes gradients by autograd and writes them into .grad. Call it outside; a batch needs "
+            "no vmap"
         )
 
 
@@ -60,12 +151,13 @@ def check_eta(eta: object) -> float:
     return float(value)
 
 
-def check_n(n: object) -> None:
-    """``n`` is an integer of at least 1."""
+def check_n(n: object) -> int:
+    """``n`` as an int: an integer of at least 1."""
     if isinstance(n, bool) or not isinstance(n, Integral):
         raise TypeError(f"n must be an int >= 1, got {type(n).__name__}")
     if n < 1:
         raise ValueError(f"n must be an int >= 1, got {n}")
+    return int(n)
 
 
 def check_update_at(update_at: object) -> None:

@@ -8,11 +8,10 @@ it again. A call of it makes a few steps, as every call takes some time of its o
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import lru_cache
-from types import CodeType, FunctionType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from functools import lru_cache, partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
+from torch2pc.checks import warn_caller
 from torch2pc.displacement import Displacement, Line
 
 # Each model's functions, by what is compiled in. None for a model that torch.compile could not take.
@@ -29,6 +29,11 @@ _warned: WeakSet[nn.Module] = WeakSet()
 # A call makes up to so many steps, fewer of deep models: what it evaluates has to be compiled first,
 # and the more that is, the less a call's own time counts.
 MOST_STEPS, MOST_LAYERS = 4, 80
+# For each model, the numbers that its losses held, by their names.
+_numbers: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[dict[str, float]]]] = (
+    WeakKeyDictionary()
+)
+MOST_VALUES = 2
 
 
 def compiled_steps(model: nn.Module, program: Program) -> Callable[..., Any] | None:
@@ -68,10 +73,58 @@ def run_plainly(model: nn.Module, reason: object, for_good: bool = False) -> Non
     if model not in _warned:
         _warned.add(model)
         first_line = str(reason).strip().partition("\n")[0]
-        warnings.warn(
-            f"compile=True: {type(model).__name__} runs without compilation, because {first_line}",
-            stacklevel=2,
+        warn_caller(
+            f"compile=True: {type(model).__name__} runs without compilation, because {first_line}"
         )
+
+
+def changing_number(model: nn.Module, functions: Iterable[object]) -> str | None:
+    """Why not to compile again: a Python number that a loss holds is compiled in, and changes.
+
+    The first ``MOST_VALUES`` values that a model meets are compiled.
+    """
+    now = {name: value for function in functions for name, value in _numbers_of(function)}
+    met = _numbers.setdefault(model, {}).setdefault(tuple(now), [])
+    if now in met:
+        return None
+    if len(met) < MOST_VALUES:
+        met.append(now)
+        return None
+    name = next(name for name, value in now.items() if value != met[-1][name])
+    return (
+        f"the loss holds a Python number {name}, now {now[name]:g}, that changes from call to call, "
+        "and each value would have to be compiled: hold it in a tensor, which would not"
+    )
+
+
+def _numbers_of(function: Any, depth: int = 3) -> Iterator[tuple[str, float]]:
+    """The floats that a function computes with, by name: those that compiled code is specific to."""
+    if isinstance(function, nn.Module):
+        function = function.forward
+    named: dict[str, Any] = {}
+    if isinstance(function, partial):
+        named = {"of a partial": function.func, **function.keywords}
+        named.update((f"argument {k}", value) for k, value in enumerate(function.args))
+    elif isinstance(function, MethodType):
+        attributes = vars(function.__self__) if hasattr(function.__self__, "__dict__") else {}
+        used = getattr(getattr(function.__func__, "__code__", None), "co_names", ())
+        named = {name: attributes[name] for name in used if name in attributes}
+        named["of a method"] = function.__func__
+    elif isinstance(function, FunctionType):
+        code, held = function.__code__, function.__globals__
+        named = {name: held[name] for name in code.co_names if name in held}
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # an empty cell
+                named[name] = cell.cell_contents
+        defaults = function.__defaults__ or ()
+        names = code.co_varnames[: code.co_argcount]
+        named.update(zip(names[len(names) - len(defaults) :], defaults, strict=True))
+        named.update(function.__kwdefaults__ or {})
+    for name, value in named.items():
+        if isinstance(value, float):
+            yield name, value
+        elif depth and isinstance(value, FunctionType | MethodType | partial):
+            yield from _numbers_of(value, depth - 1)
 
 
 class Program:

@@ -22,7 +22,7 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -168,8 +168,16 @@ def _overwriting(lines: Sequence[Line], result: int | None) -> list[Line]:
 class Reevaluation:
     """The same by evaluating a layer again: right to what a difference of its outputs is right to."""
 
-    def __init__(self, evaluate: Callable[[Tensor], Tensor], x: Tensor, before: Tensor) -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[Tensor], Tensor],
+        x: Tensor,
+        before: Tensor,
+        buffers_kept: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._evaluate, self._x, self._before = evaluate, x, before
+        # A checkpointed module is evaluated once more in the backward pass.
+        self._buffers_kept = buffers_kept
 
     def forward(self, delta: Tensor) -> tuple[Tensor, Any]:
         """The displacement of the output, and what ``backward`` needs."""
@@ -184,7 +192,8 @@ class Reevaluation:
         x, output = saved
         if not output.requires_grad:
             return None
-        (found,) = torch.autograd.grad(output, x, e.to(output.dtype), allow_unused=True)
+        with self._buffers_kept():
+            (found,) = torch.autograd.grad(output, x, e.to(output.dtype), allow_unused=True)
         return None if found is None else found.to(belief_dtype(x.dtype))
 
 
@@ -219,16 +228,33 @@ class Uncovered(Exception):
     """Why a layer has no displacement by rules."""
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether its body draws random numbers; what other threads draw does not count."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.draws = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.draws:
+            self.draws = _may_draw(func)
+        return self.dispatch(func, args, kwargs or {})
+
+    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operation."""
+        return func(*args, **kwargs)
+
+
+class Recorder(Watch):
     """Notes the operations that turn ``x`` into a layer's output, while the layer runs.
 
     ``displacement(output)`` puts them together afterwards, or raises Uncovered.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, x: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.lines: list[tuple[Step, tuple[int, ...], list[int]]] = []
         # Where the value of a tensor stands: 0 for x, k+1 for what line k computes.
         self.place: dict[int, int] = {id(x): 0}
@@ -241,8 +267,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._reason: str | None = None
         self._suspended = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operation, and note it."""
         if self._reason is not None or self._suspended:
             return func(*args, **kwargs)
         for tensor in self._new:
@@ -446,6 +472,13 @@ _SPLITS = {
     for overload in getattr(aten, name).overloads()
     if overload != "out"
 }
+
+
+@functools.cache
+def _may_draw(func: Any) -> bool:
+    """Whether an operation draws random numbers; only PyTorch's own say so."""
+    is_known = isinstance(func, torch._ops.OpOverload) and func.namespace in ("aten", "prim")
+    return not is_known or torch.Tag.nondeterministic_seeded in func.tags
 
 
 @functools.cache

@@ -8,6 +8,7 @@ and the update of layer l's parameters is (df_l/dtheta_l)^T epsilon_l, which is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -62,7 +63,15 @@ def _subtract(a: list[Tensor], b: list[Tensor], c: Sequence[float]) -> Sequence[
     """a[i] - c[i] b[i] for each i."""
     if all([c_i == 1 for c_i in c]):
         return torch._foreach_sub(a, b)
-    return [torch.sub(*of_i, alpha=c_i) for *of_i, c_i in zip(a, b, c, strict=True)]
+    return [
+        torch.sub(a_i, b_i, alpha=_within(c_i, b_i.dtype))
+        for a_i, b_i, c_i in zip(a, b, c, strict=True)
+    ]
+
+
+def _within(c: float, dtype: torch.dtype) -> float:
+    """``c``, or infinity where it is beyond the type, for which PyTorch would raise an error."""
+    return c if not abs(c) > torch.finfo(dtype).max else math.copysign(math.inf, c)
 
 
 def _scale(tensors: Sequence[Tensor], l_of: Sequence[int], c: tuple[float, ...]) -> None:
@@ -78,4 +87,4 @@ def _scalar_tensors(c: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, .
     """Factors for tensors of this type, which they multiply three times as fast as numbers do."""
     # Half precision would lose a small factor.
     kept = torch.float64 if dtype.itemsize < 4 else dtype
-    return torch.tensor(c, dtype=kept, device="cpu").unbind()
+    return torch.tensor(c, dtype=torch.float64, device="cpu").to(kept).unbind()

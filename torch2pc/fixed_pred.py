@@ -19,13 +19,55 @@ the round-off of subtracting two nearly equal tensors, v_l and vhat_l.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
+from torch import nn
 
+from torch2pc.checks import warn_caller
 from torch2pc.exact import weighted_backpropagation
 from torch2pc.layers import Inference, Network
+
+# A share of the gradient that this is less than, an optimizer's epsilon and round-off take for none.
+LEAST_SHARE = 1e-6
+
+_warned: WeakSet[nn.Module] = WeakSet()
+
+
+def warn_of_short_inference(model: nn.Sequential, eta: float, n: int) -> None:
+    """Say, the first time for a model, which layers' updates the errors hardly reach.
+
+    Less than ``LEAST_SHARE`` of the gradient arrives there. At least half arrives everywhere after
+    n >= 1 + (L-1)/eta iterations, the median of that coin's number of heads. With Strict no more
+    arrives at first, and less later on, as its predictions follow the beliefs.
+    """
+    L = len(model)
+    share = error_factors(eta, n - 1, L)[::-1]
+    if min(map(abs, share)) >= LEAST_SHARE or model in _warned:
+        return
+    short = [
+        l
+        for l, item in enumerate(model._modules.values(), start=1)
+        if abs(share[l - 1]) < LEAST_SHARE and any(p.requires_grad for p in item.parameters())
+    ]
+    if not short:
+        return
+    _warned.add(model)
+    layers = f"layer {short[0]}" if len(short) == 1 else f"layers {short[0]} to {short[-1]}"
+    step = min(eta, 1.0) if eta > 1e-3 else 0.1
+    remedy = f"n={1 + math.ceil((L - 1) / step)}" + (f" with eta={step}" if step != eta else "")
+    if n >= L:
+        remedy += f", or eta={math.ceil(100 * (L - 1) / (n - 1)) / 100:g},"
+    warn_caller(
+        f"The error hardly reaches {layers} of {L} (model[{short[0] - 1}] to model[{short[-1] - 1}]) "
+        f"with eta={eta} and n={n}: the share of the gradient that arrives at layer {short[0]} is "
+        f"{share[short[0] - 1]:.0e}; {remedy} would bring half of it to layer 1 "
+        "(FixedPred; with Strict it takes somewhat longer). Modules nested in one nn.Sequential "
+        "count as one layer"
+    )
 
 
 def fixed_pred(

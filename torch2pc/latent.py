@@ -98,7 +98,7 @@ def PCInferLatent(
     if not Xinit.is_floating_point():
         raise TypeError(f"Xinit must be a floating-point tensor, got {Xinit.dtype}")
     eta = check_eta(eta)
-    check_n(n)
+    n = check_n(n)
     pi = check_precision(precision, len(model) - 1)
     if prior is not None and not callable(prior):
         raise TypeError(
@@ -107,7 +107,7 @@ def PCInferLatent(
         )
 
     def relax(network: Network) -> Inference:
-        of_beliefs = None if prior is None else Layer(prior, "prior", network.devices)
+        of_beliefs = None if prior is None else Layer(prior, "prior", network.devices, model=model)
         relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
         with network.replaying():
             relaxation.run(n, compile)

@@ -9,19 +9,24 @@ turned into beliefs, is up to ``exact.py``, ``fixed_pred.py`` and ``strict.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from torch2pc.checks import warn_caller
 from torch2pc.displacement import (
     Displacement,
     Recorder,
     Reevaluation,
     Uncovered,
+    Watch,
     agrees,
     uncompiled,
 )
@@ -29,10 +34,13 @@ from torch2pc.rules import belief_dtype
 from torch2pc.state import (
     Buffers,
     RandomState,
+    Source,
     devices_of,
+    drawn_from,
+    generators_in,
+    generators_kept,
     modules_in,
     random_state,
-    random_state_differs,
     set_random_state,
 )
 
@@ -48,6 +56,10 @@ class Inference(NamedTuple):
     updates: list[tuple[Tensor, Tensor]]
 
 
+# For each model, which of its layers were found to be the same function again in a replay.
+_replayable: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
 class Layer:
     """One item of the model, or the loss, as a function whose side effects happen once.
 
@@ -57,8 +69,8 @@ class Layer:
     (The generators are put back once, after the last replay, by ``Network.replaying``.)
     """
 
-    # What ``record`` finds.
-    _random: RandomState | None = None
+    # What ``record`` finds. The generators that it drew from, as they were before.
+    drawn: RandomState
     _buffers: Buffers | None = None
     has_leaves = True
     ends_flat = False
@@ -72,9 +84,11 @@ class Layer:
         where: Any,
         devices: set[torch.device],
         copies_input: bool = False,
+        *,
+        model: nn.Module | None = None,
     ) -> None:
         self.function, self._where, self._devices = function, where, devices
-        self.copies_input = copies_input
+        self.copies_input, self._model, self.drawn = copies_input, model, []
 
     @property
     def name(self) -> str:
@@ -95,9 +109,12 @@ class Layer:
         if version is not None and given is x and x._version != version:
             raise self._wrote_input()
         if not isinstance(output, Tensor) or not output.dtype.is_floating_point:
+            is_complex = isinstance(output, Tensor) and output.is_complex()
             raise TypeError(
                 f"{self.name} must return one floating-point tensor, got "
                 f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}"
+                + is_complex
+                * "; beliefs are real: return torch.view_as_real of it"
             )
         is_fresh = not output.is_leaf and not output._is_view()
         return output if is_fresh else _own_output(output, given)
@@ -113,62 +130,90 @@ class Layer:
 
         ``displaced``: it becomes a ``displacement`` too.
         """
-        random = random_state(self._devices)
         modules = modules_in(self.function)
+        random = random_state([*self._devices, *generators_in(self.function, modules)])
         buffers = Buffers(modules)
-        recorder = Recorder(x) if displaced else None
-        if recorder is None:
+        recorder = Recorder(x) if displaced else Watch()
+        with uncompiled, recorder:
             output = self(x, *others)
-        else:
-            with uncompiled, recorder:
-                output = self(x, *others)
-        if recorder is not None and any(
-            [module._backward_hooks or module._backward_pre_hooks for module in modules]
-        ):
-            recorder.give_up("a module has a backward hook")
-        self._random = random if random_state_differs(random) else None
+        self.drawn = drawn_from(random) if recorder.draws else []
         self._buffers = buffers if buffers.differ() else None
         self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
         self.ends_flat = _ends_flat(output)
-        if recorder is not None:
+        if isinstance(recorder, Recorder):
+            if any([module._backward_hooks or module._backward_pre_hooks for module in modules]):
+                recorder.give_up("a module has a backward hook")
             self._displace(recorder, x, output)
         return output
 
     def _displace(self, recorder: Recorder, x: Tensor, output: Tensor) -> None:
         """Set ``displacement``: by rules if it can be, and is found to be right."""
         in_autocast = torch.is_autocast_enabled(x.device.type)
+        a, before = x.detach(), output.detach()
 
         def reevaluation() -> Reevaluation:
             if not in_autocast:
-                return Reevaluation(self.replay, x.detach(), output.detach())
+                return Reevaluation(self.replay, a, before, self.buffers_kept)
             # A difference of half-precision outputs would have no digits left.
-            a = in_belief_dtype(x.detach())
-            return Reevaluation(self.replay, a, self.replay(a).detach())
+            precise = in_belief_dtype(a)
+            return Reevaluation(
+                self.replay, precise, self.replay(precise).detach(), self.buffers_kept
+            )
 
-        with torch.no_grad(), outside_autocast(x.device), self._generators_kept():
+        with torch.no_grad():
             try:
                 self.displacement = recorder.displacement(output)
-                if not agrees(self.function, self.displacement, reevaluation, x):
+                with outside_autocast(x.device), generators_kept(self.drawn_sources):
+                    is_right = agrees(self.function, self.displacement, reevaluation, x)
+                # What was recorded once stays right for a layer that is another one each time.
+                if not is_right and self.is_replayable(before, a):
                     raise Uncovered("its operations alone do not give its outputs and gradients")
             except Uncovered as reason:
-                self.uncovered, self.displacement = str(reason), reevaluation()
+                self.uncovered = str(reason)
+                with outside_autocast(x.device), generators_kept(self.drawn_sources):
+                    self.displacement = reevaluation()
+                self.is_replayable(before, a)
 
-    def _generators_kept(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._random is None else generators_kept(self._devices)
+    def is_replayable(self, output: Tensor, x: Any, *others: Any) -> bool:
+        """Whether a replay at the same input gives the same output; the first time, it says if not.
+
+        It does not where a layer depends on what is no buffer and no generator that can be found.
+        """
+        known = {} if self._model is None else _replayable.setdefault(self._model, {})
+        if self.name not in known:
+            with torch.enable_grad(), generators_kept(self.drawn_sources):
+                again = self.replay(x, *others).detach()
+            distance, scale = (again - output).norm(), output.norm()
+            near = bool(distance <= 16 * torch.finfo(output.dtype).eps * scale)
+            known[self.name] = near or not bool(scale.isfinite())
+            if not known[self.name]:
+                warn_caller(
+                    f"{self.name} gives another output when it is evaluated again at the same "
+                    "input, so that Strict relaxes beliefs about a function that changes: keep its "
+                    "state in buffers, and draw random numbers from PyTorch's generators, or from "
+                    "a torch.Generator that is an attribute of the module"
+                )
+        return known[self.name]
+
+    @property
+    def drawn_sources(self) -> list[Source]:
+        """The generators that the recorded evaluation drew from."""
+        return [source for source, _ in self.drawn]
 
     @property
     def is_pure(self) -> bool:
         """Whether the recorded evaluation drew no random numbers and changed no buffers."""
-        return self._random is None and self._buffers is None
+        return not self.drawn and self._buffers is None
 
     def replay(self, x: Any, *others: Any) -> Tensor:
         """The recorded function, evaluated at another input."""
-        if self._random is not None:
-            set_random_state(self._random)
-        if self._buffers is None:
+        set_random_state(self.drawn)
+        with self.buffers_kept():
             return self(x, *others)
-        with self._buffers.swapped_in():
-            return self(x, *others)
+
+    def buffers_kept(self) -> AbstractContextManager[None]:
+        """The body finds the buffers that the recorded evaluation changed as that one did."""
+        return nullcontext() if self._buffers is None else self._buffers.swapped_in()
 
 
 class Network:
@@ -187,11 +232,15 @@ class Network:
         self.model, self.X, self.Y, self.devices = model, X, Y, devices
         writes = _any_in_place(modules)
         self.layers = [
-            Layer(item, l, devices, writes and _may_write_input(item))
+            Layer(item, l, devices, writes and _may_write_input(item), model=model)
             for l, item in enumerate(model._modules.values())
         ]
-        self.loss = Layer(LossFun, "LossFun", devices, writes and _may_write_input(LossFun))
+        writes_output = writes and _may_write_input(LossFun)
+        self.loss = Layer(LossFun, "LossFun", devices, writes_output, model=model)
+        # All that can be replayed; a prior is added to it.
+        self.functions = [*self.layers, self.loss]
         self.first: tuple[Tensor, Tensor] | None = None
+        self._stand_in: nn.Module | None = None
 
     def feed_forward(self, from_X: bool = False) -> Graph:
         """One forward pass, with its autograd graph; ``from_X``: which goes on into what made X."""
@@ -244,32 +293,41 @@ class Network:
             )
         prediction = vhat[-1].detach().requires_grad_()
         Loss = check_loss(self.loss.record(prediction, self.Y))
+        self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_(), self.Y)
         return vhat, Loss.detach().clone(), output_gradient(Loss, prediction)
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``walk(x)`` as the forward of the model, so that the hooks of the container run too."""
-        self.model.__dict__["forward"] = walk
-        try:
-            output = self.model._call_impl(x)  # type: ignore[no-untyped-call]
-        finally:
-            del self.model.__dict__["forward"]
+        """``walk(x)`` in the place of the model's forward, between the hooks of the container."""
+        model = self.model
+        tables = [getattr(model, name) for name in _HOOKS]
+        if not any(tables) and not any(_GLOBAL_HOOKS):
+            return walk(x)
+        # What runs is a shallow copy, as another thread may call the model meanwhile. Its own hooks
+        # are told that it is the model. It lives on, as backward hooks refer to it.
+        self._stand_in = object.__new__(type(model))
+        self._stand_in.__dict__.update(model.__dict__, forward=walk)
+        for name, table in zip(_HOOKS, tables, strict=True):
+            told = {i: partial(_of_module, hook, model) for i, hook in table.items()}
+            self._stand_in.__dict__[name] = OrderedDict(told)
+        output = self._stand_in._call_impl(x)  # type: ignore[no-untyped-call]
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor, but a hook made it {_type_name(output)}")
         return output
 
     def replaying(self) -> AbstractContextManager[None]:
-        """Leaves the generators as they are before the body, whatever the body replays."""
-        return generators_kept(self.devices)
+        """Leaves the generators as they are before the body, whatever the body replays.
+
+        No others than those that a layer drew from: another thread may be drawing from the rest.
+        """
+        return generators_kept({s for function in self.functions for s in function.drawn_sources})
 
 
-@contextmanager
-def generators_kept(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Leaves the generators of the devices as they are before the body."""
-    random = random_state(devices)
-    try:
-        yield
-    finally:
-        set_random_state(random)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+
+
+def _of_module(hook: Callable[..., Any], module: nn.Module, _: Any, *arguments: Any) -> Any:
+    return hook(module, *arguments)
 
 
 class Graph:

@@ -13,13 +13,15 @@ from torch2pc.checks import (
     check_eta,
     check_LossFun,
     check_model,
+    check_modules,
     check_n,
+    check_no_transform,
     check_tensor,
     check_update_at,
     check_vinit_length,
 )
 from torch2pc.exact import exact
-from torch2pc.fixed_pred import fixed_pred
+from torch2pc.fixed_pred import fixed_pred, warn_of_short_inference
 from torch2pc.layers import Inference, Network
 from torch2pc.state import Snapshot, modules_in, write_gradients
 from torch2pc.strict import strict
@@ -47,6 +49,10 @@ class PCResult(NamedTuple):
     """Beliefs; ``v[0]`` is the input."""
     epsilon: list[Tensor | None]
     """Prediction errors; ``epsilon[0]`` is None unless ``X.requires_grad``."""
+
+
+# So that torch.load reads a saved result with weights_only=True, its default.
+torch.serialization.add_safe_globals([PCResult])
 
 
 def PCInfer(
@@ -165,13 +171,14 @@ def PCInfer(
     if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
         accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
-    if ErrType != "Exact":
-        eta = check_eta(eta)
-        n = len(model) if n is None else n
-        check_n(n)
     if ErrType == "Strict":
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
+    if ErrType != "Exact":
+        eta = check_eta(eta)
+        n = len(model) if n is None else check_n(n)
+        if ErrType == "FixedPred" or vinit is None:
+            warn_of_short_inference(model, eta, n)
 
     algorithm = partial(
         ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile, update_at=update_at
@@ -192,7 +199,13 @@ def infer(
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         with torch.inference_mode(False), torch.enable_grad():
             return infer(algorithm, model, LossFun, X, Y, accumulate, prior)
-    modules = modules_in(model, LossFun, prior)
+    # A loss that is no module may hold some, say of a trainer, whose gradients are none of ours.
+    functions = [LossFun, prior]
+    check_no_transform()
+    own = modules_in(model, *[f for f in functions if isinstance(f, nn.Module)])
+    held = modules_in(*[f for f in functions if not isinstance(f, nn.Module)])
+    modules = list(dict.fromkeys([*own, *held])) if held else own
+    check_modules(modules)
     network = Network(model, LossFun, X, Y, modules)
     before = Snapshot(modules, network.devices)
     try:
@@ -200,8 +213,8 @@ def infer(
         vhat, Loss, dLdy, v, epsilon, updates = inference
         if X.is_leaf and epsilon[0] is not None:
             updates.append((X, epsilon[0].clone()))
-        write_gradients(updates, accumulate)
-    except BaseException:
-        before.restore()
+        write_gradients(updates, accumulate, own)
+    except BaseException as error:
+        before.restore(error)
         raise
     return PCResult(vhat, Loss, dLdy, v, epsilon)

@@ -5,30 +5,109 @@ Here they are saved, compared and put back. What the layers compute is in ``laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-RandomState = list[tuple[torch.device, Tensor]]
+# What random numbers are drawn from: the default generator of a device, or one of the user's own.
+Source = torch.device | torch.Generator
+RandomState = list[tuple[Source, Tensor]]
 
 
 def modules_in(*roots: object) -> list[nn.Module]:
-    """Every module in ``roots`` once; what is not a module is passed over.
+    """Every module in ``roots`` once, also those that a function among them holds.
 
     The same as ``Module.modules()``, several times faster, because it builds no names.
     """
-    found = list(dict.fromkeys(root for root in roots if isinstance(root, nn.Module)))
-    seen = set(found)
-    for module in found:
+    found: dict[nn.Module, None] = {}
+    for root in roots:
+        if isinstance(root, nn.Module):
+            found[root] = None
+        elif root is not None:
+            found.update(dict.fromkeys(x for x in held_by(root) if isinstance(x, nn.Module)))
+    modules = list(found)
+    seen = set(modules)
+    for module in modules:
         children = module._modules
         if children:
             for child in children.values():
                 if child is not None and child not in seen:
                     seen.add(child)
-                    found.append(child)
+                    modules.append(child)
+    return modules
+
+
+# How far ``held_by`` follows references, and the longest container that it looks into.
+_DEEPEST, _LONGEST = 4, 100
+
+
+def held_by(function: object) -> list[nn.Module | torch.Generator]:
+    """The modules and generators that a callable which is no module computes with.
+
+    They are looked for in its closure, its default arguments, the globals that it names, the object
+    whose method it is, the arguments of a ``functools.partial``, and in containers of these.
+    """
+    held: list[nn.Module | torch.Generator] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [function]
+    for _ in range(_DEEPEST + 1):
+        level, waiting = waiting, []
+        for value in level:
+            if id(value) not in seen:
+                seen.add(id(value))
+                if isinstance(value, nn.Module | torch.Generator):
+                    held.append(value)
+                else:
+                    waiting += _references(value)
+    return held
+
+
+def _references(value: Any) -> Iterable[Any]:
+    """What a callable or a container refers to, as far as it may matter to ``held_by``."""
+    if isinstance(value, FunctionType):
+        if value.__module__ is not None and value.__module__.startswith("torch."):
+            return ()
+        found = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                found.append(cell.cell_contents)
+        named = value.__globals__
+        return found + [named[name] for name in value.__code__.co_names if name in named]
+    if isinstance(value, MethodType):
+        owner = value.__self__
+        attributes = () if isinstance(owner, nn.Module | type) else _attributes(owner)
+        return owner, value.__func__, *attributes
+    if isinstance(value, partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, list | tuple | set | dict):
+        if len(value) > _LONGEST:
+            return ()
+        return list(value.values() if isinstance(value, dict) else value)
+    if callable(value) and not isinstance(value, type):
+        return _attributes(value)
+    return ()
+
+
+def _attributes(value: object) -> list[Any]:
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def generators_in(function: object, modules: Iterable[nn.Module]) -> list[torch.Generator]:
+    """The user's own generators: attributes of ``modules``, or held by a function."""
+    found = [
+        value
+        for module in modules
+        if not type(module).__module__.startswith("torch.nn.")
+        for value in vars(module).values()
+        if isinstance(value, torch.Generator)
+    ]
+    if not isinstance(function, nn.Module):
+        found += [value for value in held_by(function) if isinstance(value, torch.Generator)]
     return found
 
 
@@ -44,36 +123,52 @@ def devices_of(modules: Iterable[nn.Module], X: Tensor) -> set[torch.device]:
     return devices
 
 
-def random_state(devices: Iterable[torch.device]) -> RandomState:
-    """The state of each device's default generator. Reading it waits for no device."""
+def random_state(sources: Iterable[Source]) -> RandomState:
+    """The state of each generator. Reading it waits for no device."""
     states: RandomState = []
-    for device in devices:
-        if device.type == "cpu":
-            states.append((device, torch.get_rng_state()))
-        elif device.type == "mps":
-            states.append((device, torch.mps.get_rng_state()))
-        elif device.type != "meta":
-            states.append((device, torch.get_device_module(device).get_rng_state(device)))
+    for source in sources:
+        if isinstance(source, torch.Generator):
+            states.append((source, source.get_state()))
+        elif source.type == "cpu":
+            states.append((source, torch.get_rng_state()))
+        elif source.type == "mps":
+            states.append((source, torch.mps.get_rng_state()))
+        elif source.type != "meta":
+            states.append((source, torch.get_device_module(source).get_rng_state(source)))
     return states
 
 
 def set_random_state(states: RandomState) -> None:
-    """Put the default generators back to ``states``."""
-    for device, state in states:
-        if device.type == "cpu":
+    """Put the generators back to ``states``."""
+    for source, state in states:
+        if isinstance(source, torch.Generator):
+            source.set_state(state)
+        elif source.type == "cpu":
             torch.set_rng_state(state)
-        elif device.type == "mps":
+        elif source.type == "mps":
             torch.mps.set_rng_state(state)
         else:
-            torch.get_device_module(device).set_rng_state(state, device)
+            torch.get_device_module(source).set_rng_state(state, source)
 
 
-def random_state_differs(states: RandomState) -> bool:
-    """Whether a random number has been drawn since ``states`` was read."""
-    now = random_state(device for device, _ in states)
-    return any(
-        not torch.equal(before, after) for (_, before), (_, after) in zip(states, now, strict=True)
-    )
+def drawn_from(states: RandomState) -> RandomState:
+    """Those of ``states`` whose generators have been drawn from since they were read."""
+    now = random_state(source for source, _ in states)
+    return [
+        before
+        for before, after in zip(states, now, strict=True)
+        if not torch.equal(before[1], after[1])
+    ]
+
+
+@contextmanager
+def generators_kept(sources: Iterable[Source]) -> Iterator[None]:
+    """Leaves the generators as they are before the body."""
+    random = random_state(sources)
+    try:
+        yield
+    finally:
+        set_random_state(random)
 
 
 class Buffers:
@@ -81,7 +176,11 @@ class Buffers:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._tables = [
-            (module, [(name, *_version_and_copy(b), b) for name, b in module._buffers.items()])
+            (
+                module,
+                module._buffers,
+                [(name, *_version_and_copy(b), b) for name, b in module._buffers.items()],
+            )
             for module in modules
             if module._buffers
         ]
@@ -89,38 +188,84 @@ class Buffers:
     def differ(self) -> bool:
         """Whether any buffer was written to or replaced since."""
         return any(
-            module._buffers.get(name) is not buffer or _written(module, buffer, version, value)
-            for module, table in self._tables
+            _entry(module, name) is not buffer or _written(module, buffer, version, value)
+            for module, _, table in self._tables
             for name, version, value, buffer in table
         )
 
-    def restore(self) -> None:
-        """Put back both the tensors and their values."""
-        for module, table in self._tables:
-            module._buffers.clear()
+    def restore(self, first: BaseException) -> None:
+        """Put back both the tensors and their values, after ``first`` was raised."""
+        for module, entries, table in self._tables:
+            with chained_to(first):
+                if module._buffers is not entries:
+                    module._buffers = entries
+            with chained_to(first):
+                _remove_others(module, {name for name, *_ in table})
             for name, _, value, buffer in table:
-                if buffer is not None and value is not None:
-                    with torch.no_grad():
-                        buffer.copy_(value)
-                module._buffers[name] = buffer
+                with chained_to(first):
+                    if buffer is not None and value is not None:
+                        _put_back(buffer, value)
+                with chained_to(first):
+                    _enter(module, name, buffer)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Run the body with copies of the saved values; the buffers themselves stay untouched."""
-        now = [(module, dict(module._buffers)) for module, _ in self._tables]
+        # One entry at a time and none removed: another thread may be using the module.
+        now = [(module, dict(module._buffers.items())) for module, _, _ in self._tables]
         try:
             copies: dict[int, Tensor] = {}  # a buffer with two names stays one tensor
-            for module, table in self._tables:
+            for module, _, table in self._tables:
                 for name, _, value, buffer in table:
                     if buffer is not None and value is not None:
                         if id(buffer) not in copies:
                             copies[id(buffer)] = value.clone()
-                        module._buffers[name] = copies[id(buffer)]
+                        _enter(module, name, copies[id(buffer)])
             yield
         finally:
-            for module, table_now in now:
-                module._buffers.clear()
-                module._buffers.update(table_now)
+            for module, entries in now:
+                for name, buffer in entries.items():
+                    _enter(module, name, buffer)
+                _remove_others(module, entries.keys())
+
+
+# A scripted module's table of buffers is none of Python's: it has no ``get`` and nothing can be
+# added or removed.
+
+
+def _entry(module: nn.Module, name: str) -> Tensor | None:
+    return module._buffers[name] if name in module._buffers else None  # noqa: SIM401
+
+
+def _enter(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+    if name not in module._buffers or module._buffers[name] is not buffer:
+        module._buffers[name] = buffer
+
+
+def _remove_others(module: nn.Module, names: Collection[str]) -> None:
+    for name in [name for name in module._buffers.keys() if name not in names]:  # noqa: SIM118
+        del module._buffers[name]
+
+
+def _put_back(buffer: Tensor, value: Tensor) -> None:
+    """Give a buffer its value again, and its shape where that was changed."""
+    with torch.no_grad():
+        if buffer.shape == value.shape:
+            buffer.copy_(value)
+        else:
+            buffer.data = value
+
+
+@contextmanager
+def chained_to(first: BaseException) -> Iterator[None]:
+    """What fails in the body is appended to the chain of ``first``, and not raised in its place."""
+    try:
+        yield
+    except Exception as error:
+        error.__context__ = None  # Python has set it to the first
+        while (before := first.__cause__ or first.__context__) is not None:
+            first = before
+        first.__context__ = error
 
 
 def _written(module: nn.Module, buffer: Tensor | None, version: int, value: Tensor | None) -> bool:
@@ -148,36 +293,81 @@ class Snapshot:
         self._buffers = Buffers(modules)
         self._training = [(module, module.training) for module in modules]
 
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        set_random_state(self._random)
-        self._buffers.restore()
+    def restore(self, first: BaseException) -> None:
+        """Put everything back as it was, after ``first`` was raised; what cannot be is passed over."""
+        with chained_to(first):
+            set_random_state(drawn_from(self._random))
+        self._buffers.restore(first)
         for module, training in self._training:
-            module.training = training
+            with chained_to(first):
+                if module.training != training:
+                    module.training = training
 
 
-def write_gradients(updates: Sequence[tuple[Tensor, Tensor]], accumulate: bool) -> None:
+def write_gradients(
+    updates: Sequence[tuple[Tensor, Tensor]], accumulate: bool, modules: Iterable[nn.Module]
+) -> None:
     """Write each update into its parameter's ``.grad``, replacing or adding; all of them or none.
 
-    Post-accumulate-grad hooks run as after ``backward()``.
+    Where they replace, a parameter of ``modules`` that has no update has no ``.grad`` afterwards, as
+    an optimizer would step it again with an old one. Post-accumulate-grad hooks run as after
+    ``backward()``.
     """
-    before = [parameter.grad for parameter, _ in updates]
+    before: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     try:
         if accumulate:
-            with torch.no_grad():
-                updates = [
-                    (parameter, update if gradient is None else gradient + update)
-                    for (parameter, update), gradient in zip(updates, before, strict=True)
-                ]
-        for parameter, update in updates:
-            parameter.grad = update
+            for parameter, update in updates:
+                _add_to_gradient(parameter, update, before)
+        else:
+            for parameter in _others(modules, updates):
+                before.append((parameter, parameter.grad, None))
+                parameter.grad = None
+            for parameter, update in updates:
+                before.append((parameter, parameter.grad, None))
+                parameter.grad = update
         for parameter, _ in updates:
             hooks: Any = parameter._post_accumulate_grad_hooks
             if hooks:
                 with torch.no_grad():
                     for hook in list(hooks.values()):
                         hook(parameter)
-    except BaseException:
-        for (parameter, _), gradient in zip(updates, before, strict=True):
-            parameter.grad = gradient
+    except BaseException as error:
+        for parameter, gradient, value in before:
+            with chained_to(error), torch.no_grad():
+                parameter.grad = gradient
+                if gradient is not None and value is not None:
+                    gradient.copy_(value)
         raise
+
+
+@torch.no_grad()
+def _add_to_gradient(
+    parameter: Tensor, update: Tensor, before: list[tuple[Tensor, Tensor | None, Tensor | None]]
+) -> None:
+    """Add in place where that can be done, as ``backward()`` does: ``.grad`` may be a view.
+
+    What was there is appended to ``before``.
+    """
+    gradient = parameter.grad
+    if gradient is None or gradient.is_sparse:
+        before.append((parameter, gradient, None))
+        parameter.grad = update if gradient is None else gradient + update
+    else:
+        before.append((parameter, gradient, gradient.clone()))
+        gradient.add_(update)
+
+
+def _others(modules: Iterable[nn.Module], updates: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The parameters of ``modules`` that require grad and have one, but no update."""
+    updated = {parameter for parameter, _ in updates}
+    return [
+        parameter
+        for module in modules
+        if module._parameters
+        for parameter in module._parameters.values()
+        if parameter is not None
+        and parameter not in updated
+        and parameter.requires_grad
+        and parameter.is_leaf
+        and parameter.grad is not None
+    ]

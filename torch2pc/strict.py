@@ -25,7 +25,6 @@ graph of layer 1, whose input does not move, for its update at the end.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -34,8 +33,14 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from torch2pc.checks import check_vinit_entries
-from torch2pc.compiled import Program, compiled_steps, run_plainly, schedule
+from torch2pc.checks import check_vinit_entries, warn_caller
+from torch2pc.compiled import (
+    Program,
+    changing_number,
+    compiled_steps,
+    run_plainly,
+    schedule,
+)
 from torch2pc.layers import (
     Inference,
     Layer,
@@ -89,13 +94,12 @@ def _warn_of_flat_items(network: Network) -> None:
     ]
     if flat:
         _warned.add(network.model)
-        warnings.warn(
+        warn_caller(
             "Strict takes its updates at v, where those of units that an activation holds at a "
             "constant feed themselves, so that training may blow up. "
             f"Such an activation is the last in {', '.join(flat)}. "
             'Pass update_at="vhat", or cut the model before the activations '
-            "(items Linear | ReLU, Linear | ReLU, Linear)",
-            stacklevel=5,  # who called PCInfer
+            "(items Linear | ReLU, Linear | ReLU, Linear)"
         )
 
 
@@ -140,7 +144,10 @@ class Relaxation:
         # would be evaluated where they were before, to propagate zeros.
         self._reached = len(network.layers)
         if prior is not None:
-            check_scalar("prior", prior.record(self._free_beliefs()))
+            energy = prior.record(self._free_beliefs())
+            check_scalar("prior", energy)
+            prior.is_replayable(energy.detach(), self._free_beliefs())
+            network.functions.append(prior)
             self._reached = 1
         if vinit is not None:
             check_vinit_entries(vinit, self.vhat)
@@ -272,9 +279,12 @@ class Relaxation:
         reason = next(
             (f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered), None
         )
-        for function in [network.loss, *([] if self.prior is None else [self.prior])]:
+        losses = [network.loss, *([] if self.prior is None else [self.prior])]
+        for function in losses:
             if not function.is_pure:
                 reason = f"{function.name} draws random numbers or changes its buffers"
+        if reason is None:
+            reason = changing_number(network.model, [loss.function for loss in losses])
         if reason is not None:
             run_plainly(network.model, reason)
         if reason is not None or not moving:

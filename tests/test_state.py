@@ -1,0 +1,352 @@
+"""What a call puts back: generators, buffers of every kind, and never at the cost of the first error."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import traceback
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.cases import Case, assert_close
+from torch2pc.state import held_by, modules_in
+
+ERR_TYPES = ["Exact", "FixedPred", "Strict"]
+err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
+
+
+def case_with(*middle: nn.Module) -> Case:
+    model = nn.Sequential(nn.Linear(4, 5), *middle, nn.Tanh(), nn.Linear(5, 3)).double()
+    return Case(model, nn.MSELoss(), torch.randn(6, 4).double(), torch.randn(6, 3).double())
+
+
+class Fails(nn.Module):
+    """Raises as long as it is switched on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.on:
+            raise KeyError("the first error")
+        return x
+
+
+class Observer(nn.Module):
+    """Changes its buffers in each way there is, as the observers of quantization do."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.register_buffer("seen", torch.zeros(2 if way == "resized" else 5))
+        self.register_buffer("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x.detach().amax(0)
+        if self.way == "resized":
+            self.seen.resize_(found.shape).copy_(found)
+        elif self.way == "replaced":
+            self.seen, self.absent = found, found
+        elif self.way == "deleted":
+            del self.seen
+        elif self.way == "added":
+            self.register_buffer("more", found, persistent=False)
+        elif self.way == "table":
+            self._buffers = dict(self._buffers, seen=found)
+        else:
+            self.seen.copy_(found)
+        return x
+
+
+WAYS = ["written", "resized", "replaced", "deleted", "added", "table"]
+
+
+@err_types
+@pytest.mark.parametrize("way", WAYS)
+def test_buffers_are_put_back_however_they_were_changed(way: str, ErrType: str) -> None:
+    case = case_with(Observer(way), Fails())
+    buffers = dict(case.model.named_buffers())
+    before = copy.deepcopy(buffers)
+    with pytest.raises(KeyError, match="the first error"):
+        case.infer(ErrType)
+    after = dict(case.model.named_buffers())
+    assert after.keys() == buffers.keys() and all(after[k] is buffers[k] for k in buffers)
+    assert_close(after, before, tolerance=0)
+    assert case.model[1].absent is None
+    case.model[2].on = False
+    if way != "deleted":
+        case.infer(ErrType)
+
+
+@err_types
+@pytest.mark.parametrize("way", ["resized", "replaced"])
+def test_buffers_that_change_in_every_evaluation_end_as_after_one(way: str, ErrType: str) -> None:
+    case = case_with(Observer(way))
+    twin = copy.deepcopy(case.model)
+    twin(case.X)
+    case.infer(ErrType)
+    assert_close(case.model.state_dict(), twin.state_dict(), tolerance=0)
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh()).double())
+
+
+def traced() -> nn.Module:
+    block = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh()).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(block, torch.randn(3, 5).double(), check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@err_types
+@pytest.mark.parametrize("make", [scripted, traced])
+def test_items_whose_tables_of_buffers_are_read_only(make: Any, ErrType: str) -> None:
+    fails = Fails()
+    case = case_with(make(), fails)
+    before = copy.deepcopy(case.model[1].state_dict())
+    with pytest.raises(KeyError, match="the first error"):
+        case.infer(ErrType)
+    assert_close(dict(case.model[1].state_dict()), dict(before), tolerance=0)
+
+    fails.on = False
+    plain = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh()).double()
+    plain.load_state_dict(before)
+    twin = case._replace(
+        model=nn.Sequential(
+            *[plain if l == 1 else copy.deepcopy(m) for l, m in enumerate(case.model)]
+        )
+    )
+    assert_close(list(case.infer(ErrType)), list(twin.infer(ErrType)))
+    assert_close(list(case.gradients().values()), list(twin.gradients().values()))
+    assert_close(list(case.model[1].state_dict().values()), list(plain.state_dict().values()))
+
+
+class ReadOnly(dict[str, Any]):
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise PermissionError(f"{name} is read-only")
+
+
+class LosesItsBuffer(nn.Module):
+    """What it does to its table of buffers cannot be undone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        del self._buffers["seen"]
+        raise KeyError("the first error")
+
+
+@err_types
+def test_what_cannot_be_put_back_does_not_hide_the_first_error(ErrType: str) -> None:
+    case = case_with(nn.BatchNorm1d(5), LosesItsBuffer(), nn.BatchNorm1d(5))
+    case.model[2]._buffers = ReadOnly(seen=torch.zeros(5))
+    before = copy.deepcopy(case.model[1].state_dict())
+    torch.manual_seed(3)
+    random = torch.get_rng_state()
+    with pytest.raises(KeyError, match="the first error") as caught:
+        case.infer(ErrType)
+    report = "".join(traceback.format_exception(caught.value))
+    assert "PermissionError: seen is read-only" in report
+    # The rest was.
+    assert torch.equal(torch.get_rng_state(), random)
+    assert_close(dict(case.model[1].state_dict()), dict(before), tolerance=0)
+
+
+# Losses that are no modules, over a module with buffers.
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, yhat: Tensor, Y: Tensor) -> Tensor:
+        return (self.norm(yhat) - Y).square().mean()
+
+    def method(self, yhat: Tensor, Y: Tensor) -> Tensor:
+        return self(yhat, Y)
+
+
+class Trainer:
+    def __init__(self, criterion: nn.Module) -> None:
+        self.parts = {"criterion": criterion}
+
+    def loss(self, yhat: Tensor, Y: Tensor) -> Tensor:
+        return self.parts["criterion"](yhat, Y)
+
+
+global_criterion = Normalised().double()
+
+
+def through_a_global(yhat: Tensor, Y: Tensor) -> Tensor:
+    return global_criterion(yhat, Y)
+
+
+def weighted(yhat: Tensor, Y: Tensor, criterion: nn.Module, weight: float = 1.0) -> Tensor:
+    return weight * criterion(yhat, Y)
+
+
+HOLDERS: dict[str, Any] = {
+    "lambda": lambda criterion: lambda yhat, Y: criterion(yhat, Y),
+    "default": lambda criterion: lambda yhat, Y, criterion=criterion: criterion(yhat, Y),
+    "bound method": lambda criterion: criterion.method,
+    "method of a trainer": lambda criterion: Trainer(criterion).loss,
+    "partial": lambda criterion: functools.partial(weighted, criterion=criterion, weight=2.0),
+    "global": lambda criterion: through_a_global,
+    "lambda of a lambda": lambda criterion: HOLDERS["lambda"](HOLDERS["lambda"](criterion)),
+}
+
+
+@err_types
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_buffers_of_a_module_that_a_loss_holds_move_once(holder: str, ErrType: str) -> None:
+    criterion = global_criterion if holder == "global" else Normalised().double()
+    criterion.norm.reset_running_stats()
+    case = case_with()._replace(LossFun=HOLDERS[holder](criterion))
+    case.infer(ErrType)
+    assert criterion.norm.num_batches_tracked == 1
+
+
+def test_gradients_of_modules_that_a_loss_merely_holds_are_left_alone() -> None:
+    criterion, other = Normalised().double(), nn.Linear(2, 2)
+    criterion.other = other
+    other.weight.grad = marker = torch.ones_like(other.weight)
+    case_with()._replace(LossFun=criterion.method).infer("Exact")
+    assert other.weight.grad is marker
+    case_with()._replace(LossFun=criterion).infer("Exact")
+    assert other.weight.grad is None
+
+
+def test_what_is_found_in_a_function() -> None:
+    layer, generator = nn.Linear(2, 2), torch.Generator()
+    assert held_by(lambda: layer) == [layer]
+    assert held_by(functools.partial(print, [layer], (generator,))) == [layer, generator]
+    assert modules_in(nn.Sequential(layer), lambda: layer)[1:] == [layer]
+    assert held_by(torch.nn.functional.mse_loss) == held_by(torch.tanh) == []
+
+    def recursive() -> Any:
+        return recursive, layer
+
+    assert held_by(recursive) == [layer]
+    assert held_by(lambda: later) == []
+    if generator is None:
+        later = layer
+
+
+# Layers that are another function each time.
+
+
+class OwnNoise(nn.Module):
+    """Multiplies by numbers from a source of its own."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.calls = source, 0
+        self.generator = torch.Generator().manual_seed(1)
+        self.numpy = np.random.default_rng(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.source == "generator":
+            return x * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
+        if self.source == "numpy":
+            return x * torch.from_numpy(self.numpy.random(tuple(x.shape)))
+        self.calls += 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_generator_of_the_users_own_is_rewound(branches: bool) -> None:
+    class Noise(OwnNoise):
+        def forward(self, x: Tensor) -> Tensor:
+            if branches and float(x.detach().sum()) == 7:  # such a layer is evaluated in each step
+                return x
+            return super().forward(x)
+
+    found, after = [], []
+    for how in ("generator", "mask"):
+        case = case_with(Noise("generator"))
+        generator = case.model[1].generator
+        noise = torch.rand(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        if how == "mask":
+            case.model[1] = Mask(noise)
+        torch.manual_seed(2)
+        case.model[0].reset_parameters()
+        case.model[-1].reset_parameters()
+        case = case._replace(X=torch.ones(6, 4).double(), Y=torch.zeros(6, 3).double())
+        found.append([list(case.infer("Strict")), list(case.gradients().values())])
+        after.append(torch.rand(1, generator=generator, dtype=torch.float64))
+    assert_close(found[0], found[1])
+    torch.rand(6, 5, generator=(once := torch.Generator().manual_seed(1)), dtype=torch.float64)
+    assert torch.equal(after[0], torch.rand(1, generator=once, dtype=torch.float64))
+
+
+class Mask(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
+@pytest.mark.parametrize("source", ["numpy", "attribute"])
+def test_a_layer_that_is_another_one_each_time_is_named_once(source: str) -> None:
+    case = case_with(OwnNoise(source))
+    with pytest.warns(UserWarning, match=r"model\[1\] \(OwnNoise\) gives another output") as caught:
+        case.infer("Strict")
+    assert [w.filename for w in caught] == [case_file()]
+    found = case.infer("Strict")  # once is enough: warnings are errors here
+    # What it was in the feed-forward pass is what its beliefs relax with.
+    assert all(error.norm() < 10 * found.dLdy.norm() for error in found.epsilon[1:])
+
+
+def case_file() -> str:
+    return Case.infer.__code__.co_filename
+
+
+def test_a_loss_that_is_another_one_each_time_is_named_once() -> None:
+    calls = []
+
+    def LossFun(yhat: Tensor, Y: Tensor) -> Tensor:
+        calls.append(None)
+        return len(calls) * (yhat - Y).square().mean()
+
+    case = case_with()._replace(LossFun=LossFun)
+    with pytest.warns(UserWarning, match=r"LossFun \(LossFun\) gives another output"):
+        case.infer("Strict")
+    case.infer("Strict")
+    for ErrType in ("Exact", "FixedPred"):  # each layer is evaluated once
+        case.infer(ErrType)
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@err_types
+@pytest.mark.parametrize("branches", [False, True])
+def test_checkpointed_buffers_move_as_in_one_forward_and_backward_pass(
+    ErrType: str, branches: bool
+) -> None:
+    """The backward pass evaluates the module again, and so moves them a second time."""
+
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x if float(x.detach().sum()) < 1e9 else x
+
+    block = [nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh()]
+    case = case_with(Checkpointed(*block, *[Branches()] * branches))
+    twin = copy.deepcopy(case)
+    for _ in range(2):
+        twin.LossFun(twin.model(twin.X), twin.Y).backward()
+        case.infer(ErrType)
+    assert case.model[1][1].num_batches_tracked == 4
+    assert twin.model[1][1].num_batches_tracked == 4
