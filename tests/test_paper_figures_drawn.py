@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -75,6 +76,10 @@ def test_figure_2_follows_what_PCInfer_computes():
         above = found.relative_error[n - 1][2:]
         assert plain.relative_error[n - 1][2:] == pytest.approx(above, abs=1e-3)
     assert abs(plain.angle[-1][0] - found.angle[-1][0]) > 0.1
+    precise = data.Batch(batch.X.double(), batch.labels)
+    in_float64 = figure_2.follow_plain(copy.deepcopy(model).double(), precise, 0.2, 12)
+    for ours, right in zip(found.angle[4:], in_float64.angle[4:], strict=True):
+        assert ours == pytest.approx(right, abs=1e-2)
 
 
 def test_figure_4_follows_what_PCInfer_computes():
