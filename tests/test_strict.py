@@ -139,3 +139,24 @@ def test_from_vinit_all_layers_are_evaluated(monkeypatch: pytest.MonkeyPatch) ->
     widths = count_displacements(monkeypatch)
     case.infer("Strict", n=2, vinit=vhat)
     assert [widths.count(width) for width in range(3, 8)] == [0, 2, 2, 2, 2]
+
+
+def test_with_a_sum_over_the_batch_the_update_is_the_sum_of_the_examples_own() -> None:
+    """With a mean it is not their mean: the loss weighs less against the layers' errors."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X, Y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    off = {}
+    for reduction in ("sum", "mean"):
+        case = Case(model, nn.MSELoss(reduction=reduction), X, Y)
+        case.infer("Strict")
+        found = case.gradients()
+        model.zero_grad()
+        for k in range(6):
+            case._replace(X=X[k : k + 1], Y=Y[k : k + 1]).infer("Strict", accumulate=True)
+        weight = 1.0 if reduction == "sum" else 1 / 6
+        off[reduction] = max(
+            float((weight * g - found[name]).norm() / found[name].norm())
+            for name, g in case.gradients().items()
+        )
+    assert off["sum"] < 1e-9
+    assert off["mean"] > 0.01
