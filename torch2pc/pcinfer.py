@@ -157,8 +157,9 @@ def PCInfer(
 
     Raises:
         TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; a module of it is
-            sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is no number, ``n`` no int;
-            a layer returns something other than one floating-point tensor.
+            sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
+            entry of ``vinit`` is no tensor; ``eta`` is no number, ``n`` no int; a layer returns
+            something other than one floating-point tensor.
         ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite; ``n`` < 1;
             ``vinit`` does not fit the layers' outputs; ``X`` was made under
             ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
