@@ -215,13 +215,13 @@ def infer(
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         with torch.inference_mode(False), torch.enable_grad():
             return infer(algorithm, model, LossFun, X, Y, accumulate, prior)
-    # A loss that is no module may hold some, say of a trainer, whose gradients are none of ours.
-    functions = [LossFun, prior]
     check_no_transform()
+    functions = [LossFun, prior]
     own = modules_in(model, *[f for f in functions if isinstance(f, nn.Module)])
+    check_modules(own)
+    # A loss that is no module may hold some, say of a trainer, whose gradients are none of ours.
     held = modules_in(*[f for f in functions if not isinstance(f, nn.Module)])
     modules = list(dict.fromkeys([*own, *held])) if held else own
-    check_modules(modules)
     network = Network(model, LossFun, X, Y, modules)
     before = Snapshot(modules, network.devices)
     try:
