@@ -319,11 +319,12 @@ def write_gradients(
             for parameter, update in updates:
                 _add_to_gradient(parameter, update, before)
         else:
-            for parameter in _others(modules, updates):
-                before.append((parameter, parameter.grad, None))
+            others = _others(modules, updates)
+            before += [(parameter, parameter.grad, None) for parameter in others]
+            before += [(parameter, parameter.grad, None) for parameter, _ in updates]
+            for parameter in others:
                 parameter.grad = None
             for parameter, update in updates:
-                before.append((parameter, parameter.grad, None))
                 parameter.grad = update
         for parameter, _ in updates:
             hooks: Any = parameter._post_accumulate_grad_hooks
