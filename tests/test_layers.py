@@ -426,6 +426,26 @@ def test_module_hooks_fire_once(ErrType: str) -> None:
     assert all(sorted(each) == ["backward", "forward", "pre"] for each in fired)
 
 
+@err_types
+def test_hooks_of_the_model_are_told_which_module_it_is(ErrType: str) -> None:
+    case = dense()
+    case.X.requires_grad_()
+    told: list[tuple[str, nn.Module]] = []
+    model = case.model
+    model.register_forward_pre_hook(lambda m, x: told.append(("pre", m)))
+    model.register_forward_pre_hook(lambda m, x, kw: told.append(("pre", m)), with_kwargs=True)
+    model.register_forward_hook(lambda m, x, y: told.append(("forward", m)), always_call=True)
+    model.register_forward_hook(lambda m, x, kw, y: told.append(("forward", m)), with_kwargs=True)
+    model.register_full_backward_pre_hook(lambda m, g: told.append(("backward", m)))
+    model.register_full_backward_hook(lambda m, g, h: told.append(("backward", m)))
+    case.infer(ErrType)
+    # Strict has no backward pass through the model.
+    expected = ["pre", "pre", "forward", "forward"] + ["backward"] * 2 * (ErrType != "Strict")
+    assert [name for name, _ in told] == expected
+    assert all(module is model for _, module in told)
+    assert "forward" not in vars(model)
+
+
 def test_hooks_of_the_model_itself_fire_once_for_strict() -> None:
     case = dense()
     case.X.requires_grad_()

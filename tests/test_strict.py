@@ -300,3 +300,24 @@ def test_what_the_weights_that_leave_an_inactive_unit_get(n: int) -> None:
     )
     case._replace(model=recut).infer("Strict", n=20)
     assert not weight.grad[:, 2].any() and weight.grad[:, 1].any()
+
+
+def test_with_a_sum_over_the_batch_the_update_is_the_sum_of_the_examples_own() -> None:
+    """With a mean it is not their mean: the loss weighs less against the layers' errors."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X, Y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    off = {}
+    for reduction in ("sum", "mean"):
+        case = Case(model, nn.MSELoss(reduction=reduction), X, Y)
+        case.infer("Strict")
+        found = case.gradients()
+        model.zero_grad()
+        for k in range(6):
+            case._replace(X=X[k : k + 1], Y=Y[k : k + 1]).infer("Strict", accumulate=True)
+        weight = 1.0 if reduction == "sum" else 1 / 6
+        off[reduction] = max(
+            float((weight * g - found[name]).norm() / found[name].norm())
+            for name, g in case.gradients().items()
+        )
+    assert off["sum"] < 1e-9
+    assert off["mean"] > 0.01

@@ -92,6 +92,8 @@ _AVERAGING = (
 def check_modules(modules: Iterable[nn.Module]) -> None:
     """None of the modules of a model or its loss has gradients that something else takes care of."""
     for kind in set(map(type, modules)):
+        if kind.__module__.startswith("torch.nn.modules."):
+            continue
         if _base(kind, _SHARDED) is not None:
             raise TypeError(
                 f"model must have whole parameters, got {kind.__name__}, whose parameters are "

@@ -63,10 +63,9 @@ def _subtract(a: list[Tensor], b: list[Tensor], c: Sequence[float]) -> Sequence[
     """a[i] - c[i] b[i] for each i."""
     if all([c_i == 1 for c_i in c]):
         return torch._foreach_sub(a, b)
-    return [
-        torch.sub(a_i, b_i, alpha=_within(c_i, b_i.dtype))
-        for a_i, b_i, c_i in zip(a, b, c, strict=True)
-    ]
+    if not all([abs(c_i) < 1e38 for c_i in c]):
+        c = [_within(c_i, b_i.dtype) for c_i, b_i in zip(c, b, strict=True)]
+    return [torch.sub(*of_i, alpha=c_i) for *of_i, c_i in zip(a, b, c, strict=True)]
 
 
 def _within(c: float, dtype: torch.dtype) -> float:

@@ -59,7 +59,7 @@ def PCInferLatent(
             (l = 1..L-1); 1 if not given.
         prior: a callable from the list ``[v_0, ..., v_{L-1}]`` to a scalar energy. If it has
             parameters, they get their gradient too.
-        accumulate: add to ``.grad`` instead of replacing it, for micro-batches.
+        accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches.
         compile: run the iterations through ``torch.compile``, as in ``PCInfer``.
 
     Returns:

@@ -70,7 +70,7 @@ class Layer:
     """
 
     # What ``record`` finds. The generators that it drew from, as they were before.
-    drawn: RandomState
+    drawn: RandomState = []  # noqa: RUF012 (replaced, never changed)
     _buffers: Buffers | None = None
     has_leaves = True
     ends_flat = False
@@ -88,7 +88,7 @@ class Layer:
         model: nn.Module | None = None,
     ) -> None:
         self.function, self._where, self._devices = function, where, devices
-        self.copies_input, self._model, self.drawn = copies_input, model, []
+        self.copies_input, self._model = copies_input, model
 
     @property
     def name(self) -> str:

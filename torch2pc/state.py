@@ -1,6 +1,6 @@
 """What a call may change besides its results: random number generators, buffers, flags, ``.grad``.
 
-Here they are saved, compared and put back. What the layers compute is in ``layers.py``.
+Here they are found, saved, compared and put back. What the layers compute is in ``layers.py``.
 """
 
 from __future__ import annotations
@@ -319,11 +319,12 @@ def write_gradients(
             for parameter, update in updates:
                 _add_to_gradient(parameter, update, before)
         else:
-            for parameter in _others(modules, updates):
-                before.append((parameter, parameter.grad, None))
+            others = _others(modules, updates)
+            before += [(parameter, parameter.grad, None) for parameter in others]
+            before += [(parameter, parameter.grad, None) for parameter, _ in updates]
+            for parameter in others:
                 parameter.grad = None
             for parameter, update in updates:
-                before.append((parameter, parameter.grad, None))
                 parameter.grad = update
         for parameter, _ in updates:
             hooks: Any = parameter._post_accumulate_grad_hooks
@@ -359,15 +360,18 @@ def _add_to_gradient(
 
 def _others(modules: Iterable[nn.Module], updates: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """The parameters of ``modules`` that require grad and have one, but no update."""
-    updated = {parameter for parameter, _ in updates}
+    tables = [module._parameters.values() for module in modules if module._parameters]
+    parameters = [parameter for table in tables for parameter in table]
+    # By their ids, as a tensor takes long to hash.
+    others = set(map(id, parameters)).difference([id(parameter) for parameter, _ in updates])
+    if not others:
+        return []
     return [
-        parameter
-        for module in modules
-        if module._parameters
-        for parameter in module._parameters.values()
-        if parameter is not None
-        and parameter not in updated
-        and parameter.requires_grad
-        and parameter.is_leaf
-        and parameter.grad is not None
+        p
+        for p in parameters
+        if p is not None
+        and id(p) in others
+        and p.requires_grad
+        and p.is_leaf
+        and p.grad is not None
     ]
