@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2pc.layers import Inference, Network, detached, in_belief_dtype, own
+from torch2pc.graph import in_belief_dtype, own
+from torch2pc.layers import Inference, Network, detached
 
 
 def exact(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_LossFun, check_model, check_tensor
-from torch2pc.layers import Network, output_gradient
+from torch2pc.graph import output_gradient
+from torch2pc.layers import Network
 
 
 def FwdPassPlus(

@@ -41,19 +41,16 @@ from torch2pc.compiled import (
     run_plainly,
     schedule,
 )
-from torch2pc.layers import (
-    Inference,
-    Layer,
-    Network,
+from torch2pc.graph import (
     add_updates,
     check_scalar,
-    detached,
     gradient,
     in_belief_dtype,
     leaves_between,
     outside_autocast,
     own,
 )
+from torch2pc.layers import Inference, Layer, Network, detached
 
 
 def strict(
