@@ -11,6 +11,7 @@ import os
 import pkgutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,9 @@ def figure_modules() -> dict[str, ModuleType]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what the arguments ask for; the exit status is 0 if all went well."""
+    # The papers' networks are cut after the activation, and some are meant to be too deep.
+    for message in ("Strict takes its updates at v", "The error hardly reaches"):
+        warnings.filterwarnings("ignore", message, UserWarning)
     modules = figure_modules()
     asked = parse(modules, arguments)
     if asked.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
