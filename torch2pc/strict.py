@@ -363,9 +363,9 @@ def _gradient_of_small(
 ) -> list[Tensor | None]:
     """``J^T error``, for errors of any size.
 
-    In deep networks they are so small that their products with small beliefs have fewer digits than
-    others (below 1e-38 in float32), with which processors are many times slower, too. So they are
-    multiplied by a power of two first, and what comes of them is divided by it: nothing is rounded.
+    In deep networks they are so small that their products with small beliefs (those of inactive units)
+    fall below 1e-38, where processors are many times slower in float32. So they are multiplied by a
+    power of two first, and what comes of them is divided by it: nothing is rounded.
     """
     _, exponent = torch.frexp(torch.linalg.vector_norm(error, torch.inf))
     exponent = exponent.clamp(-120, 0)
