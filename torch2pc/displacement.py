@@ -37,6 +37,7 @@ from torch2pc.rules import (
     Rule,
     Step,
     aten,
+    base,
     belief_dtype,
     composed_step,
     difference_step,
@@ -431,8 +432,7 @@ class Recorder(Watch):
     ) -> None:
         """A line for a module with a rule of its own."""
         if id(x) in self.place:
-            tensors = (x.detach().to(belief_dtype(x.dtype)),)
-            self._append(Step(Rule(_by_user), (x,), tensors, (rule, module)), output)
+            self._append(Step(Rule(_by_user), (x,), (base(x),), (rule, module)), output)
 
     def displacement(self, output: Tensor) -> Displacement:
         """The displacement of ``output``, of the lines that it depends on."""

@@ -116,11 +116,10 @@ class Layer:
             raise self._wrote_input()
         if not isinstance(output, Tensor) or not output.dtype.is_floating_point:
             is_complex = isinstance(output, Tensor) and output.is_complex()
+            advice = "; beliefs are real: return torch.view_as_real of it" if is_complex else ""
             raise TypeError(
                 f"{self.name} must return one floating-point tensor, got "
-                f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}"
-                + is_complex
-                * "; beliefs are real: return torch.view_as_real of it"
+                f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}{advice}"
             )
         is_fresh = not output.is_leaf and not output._is_view()
         return output if is_fresh else _own_output(output, given)
