@@ -20,6 +20,7 @@ from torch2pc.checks import (
     check_update_at,
     check_vinit_length,
 )
+from torch2pc.error_based import error_based
 from torch2pc.exact import exact
 from torch2pc.fixed_pred import fixed_pred, warn_of_short_inference
 from torch2pc.layers import Inference, Network
@@ -30,6 +31,7 @@ ALGORITHMS: dict[str, Callable[..., Inference]] = {
     "Exact": exact,
     "FixedPred": fixed_pred,
     "Strict": strict,
+    "ErrorBased": error_based,
 }
 
 
@@ -201,13 +203,13 @@ def PCInfer(
     if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
         accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
-    if ErrType == "Strict":
+    if ErrType not in ("Exact", "FixedPred"):
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
     if ErrType != "Exact":
         eta = check_eta(eta)
         n = len(model) if n is None else check_n(n)
-        if ErrType == "FixedPred" or vinit is None:
+        if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None):
             warn_of_short_inference(model, eta, n)
 
     algorithm = partial(
