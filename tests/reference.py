@@ -173,7 +173,7 @@ def at_errors(
     """What PCInfer returns of hidden errors, and the updates that they give"""
     vhat = feed_forward(model, X)
     Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
-    v, y = perturbed_pass(model, X, epsilon)
+    v, y = perturbed_pass(model, X.detach(), epsilon)
     v = [*(v_l.detach() for v_l in v), vhat[-1]]
     all_errors: list[Any] = [*epsilon, loss_gradient(LossFun, y.detach(), Y)[1]]
     updates = parameter_updates(model, v if update_at == "v" else vhat, all_errors)
@@ -200,6 +200,38 @@ def error_based(
         )
         epsilon[1:] = [e.detach() - eta * dF for e, dF in zip(free, gradients, strict=True)]
     return at_errors(model, LossFun, X, Y, epsilon, update_at)
+
+
+def equilibrium(
+    model: nn.Sequential,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    eta: float = 0.0,
+    n: int = 400,
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+) -> Reference:
+    """The minimum of F that PyTorch's own L-BFGS descends to, for the whole batch at once"""
+    free = [e.requires_grad_() for e in errors_of(model, X, vinit)[1:]]
+    if free:
+        optimizer = torch.optim.LBFGS(
+            free,
+            max_iter=n,
+            tolerance_grad=1e-13,
+            tolerance_change=0.0,
+            history_size=50,
+            line_search_fn="strong_wolfe",
+        )
+
+        def F() -> Tensor:
+            optimizer.zero_grad()
+            value = energy_of_errors(model, LossFun, X, Y, [None, *free])
+            value.backward(inputs=free)
+            return value
+
+        optimizer.step(F)
+    return at_errors(model, LossFun, X, Y, [None, *(e.detach() for e in free)], update_at)
 
 
 def energy(model: nn.Sequential, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:

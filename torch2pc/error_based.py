@@ -65,11 +65,12 @@ class ErrorRelaxation(Relaxation):
         self._starts_from_beliefs = vinit is not None
         # What each layer saves on the way up, for the way down.
         self._saved: list[Any] | None = None
+        # Where the output is that the errors make, and the loss there.
+        self.output, self.loss_here = self.vhat[-1], self.Loss
 
     def run(self, n: int, compile: bool = False) -> None:
         """``n`` steps."""
-        if compile:
-            run_plainly(self.network.model, "only Strict's iterations are compiled")
+        self._say_if_compiled(compile)
         for _ in range(n):
             self.step()
         self._saved = None
@@ -106,7 +107,8 @@ class ErrorRelaxation(Relaxation):
             if l < L:
                 torch.sub(moved, self.epsilon[l], out=self.delta[l])
             else:
-                self.epsilon[L] = self._output_error(moved)
+                self.output = self.vhat[-1].to(moved.dtype) + moved
+                self.loss_here, self.epsilon[L] = self._loss_at(self.output)
 
     def arriving(self) -> Iterator[tuple[int, Tensor | None]]:
         """(l, g_l) for l = L-1..1: what the output's error brings down to where the beliefs are.
@@ -121,6 +123,10 @@ class ErrorRelaxation(Relaxation):
                 with self._outside_autocast():
                     g = self.network.layers[l].displacement.backward(saved, g)
             yield l, g
+
+    def _say_if_compiled(self, compile: bool) -> None:
+        if compile:
+            run_plainly(self.network.model, "only Strict's iterations are compiled")
 
     def _take_hidden_errors(self) -> None:
         """The errors of the beliefs as they are."""

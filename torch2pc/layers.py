@@ -60,6 +60,8 @@ class Inference(NamedTuple):
     v: list[Tensor]
     epsilon: list[Tensor | None]
     updates: list[tuple[Tensor, Tensor]]
+    distance: Tensor | None = None
+    evaluations: int | None = None
 
 
 # For each model, which of its layers were found to be the same function again in a replay.

@@ -338,12 +338,15 @@ class Relaxation:
 
     def _output_error(self, moved: Tensor) -> Tensor:
         """The loss's gradient where the prediction of the output has moved to."""
-        y = self.vhat[-1].to(moved.dtype) + moved
+        return self._loss_at(self.vhat[-1].to(moved.dtype) + moved)[1]
+
+    def _loss_at(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss for such an output, and its gradient there."""
         with torch.enable_grad():
             prediction = y.to(self.vhat[-1].dtype).requires_grad_()
             Loss = self.network.loss.replay(prediction, self.network.Y)
         (epsilon_L,) = gradient([Loss], [prediction])
-        return torch.zeros_like(y) if epsilon_L is None else epsilon_L.to(y.dtype)
+        return Loss.detach(), torch.zeros_like(y) if epsilon_L is None else epsilon_L.to(y.dtype)
 
     def _outside_autocast(self) -> AbstractContextManager[Any]:
         # The rules choose the types themselves.
