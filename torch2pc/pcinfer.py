@@ -85,7 +85,7 @@ def PCInfer(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor = 0.1,
+    eta: float | Tensor | str = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
@@ -145,8 +145,9 @@ def PCInfer(
     statistics move once, and if it raises, everything is as it was. (Checkpointed modules are evaluated
     once more in the backward pass, with the effects that it has there.) A parameter of the model, or of
     a ``LossFun`` that is a module, that the call does not reach has ``.grad`` None afterwards. (What
-    follows about Strict holds for ErrorBased and Equilibrium too.) For Strict a layer is one function during the call if its state is in buffers and its random numbers
-    come from PyTorch's generators or from a ``torch.Generator`` that is an attribute of the module or
+    follows about Strict holds for ErrorBased and Equilibrium too.) For Strict a layer is one function
+    during the call if its state is in buffers and its random numbers come from PyTorch's generators or
+    from a ``torch.Generator`` that is an attribute of the module or
     held by ``LossFun``; a layer that draws in its backward pass (shake-shake) does so anew each time,
     and one that is another function when it is evaluated again is named in a warning. Hooks of modules
     fire as in one forward pass; with Strict also when a layer is evaluated for its update, and once
@@ -181,8 +182,16 @@ def PCInfer(
             ``X.grad`` where X is a leaf; otherwise ``X.backward(epsilon[0])`` carries on.
         Y: the targets, handed to ``LossFun`` as they are.
         ErrType: ``"Exact"``, ``"FixedPred"``, ``"Strict"``, ``"ErrorBased"`` or ``"Equilibrium"``.
-        eta: the step size of the beliefs, or of ErrorBased's errors, a number or a tensor without
-            dimensions. Not used by Exact and Equilibrium.
+        eta: the step size of the beliefs, or of ErrorBased's errors: a number, a tensor without
+            dimensions, or ``"auto"``. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
+            ErrorBased take 1/lambda, where lambda is the largest eigenvalue of the energy's Hessian (in
+            the beliefs, or in the errors), estimated anew in each call from 4 products with it at the
+            start (Gauss-Newton, Lanczos), and a quarter of that, and so on, if the energy is
+            higher after n iterations than before: it ends no higher than it started. The
+            result depends on the arguments alone, and is that of the number that was found. It costs
+            as much as 4 to 5 iterations of all layers, and waits twice for the device. For
+            FixedPred it is 1, which brings the whole gradient everywhere from ``n = L`` on (any eta
+            from 0 to 1 is stable there).
         n: the number of iterations, or Equilibrium's largest number of evaluations, at least 1; None
             for L. Not used by Exact.
         vinit: initial beliefs, L+1 entries, of which the first (the input) and the last are not used.
@@ -196,14 +205,14 @@ def PCInfer(
             is random, changes buffers, or holds a Python number with a third value: hold it in a
             tensor; ErrorBased and Equilibrium) a warning says so once. Exact and FixedPred have
             nothing to compile.
-        update_at: where the updates of the relaxations are taken, ``"v"`` or ``"vhat"``. At v they descend the
-            energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as when the paper
+        update_at: where the updates of the relaxations are taken, ``"v"`` or ``"vhat"``. At v they
+            descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as when the paper
             appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has
             ``vhat = 0``, but ``v = -epsilon``, and what the weights that leave it get at v grows with
             them, until training blows up; at vhat they get nothing. A warning says so, once for a
             model, where an item ends in ReLU or its like. To cut the items before the activation,
-            ``Linear | ReLU, Linear | ReLU, Linear``, helps as well, though less surely: it may need a
-            smaller ``eta`` at large learning rates. Not used by Exact and FixedPred.
+            ``Linear | ReLU, Linear | ReLU, Linear``, helps as well; at large learning rates with
+            ``eta="auto"``, as weights may grow until .1 is too large. Not used by Exact and FixedPred.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``; for Equilibrium an ``EquilibriumResult``, the same
@@ -217,9 +226,10 @@ def PCInfer(
     Raises:
         TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; a module of it is
             sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
-            entry of ``vinit`` is no tensor; ``eta`` is no number; ``n`` is neither an int
-            nor None; a layer returns something other than one floating-point tensor.
-        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite; ``n`` < 1;
+            entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
+            is neither an int nor None; a layer returns something other than one floating-point tensor.
+        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, or a string other than
+            ``"auto"``; ``n`` < 1;
             ``vinit`` does not fit the layers' outputs; ``update_at`` is unknown; ``X`` was made under
             ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
         RuntimeError: a layer wrote into its input without an ``inplace`` attribute that says so; the
