@@ -99,7 +99,7 @@ class Search(ErrorRelaxation):
         # In half precision that is what limits the gradient, whatever the errors are held in.
         self._eps = torch.finfo(self.vhat[-1].dtype).eps
         sizes = {len(e) if e.dim() else 1 for e in self.epsilon[1:]}
-        self._rows = sizes.pop() if len(sizes) == 1 else 1
+        self._rows = max(sizes.pop(), 1) if len(sizes) == 1 else 1
         self.evaluations = 0
         """How often F and its gradient were evaluated."""
         self.distance = self.epsilon[-1].new_zeros(self._rows)
@@ -197,11 +197,11 @@ class Search(ErrorRelaxation):
 
     def _some(self) -> tuple[Tensor, Tensor]:
         """Which half of the examples to try, shaped like the outputs, and numbers for each output."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         like = self.output
-        order = torch.randperm(self._rows, generator=generator)
+        order = torch.randperm(self._rows, generator=generator, device="cpu")
         chosen = (order < (self._rows + 1) // 2).reshape(-1, *[1] * (like.dim() - 1))
-        drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype)
+        drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu")
         return chosen.to(like.device), drawn.to(like.device)
 
     def _evaluate(self, epsilon: Tensor, with_gradient: bool = True) -> Point:

@@ -206,8 +206,8 @@ def PCInfer(
             tensor; ErrorBased and Equilibrium) a warning says so once. Exact and FixedPred have
             nothing to compile.
         update_at: where the updates of the relaxations are taken, ``"v"`` or ``"vhat"``. At v they
-            descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as when the paper
-            appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has
+            descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as
+            when the paper appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has
             ``vhat = 0``, but ``v = -epsilon``, and what the weights that leave it get at v grows with
             them, until training blows up; at vhat they get nothing. A warning says so, once for a
             model, where an item ends in ReLU or its like. To cut the items before the activation,
