@@ -109,8 +109,7 @@ class ErrorRelaxation(Relaxation):
         if L > 1:
             torch.neg(self.epsilon[1], out=self.delta[1])
         for l in range(2, L + 1):
-            with self._outside_autocast():
-                moved, saved = self.network.layers[l - 1].displacement.forward(self.delta[l - 1])
+            moved, saved = self._displaced(l, self.delta[l - 1])
             self._saved.append(saved)
             if l < L:
                 torch.sub(moved, self.epsilon[l], out=self.delta[l])
@@ -141,10 +140,9 @@ class ErrorRelaxation(Relaxation):
         for l in range(1, len(self.delta)):
             if l == 1:
                 torch.neg(self.delta[1], out=self.epsilon[1])
-                continue
-            with self._outside_autocast():
-                moved, _ = self.network.layers[l - 1].displacement.forward(self.delta[l - 1])
-            torch.sub(moved, self.delta[l], out=self.epsilon[l])
+            else:
+                moved, _ = self._displaced(l, self.delta[l - 1])
+                torch.sub(moved, self.delta[l], out=self.epsilon[l])
 
     @torch.no_grad()
     def _energy(self) -> Tensor:
