@@ -307,6 +307,19 @@ def test_a_layer_that_is_another_one_each_time_is_named_once(source: str) -> Non
     assert all(error.norm() < 10 * found.dLdy.norm() for error in found.epsilon[1:])
 
 
+def test_a_layer_that_changes_in_training_alone_is_named_then() -> None:
+    class Noise(OwnNoise):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.training else x
+
+    case = case_with(Noise("numpy"))
+    case.model.eval()
+    case.infer("Strict")
+    case.model.train()
+    with pytest.warns(UserWarning, match="gives another output"):
+        case.infer("Strict")
+
+
 def case_file() -> str:
     return Case.infer.__code__.co_filename
 
