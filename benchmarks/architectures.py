@@ -23,7 +23,7 @@ import math
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,16 +80,12 @@ def _of_timm(name: str) -> Callable[[], nn.Module]:
 
 
 def chosen(per_family: int, largest: float) -> Iterator[Architecture]:
-    """The first few of each family that have no more than ``largest`` parameters."""
+    """Those of the first few of each family that have no more than ``largest`` parameters."""
     families = defaultdict(list)
     for architecture in architectures():
         families[architecture.library, architecture.family].append(architecture)
     for family in families.values():
-        found = 0
-        for architecture in family:
-            if found < per_family and _size(architecture) <= largest:
-                found += 1
-                yield architecture
+        yield from (a for a in family[:per_family] if _size(a) <= largest)
 
 
 def _size(architecture: Architecture) -> float:
@@ -287,21 +283,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Holds PCInfer against backprop and the plain algorithms on published models.",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models only")
-    parser.add_argument("--per-family", type=int, default=3, metavar="N", help="default: 3")
+    parser.add_argument(
+        "--per-family", type=int, default=3, metavar="N", help="of each file that has some (3)"
+    )
     parser.add_argument(
         "--largest", type=float, default=15.0, metavar="M", help="million parameters (15)"
     )
     asked = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=UserWarning)
+    models: Iterable[Architecture]
     if asked.only:
         models = [a for a in architectures() if a.name in asked.only]
     else:
-        models = list(tqdm(chosen(asked.per_family, asked.largest * 1e6), "choosing"))
-    if not models:
-        print(f"No model was found: install one of {', '.join(LIBRARIES)}.")
-        return 0
-    chains, wrong = 0, []
+        models = chosen(asked.per_family, asked.largest * 1e6)
+    total, chains, wrong = 0, 0, []
     for architecture in tqdm(models, unit="model"):
+        total += 1
         count, found = check(architecture.build)
         name = f"{architecture.library} {architecture.name}"
         if not count:

@@ -32,12 +32,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-# Read when these are imported: a process that has started threads cannot be forked safely.
-os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
-
 import pytest
-import torch
-import torch._dynamo
 from hypothesis import Phase, settings
 from tqdm import tqdm
 
@@ -46,13 +41,16 @@ from tests.mutations import Mutant, mutants_of
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = ("__init__.py", "memory.py")
 # These use the library, and take long; what they are about is other code.
-OTHER_TESTS = ("test_paper_figures", "test_figure", "test_letters", "test_benchmarks", "test_muta")
+OTHER_TESTS = ("test_paper_figures", "test_figure", "test_letters", "test_benchmarks")
+OTHER_TESTS += ("test_architectures", "test_tools", "test_mutants")
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 GIBIBYTE = 2**30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
+    os.chdir(ROOT)
+    preload()
     asked.out.mkdir(parents=True, exist_ok=True)
     tests = Tests(asked.out)
     tests.measure()
@@ -64,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found is None or (asked.again and not found["killed"])
         ):
             known.add(mutant, tests.run(mutant, asked.seconds))
-    return report(sample, known, equivalent)
+    report(sample, known, equivalent)
+    return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -89,15 +88,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def preload() -> None:
+    """Import once what every process needs, but not torch2pc, and start no threads, for forks' sake."""
+    os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
+    import torch
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    assert "torch2pc" not in sys.modules
+
+
 def sources() -> list[Path]:
     """The files that mutants are made of."""
     return [p for p in sorted((ROOT / "torch2pc").rglob("*.py")) if p.name not in LEFT_OUT]
 
 
+@functools.cache
+def all_mutants() -> list[Mutant]:
+    return [mutant for path in sources() for mutant in mutants_of(path, ROOT)]
+
+
 def draw(count: int, seed: int) -> list[Mutant]:
     """A sample of all mutants, or all of them where there are fewer."""
-    found = [mutant for path in sources() for mutant in mutants_of(path, ROOT)]
-    return random.Random(seed).sample(found, min(count, len(found)))
+    return random.Random(seed).sample(all_mutants(), min(count, len(all_mutants())))
 
 
 def read_equivalent() -> dict[str, str]:
@@ -140,12 +153,15 @@ class Tests:
 
     def measure(self) -> None:
         """Run what has changed since it was last measured, and note the lines that it executes."""
-        library = [*(ROOT / "torch2pc").rglob("*.py")]
-        holders = [*sorted((ROOT / "tests").glob("test_*.py")), *sorted(library)]
-        holders = [p for p in holders if not p.name.startswith(OTHER_TESTS)]
-        helpers = [p for p in (ROOT / "tests").glob("*.py") if not p.name.startswith("test_")]
-        of_all = digest(p for p in helpers if not p.name.startswith("muta"))
-        now = {str(p.relative_to(ROOT)): of_all + digest([p]) for p in holders}
+        files = sorted((ROOT / "tests").glob("*.py"))
+        helpers = [p for p in files if not p.name.startswith(("test_", "muta"))]
+        of_all = digest(helpers)
+        now = {
+            str(p.relative_to(ROOT)): of_all + digest([p])
+            for p in files
+            if p.name.startswith("test_") and not p.name.startswith(OTHER_TESTS)
+        }
+        now["torch2pc"] = digest((ROOT / "torch2pc").rglob("*.py"))  # the examples in docstrings
         old = [name for name in now if self.files.get(name, {}).get("digest") != now[name]]
         self.files = {name: found for name, found in self.files.items() if name in now}
         for name in tqdm(old, "measuring the tests", unit="file"):
@@ -255,9 +271,8 @@ class Plugin:
 
     def pytest_sessionstart(self) -> None:
         # To make a failure smaller takes long.
-        base = settings.get_profile("torch2pc")
         phases = [Phase.explicit, Phase.generate]
-        settings.register_profile("mutants", base, phases=phases, print_blob=False)
+        settings.register_profile("mutants", settings.default, phases=phases, print_blob=False)
         settings.load_profile("mutants")
 
     @pytest.hookimpl(trylast=True)
@@ -343,8 +358,11 @@ def forked(body: Callable[[], int], seconds: float) -> int | None:
     return None
 
 
-def report(sample: Sequence[Mutant], known: Known, equivalent: dict[str, str]) -> int:
-    """Print the mutants that survived, and the score."""
+def report(sample: Sequence[Mutant], known: Known, equivalent: dict[str, str]) -> None:
+    """Print the mutants that survived, and the score; also what is listed, but is there no more."""
+    gone = equivalent.keys() - {mutant.key for mutant in all_mutants()}
+    for key in sorted(gone):
+        print(f"\nin {EQUIVALENT.name}, but not in the code:\n{key}")
     counted = [mutant for mutant in sample if mutant.key not in equivalent]
     survived = [mutant for mutant in counted if not known.results[mutant.key]["killed"]]
     for mutant in survived:
@@ -356,12 +374,7 @@ def report(sample: Sequence[Mutant], known: Known, equivalent: dict[str, str]) -
         f"\n{killed} of {len(counted)} mutants were killed ({killed / max(1, len(counted)):.1%}); "
         f"{len(sample) - len(counted)} more are listed as equivalent."
     )
-    return 0
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    loaded = [name for name in sys.modules if name.partition(".")[0] == "torch2pc"]
-    assert not loaded, "each process imports torch2pc anew"
-    torch.set_num_threads(1)
     sys.exit(main())
