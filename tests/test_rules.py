@@ -65,6 +65,9 @@ POINTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[mpf], mpf], tup
     "Hardswish": (nn.Hardswish(), lambda x: x * clamp(x + 3, 0, 6) / 6, (-3, 3)),
     "Hardshrink": (nn.Hardshrink(0.5), lambda x: x if abs(x) > 0.5 else mpf(0), (-0.5, 0.5)),
     "Softshrink": (nn.Softshrink(0.5), lambda x: x - clamp(x, -0.5, 0.5), (-0.5, 0.5)),
+    "clamp": (lambda x: x.clamp(-1.0, 0.5), lambda x: clamp(x, -1, 0.5), (-1, 0.5)),
+    "clamp min": (lambda x: x.clamp(min=0.5), lambda x: max(x, mpf(0.5)), (0.5,)),
+    "clamp max": (lambda x: x.clamp(max=0.5), lambda x: min(x, mpf(0.5)), (0.5,)),
     "Threshold": (nn.Threshold(0.5, 2.0), lambda x: x if x > 0.5 else mpf(2), (0.5,)),
     "abs": (torch.abs, abs, (0,)),
     "Tanh": (nn.Tanh(), mpmath.tanh, ()),
@@ -125,7 +128,7 @@ def test_a_function_of_one_number(name: str, pairs: list[tuple[float, float]]) -
             # Below 1e-37, float32 has fewer digits.
             assert off <= 1e-5 * float(abs(exact)) + 1e-37, (a[k], d[k], found[k], exact, plain[k])
             near_kink = any(
-                abs(x[k].item() - kink) <= 1e-5 * (abs(pairs[k][0]) + abs(pairs[k][1]) + kink)
+                abs(x[k].item() - kink) <= 1e-5 * (abs(pairs[k][0]) + abs(pairs[k][1]) + abs(kink))
                 for kink in kinks
             )
             if not near_kink and abs(right_slopes[k]) < 1e37:
@@ -204,6 +207,12 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)),
         IMAGE,
     ),
+    "Conv2d, ReLU, MaxPool2d, Conv2d": (  # what is free to be written into
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 1), nn.ReLU()
+        ),
+        IMAGE,
+    ),
     "ReLU, twice used": (
         lambda: Function(lambda x: functional.max_pool2d(x.relu(), 3, 1, 1) * x.relu()),
         IMAGE,
@@ -220,6 +229,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "global pooling": (lambda: nn.AdaptiveAvgPool2d(1), IMAGE),
     "AdaptiveAvgPool3d": (lambda: nn.AdaptiveAvgPool3d(2), VOLUME),
     "Dropout": (nn.Dropout, VECTOR),
+    "dropout in one": (lambda: Function(lambda x: torch.native_dropout(x, 0.4, True)[0]), VECTOR),
+    "dropout in one, eval": (
+        lambda: Function(lambda x: torch.native_dropout(x, 0.4, False)[0]),
+        VECTOR,
+    ),
     "Dropout1d": (nn.Dropout1d, SEQUENCE),
     "Dropout2d": (nn.Dropout2d, IMAGE),
     "Dropout3d": (nn.Dropout3d, VOLUME),
@@ -380,3 +394,47 @@ def test_broken_inputs_stay_visible(name: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         found, _ = recorded.forward(torch.full(shape, math.nan, dtype=dtype))
     assert found.isnan().any()
+
+
+# PyTorch has these in no half precision on a CPU.
+HALF = [name for name in MODULES if name not in ("AvgPool3d", "LocalResponseNorm")]
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HALF)
+def test_displacements_of_half_precision_are_float32(name: str, dtype: torch.dtype) -> None:
+    make, shape = MODULES[name]
+    module, a = make().to(dtype), torch.randn(shape, dtype=dtype)
+    recorded = displacement_of(module, a)
+    with torch.no_grad():
+        found, saved = recorded.forward(1e-3 * torch.randn(shape))
+        back = recorded.backward(saved, torch.randn_like(found))
+    assert found.dtype == back.dtype == torch.float32
+
+
+def test_log_softmax_where_the_likeliest_falls() -> None:
+    """log1p(-1 + little) has no digits, however small the displacement of an entry is."""
+    a, d = torch.tensor([[14.0, 0.0, 1.0]]), torch.tensor([[-40.0, 0.5, 0.0]])
+    with torch.no_grad():
+        found, _ = displacement_of(nn.LogSoftmax(-1), a).forward(d.clone())
+    expected = (a + d).double().log_softmax(-1) - a.double().log_softmax(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_what_no_one_else_needs_is_written_into() -> None:
+    def written(*layers: nn.Module) -> list[bool]:
+        """Whether each line writes into what it is given."""
+        recorded = displacement_of(nn.Sequential(*layers), torch.randn(2, 4, 3, 3))
+        d, found = torch.randn(2, 4, 3, 3), []
+        for line in recorded.lines:
+            before = d.clone()
+            with torch.no_grad():
+                after = line.rule.forward(d, *line.tensors, *line.static)[0]
+            found.append(not torch.equal(d, before))
+            d = after
+        return found
+
+    conv = nn.Conv2d(4, 4, 1)
+    assert written(nn.ReLU(), conv, nn.ReLU(), conv) == [False, False, True, False]
+    assert not any(written(nn.Flatten(), nn.ReLU(), nn.Flatten()))
