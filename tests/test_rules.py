@@ -448,6 +448,24 @@ def test_log_softmax_where_the_likeliest_falls() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
+def test_a_product_that_overflows_where_the_difference_does_not() -> None:
+    a, d = torch.tensor([-2.0, 0.5e38]), torch.tensor([4.0, 0.5e38])
+    with torch.no_grad():
+        found, _ = displacement_of(lambda x: x[0] * x[1], a).forward(d.clone())
+    torch.testing.assert_close(found, torch.tensor(3e38))
+
+
+def test_other_outputs_of_an_operation_are_not_taken_for_its_first() -> None:
+    def normalised(x: Tensor) -> Tensor:
+        y, mean, deviation = torch.native_layer_norm(x, (6,), None, None, 1e-5)
+        return y + mean * deviation
+
+    a, d = torch.randn(4, 6), torch.randn(4, 6)
+    with torch.no_grad():
+        found, _ = displacement_of(normalised, a).forward(d.clone())
+    torch.testing.assert_close(found, normalised(a + d) - normalised(a))
+
+
 def test_what_no_one_else_needs_is_written_into() -> None:
     def written(*layers: nn.Module) -> list[bool]:
         """Whether each line writes into what it is given."""
