@@ -214,6 +214,19 @@ def test_buffers_of_a_module_that_a_loss_holds_move_once(holder: str, ErrType: s
     assert criterion.norm.num_batches_tracked == 1
 
 
+@err_types
+def test_buffers_of_a_module_that_a_loss_holds_are_put_back(ErrType: str) -> None:
+    criterion = Normalised().double()
+
+    def LossFun(yhat: Tensor, Y: Tensor) -> Tensor:
+        criterion(yhat, Y)
+        raise ValueError("too late")
+
+    with pytest.raises(ValueError, match="too late"):
+        case_with()._replace(LossFun=LossFun).infer(ErrType)
+    assert criterion.norm.num_batches_tracked == 0
+
+
 def test_gradients_of_modules_that_a_loss_merely_holds_are_left_alone() -> None:
     criterion, other = Normalised().double(), nn.Linear(2, 2)
     criterion.other = other
