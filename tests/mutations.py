@@ -82,7 +82,8 @@ class Mutant:
     def key(self) -> str:
         """Names the change whatever line it is in."""
         often = f"  ({self.occurrence})" if self.occurrence > 1 else ""
-        return f"{self.path} {self.function}\n{self.before}  =>  {self.after}{often}"
+        where = f"{self.path} {self.function}".rstrip()
+        return f"{where}\n{self.before}  =>  {self.after}{often}"
 
     @property
     def module(self) -> str:

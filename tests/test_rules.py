@@ -100,7 +100,9 @@ POINTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[mpf], mpf], tup
     "reciprocal": (torch.reciprocal, lambda x: 1 / x if x else mpf("inf"), ()),
 }
 
-# Whose values jump there, too.
+# d g(a + d) + a (g(a + d) - g(a)), whose parts cancel where d takes a unit from far below 0 to 0.
+GATES = ("SiLU", "Mish", "GELU", "GELU tanh", "Hardswish")
+# Whose values jump at the kinks, too.
 JUMPS = ("Hardshrink", "Threshold")
 
 sizes = st.floats(-30, 3).map(lambda exponent: 10**exponent)
@@ -151,7 +153,10 @@ def test_a_function_of_one_number(
                 continue
             off = float(abs(mpf(found[k].item()) - exact))
             # Below 1e-37, float32 has fewer digits.
-            assert off <= tolerance * float(abs(exact)) + 1e-37, (
+            allowed = tolerance * float(abs(exact)) + 1e-37
+            if name in GATES and 2 * abs(moved) >= abs(start):
+                allowed += 4 * torch.finfo(dtype).eps * float(abs(moved))
+            assert off <= allowed, (
                 a[k],
                 d[k],
                 found[k],
@@ -336,7 +341,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "logsumexp": (lambda: Function(lambda x: x.logsumexp(1)), SEQUENCE),
     "maximum": (lambda: Function(lambda x: torch.maximum(x, x.sin())), VECTOR),
     "minimum": (lambda: Function(lambda x: torch.minimum(x, x.exp() - 1.5)), VECTOR),
-    "masked_fill": (lambda: Function(lambda x: x.masked_fill(torch.ones(6) > 0.5, 2.0)), VECTOR),
+    "masked_fill": (lambda: Function(lambda x: x.masked_fill(torch.arange(6) > 2, 2.0)), VECTOR),
     "ratio": (lambda: Function(lambda x: torch.arange(1.0, 7.0) / (x * x + 1)), VECTOR),
     "numbers": (lambda: Function(lambda x: 3 - (2 / (x.exp() + 1) - 1) / 4 * 5), VECTOR),
     "matrix on the left": (lambda: Function(lambda x: torch.ones(3, 4).tril().to(x) @ x), VECTOR),

@@ -267,7 +267,7 @@ class Network:
         Loss = check_loss(self.loss(vhat[-1], self.Y))
         return Graph(vhat, Loss)
 
-    def record(self, free_input: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
+    def record(self, free_input: bool) -> tuple[list[Tensor], Tensor, Tensor]:
         """One forward pass without a graph across layers; returns vhat, Loss and dLdy, detached.
 
         After it each layer, and the loss, can be replayed, and each layer whose input moves has a
