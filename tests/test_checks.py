@@ -242,6 +242,11 @@ def test_a_compiled_model_is_told_apart() -> None:
     check_raises(dict(model=torch.compile(model)), TypeError, "pass the model that was compiled")
 
 
+def test_what_is_no_module_is_given_no_advice() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Sequential, got list$"):
+        PCInfer([nn.Linear(4, 3)], nn.MSELoss(), X, Y, "Exact")
+
+
 def wrapped_by_accelerate(model: nn.Sequential) -> nn.Sequential:
     """As ``Accelerator.prepare`` does it with mixed precision."""
 

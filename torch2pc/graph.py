@@ -99,7 +99,7 @@ def output_gradient(Loss: Tensor, output: Tensor, keep_graph: bool = False) -> T
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Switches autocast off for the body, if it is on."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

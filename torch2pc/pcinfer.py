@@ -149,7 +149,9 @@ def PCInfer(
     during the call if its state is in buffers and its random numbers come from PyTorch's generators or
     from a ``torch.Generator`` that is an attribute of the module or
     held by ``LossFun``; a layer that draws in its backward pass (shake-shake) does so anew each time,
-    and one that is another function when it is evaluated again is named in a warning. Hooks of modules
+    and one that is another function when it is evaluated again is named in a warning (that is looked
+    for in the first call, once for training and once for eval mode; a deep copy of the model counts
+    as another one, if it should be looked for again). Hooks of modules
     fire as in one forward pass; with Strict also when a layer is evaluated for its update, and once
     more the first time that its operations are met, to hold them against the layer itself. A layer
     whose operations cannot be followed (it branches on values, leaves PyTorch, draws random numbers
