@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.rules import belief_dtype
+from torch2pc.state import modules_in
 
 
 def warn_caller(message: str) -> None:
@@ -43,7 +44,7 @@ def check_model(model: object) -> None:
         raise TypeError(
             f"model must use nn.Sequential's forward, got {type(model).__name__}, which overrides "
             "it: predictive coding runs the items one by one and would pass it over; move what it "
-            "adds into an item"
+            "adds into an item, or let torch2pc.group_layers(model, X) do so"
         )
 
 
@@ -73,11 +74,18 @@ def _way_out(model: object) -> str:
         )
     if isinstance(model, nn.Module):
         return (
-            ": if it runs its children one after the other, pass nn.Sequential(*model.children()), "
-            "which shares its parameters; otherwise write it as an nn.Sequential with one item for "
-            "each block"
+            ": torch2pc.group_layers(model, X) makes one of it, which shares its parameters, if it runs "
+            "its parts one after the other, and says what is in the way if not; otherwise write it as "
+            "an nn.Sequential with one item for each block"
         )
     return ""
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """``model`` is no wrapper of a model, and whole."""
+    if hasattr(model, "_orig_mod") or _base(type(model), _WRAPPERS) is not None:
+        raise TypeError(f"model must not be wrapped, got {type(model).__name__}{_way_out(model)}")
+    check_modules(modules_in(model))
 
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
