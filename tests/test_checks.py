@@ -80,17 +80,17 @@ ARGUMENTS = [
     (
         dict(model=DistributedDataParallel(nn.Sequential(nn.Linear(4, 3)))),
         TypeError,
-        r"pass the nn.Sequential that it wraps.*all_reduce\(p.grad\)",
+        r"pass the nn.Sequential that it wraps.*torch2pc\.distributed\.PCInfer",
     ),
     (
         dict(model=make_model(DistributedDataParallel(nn.Linear(5, 5)))),
         TypeError,
-        r"items wrapped in DistributedDataParallel.*all_reduce\(p.grad\)",
+        r"items wrapped in DistributedDataParallel.*torch2pc\.distributed\.PCInfer",
     ),
     (
         dict(model=make_model(nn.Sequential(ShardedLinear(5, 5)))),
         TypeError,
-        r"whole parameters, got ShardedLinear.*fully_shard.*all_reduce\(p.grad\)",
+        r"whole parameters, got ShardedLinear.*fully_shard.*torch2pc\.distributed\.PCInfer",
     ),
     (dict(model=nn.Linear(4, 3)), TypeError, "model must be an nn.Sequential, got Linear"),
     (dict(model=nn.ModuleList([nn.Linear(4, 3)])), TypeError, "model .* got ModuleList"),

@@ -61,7 +61,7 @@ def _way_out(model: object) -> str:
     """How a model that is no ``nn.Sequential`` becomes one."""
     kind = type(model)
     if _base(kind, _WRAPPERS) is not None:
-        return f": pass the nn.Sequential that it wraps. {_AVERAGING}"
+        return f": pass the nn.Sequential that it wraps. {_SEVERAL}"
     if hasattr(model, "_orig_mod"):
         return (
             ": pass the model that was compiled; PCInfer has a compile=True of its own, and its "
@@ -90,10 +90,9 @@ def check_unwrapped(model: nn.Module) -> None:
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
-_AVERAGING = (
-    "For data parallel training, average the gradients between PCInfer and optimizer.step(): for "
-    "each parameter p of the model, torch.distributed.all_reduce(p.grad), then "
-    "p.grad /= torch.distributed.get_world_size()"
+_SEVERAL = (
+    "To train on several processes, each with a part of the batch, call torch2pc.distributed.PCInfer, "
+    "which sums the updates"
 )
 
 
@@ -106,12 +105,12 @@ def check_modules(modules: Iterable[nn.Module]) -> None:
             raise TypeError(
                 f"model must have whole parameters, got {kind.__name__}, whose parameters are "
                 "sharded (fully_shard, FSDP) and gathered in passes that PCInfer does not make: "
-                f"leave the model unsharded on each process. {_AVERAGING}"
+                f"leave the model whole on each process. {_SEVERAL}"
             )
         if _base(kind, ("DistributedDataParallel",)) is not None:
             raise TypeError(
                 "model must not have items wrapped in DistributedDataParallel, which would not "
-                f"synchronise their gradients: use the modules themselves. {_AVERAGING}"
+                f"synchronise their gradients: use the modules themselves. {_SEVERAL}"
             )
 
 
