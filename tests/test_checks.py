@@ -74,27 +74,31 @@ class Complex(nn.Module):
 
 
 ARGUMENTS = [
-    (dict(model=nn.Linear(4, 3)), TypeError, r"nn.Sequential\(\*model.children\(\)\)"),
+    (dict(model=nn.Linear(4, 3)), TypeError, r"torch2pc\.group_layers\(model, X\)"),
     (dict(model=LightningModule()), TypeError, "automatic_optimization = False"),
     (
         dict(model=DistributedDataParallel(nn.Sequential(nn.Linear(4, 3)))),
         TypeError,
-        r"pass the nn.Sequential that it wraps.*all_reduce\(p.grad\)",
+        r"pass the nn.Sequential that it wraps.*torch2pc\.distributed\.PCInfer",
     ),
     (
         dict(model=make_model(DistributedDataParallel(nn.Linear(5, 5)))),
         TypeError,
-        r"items wrapped in DistributedDataParallel.*all_reduce\(p.grad\)",
+        r"items wrapped in DistributedDataParallel.*torch2pc\.distributed\.PCInfer",
     ),
     (
         dict(model=make_model(nn.Sequential(ShardedLinear(5, 5)))),
         TypeError,
-        r"whole parameters, got ShardedLinear.*fully_shard.*all_reduce\(p.grad\)",
+        r"whole parameters, got ShardedLinear.*fully_shard.*torch2pc\.distributed\.PCInfer",
     ),
     (dict(model=nn.Linear(4, 3)), TypeError, "model must be an nn.Sequential, got Linear"),
     (dict(model=nn.ModuleList([nn.Linear(4, 3)])), TypeError, "model .* got ModuleList"),
     (dict(model=nn.Sequential()), ValueError, "model must have at least one layer"),
-    (dict(model=Overriding(nn.Linear(4, 3))), TypeError, "model .* Overriding, which overrides"),
+    (
+        dict(model=Overriding(nn.Linear(4, 3))),
+        TypeError,
+        "model .* Overriding, .*group_layers",
+    ),
     (dict(LossFun="mse"), TypeError, "LossFun must be a callable .* got str"),
     (dict(X=[[1.0]]), TypeError, "X must be a torch.Tensor, got list"),
     (dict(X=under_inference_mode()), ValueError, "X must be .*inference_mode"),

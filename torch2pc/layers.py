@@ -249,6 +249,8 @@ class Network:
         # All that can be replayed; a prior is added to it.
         self.functions = [*self.layers, self.loss]
         self.first: tuple[Tensor, Tensor] | None = None
+        # Told of each parameter's update as soon as it is there, and once more if it changes.
+        self.arrived: Callable[[Tensor, Tensor], None] | None = None
         self._stand_in: nn.Module | None = None
 
     def feed_forward(self, from_X: bool = False) -> Graph:
