@@ -8,13 +8,14 @@ from torch2pc.follow import follow, follow_latent
 from torch2pc.fwd_pass_plus import FwdPassPlus
 from torch2pc.latent import PCInferLatent
 from torch2pc.memory import PCRNN
-from torch2pc.pcinfer import PCInfer, PCResult
+from torch2pc.pcinfer import EquilibriumResult, PCInfer, PCResult
 from torch2pc.record import Record
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PCRNN",
+    "EquilibriumResult",
     "FwdPassPlus",
     "PCInfer",
     "PCInferLatent",
