@@ -403,7 +403,7 @@ def _resolved(errors: Sequence[Tensor], v: Sequence[Tensor]) -> list[float]:
 
 def _follow_closed_form(network: Network, ErrType: str, eta: float | str, n: int) -> Record:
     """The rows of Exact, or of the iterations of FixedPred: multiples of the gradients."""
-    vhat, Loss, dLdy = network.record()
+    vhat, Loss, dLdy = network.record(free_input=False)
     L = len(network.layers)
     with network.replaying():
         contributions, g = _backpropagate(network, vhat, dLdy)
