@@ -15,6 +15,7 @@ from paper_figures import figure_stability as stability
 from paper_figures.data import load_digits
 from paper_figures.nets import mnist_net
 from paper_figures.report import Options
+from paper_figures.runs import Runs
 
 CPU = torch.device("cpu")
 
@@ -97,9 +98,7 @@ def test_all_methods_start_from_the_same_loss_and_see_the_same_batches(tmp_path:
     assert len({one["loss"][-1] for one in found}) > 2
 
 
-def test_finished_trainings_are_kept_and_not_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_trainings_are_kept_and_not_repeated(tmp_path: Path) -> None:
     data, options = load_digits(None), Options(None, tmp_path, CPU)
     done: list[stability.Training] = []
 
@@ -109,15 +108,14 @@ def test_finished_trainings_are_kept_and_not_repeated(
         done.append(training)
         return {"loss": [math.inf], "accuracy": 0.1, "growth": [math.nan]}
 
-    monkeypatch.setattr(stability, "train", train)
     asked = [
         stability.Training("3x300", "cross-entropy", 1e-3, "at vhat", seed) for seed in (0, 1, 0, 2)
     ]
     with pytest.raises(KeyboardInterrupt):
-        stability.Runs(data, options).finish(asked)
+        Runs("figure_stability", train, data, options).finish(asked)
     assert done == asked[:2]
     done.clear()
-    runs = stability.Runs(data, options)
+    runs = Runs("figure_stability", train, data, options)
     runs.finish(asked)
     assert done == asked[3:]
     assert [path.name for path in tmp_path.iterdir()] == ["figure_stability_runs.json"]
