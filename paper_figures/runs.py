@@ -51,14 +51,15 @@ class Runs(Generic[T]):
     def __getitem__(self, training: T) -> dict[str, Any]:
         return self._found[training.key(self._data.name)]
 
+    def __contains__(self, training: T) -> bool:
+        return training.key(self._data.name) in self._found
+
     def finish(self, trainings: Iterable[T]) -> None:
         """Do those of the trainings that are not done yet."""
         todo = [
-            training
-            for training in dict.fromkeys(trainings)
-            if training.key(self._data.name) not in self._found
+            training for training in dict.fromkeys(trainings) if training not in self
         ]
-        for training in tqdm(todo, self._name.replace("_", " "), unit="training"):
+        for training in tqdm(todo, self._name.replace("_", " "), leave=False, unit="training"):
             found = self._train(training, self._data, self._options)
             self._found[training.key(self._data.name)] = found
             self._options.out.mkdir(parents=True, exist_ok=True)
