@@ -134,6 +134,106 @@ def strict(
     return Reference(vhat, Loss, dLdy, v, epsilon, updates)
 
 
+def perturbed_pass(
+    model: nn.Sequential, X: Tensor, epsilon: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """v_0 = X, v_l = f_l(v_{l-1}) - epsilon_l for l < L, and the output f_L(v_{L-1})"""
+    v = [X]
+    for layer, epsilon_l in zip(model, epsilon[1:], strict=False):
+        v.append(layer(v[-1]) - epsilon_l)
+    return v, model[-1](v[-1])
+
+
+def energy_of_errors(
+    model: nn.Sequential, LossFun: Loss, X: Tensor, Y: Any, epsilon: Sequence[Tensor]
+) -> Tensor:
+    """F(epsilon) = LossFun(y, Y) + 1/2 sum_{l<L} ||epsilon_l||^2"""
+    _, y = perturbed_pass(model, X, epsilon)
+    squares = [e.square().sum() for e in epsilon[1:]]
+    return LossFun(y, Y) + sum(squares, torch.zeros((), dtype=y.dtype)) / 2
+
+
+def errors_of(model: nn.Sequential, X: Tensor, vinit: Sequence[Any] | None) -> list[Tensor]:
+    """[None, epsilon_1..epsilon_{L-1}]: those of ``vinit``, f_l(v_{l-1}) - v_l, or else 0"""
+    vhat, L = feed_forward(model, X), len(model)
+    if vinit is None:
+        return [None, *(torch.zeros_like(vhat[l]) for l in range(1, L))]
+    v = [X, *vinit[1:L]]
+    return [None, *(model[l - 1](v[l - 1]).detach() - v[l] for l in range(1, L))]
+
+
+def at_errors(
+    model: nn.Sequential,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    epsilon: Sequence[Tensor],
+    update_at: str = "v",
+) -> Reference:
+    """What PCInfer returns of hidden errors, and the updates that they give"""
+    vhat = feed_forward(model, X)
+    Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
+    v, y = perturbed_pass(model, X.detach(), epsilon)
+    v = [*(v_l.detach() for v_l in v), vhat[-1]]
+    all_errors: list[Any] = [*epsilon, loss_gradient(LossFun, y.detach(), Y)[1]]
+    updates = parameter_updates(model, v if update_at == "v" else vhat, all_errors)
+    all_errors[0] = input_error(model, X, all_errors)
+    return Reference(vhat, Loss, dLdy, v, all_errors, updates)
+
+
+def error_based(
+    model: nn.Sequential,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    eta: float,
+    n: int,
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+) -> Reference:
+    epsilon = errors_of(model, X, vinit)
+    for _ in range(n):
+        free = [e.detach().requires_grad_() for e in epsilon[1:]]
+        F = energy_of_errors(model, LossFun, X, Y, [None, *free])
+        gradients = (
+            torch.autograd.grad(F, free, allow_unused=True, materialize_grads=True) if free else []
+        )
+        epsilon[1:] = [e.detach() - eta * dF for e, dF in zip(free, gradients, strict=True)]
+    return at_errors(model, LossFun, X, Y, epsilon, update_at)
+
+
+def equilibrium(
+    model: nn.Sequential,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    eta: float = 0.0,
+    n: int = 400,
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+) -> Reference:
+    """The minimum of F that PyTorch's own L-BFGS descends to, for the whole batch at once"""
+    free = [e.requires_grad_() for e in errors_of(model, X, vinit)[1:]]
+    if free:
+        optimizer = torch.optim.LBFGS(
+            free,
+            max_iter=n,
+            tolerance_grad=1e-13,
+            tolerance_change=0.0,
+            history_size=50,
+            line_search_fn="strong_wolfe",
+        )
+
+        def F() -> Tensor:
+            optimizer.zero_grad()
+            value = energy_of_errors(model, LossFun, X, Y, [None, *free])
+            value.backward(inputs=free)
+            return value
+
+        optimizer.step(F)
+    return at_errors(model, LossFun, X, Y, [None, *(e.detach() for e in free)], update_at)
+
+
 def energy(model: nn.Sequential, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
     """F(v) = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} ||f_l(v_{l-1}) - v_l||^2"""
     L = len(model)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.cases import Case, assert_close
+from tests.cases import ERR_TYPES, Case, assert_close
 from torch2pc import PCInfer
 
-ERR_TYPES = ["Exact", "FixedPred", "Strict"]
 X, Y = torch.ones(6, 4), torch.zeros(6, 3)
 
 

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, cases
+from tests.cases import ERR_TYPES, Case, assert_close, cases
 from torch2pc import PCResult
 
-ERR_TYPES = ["Exact", "FixedPred", "Strict"]
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
 
 
@@ -170,7 +169,8 @@ def test_integer_input_to_an_embedding(ErrType: str) -> None:
     X, Y = torch.randint(7, (5, 3)), torch.randn(5, 2).double()
     case = Case(model, nn.MSELoss(), X, Y)
     result = case.infer(ErrType, n=30)
-    algorithm = getattr(reference, {"FixedPred": "fixed_pred"}.get(ErrType, ErrType.lower()))
+    names = {"FixedPred": "fixed_pred", "ErrorBased": "error_based"}
+    algorithm = getattr(reference, names.get(ErrType, ErrType.lower()))
     options = () if ErrType == "Exact" else (0.1, 30)
     expected = algorithm(*case, *options)
     assert torch.equal(result.v[0], X) and result.epsilon[0] is None

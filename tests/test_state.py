@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.cases import Case, assert_close
+from tests.cases import ERR_TYPES, Case, assert_close
 from torch2pc.state import held_by, modules_in
 
-ERR_TYPES = ["Exact", "FixedPred", "Strict"]
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
 
 

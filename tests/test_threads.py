@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.cases import ERR_TYPES
 from torch2pc import PCInfer
 
-ERR_TYPES = ["Exact", "FixedPred", "Strict"]
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
 CALLS = 60
 

@@ -3,7 +3,7 @@
 A ``Layer`` runs one item of the model, keeps it from writing into its input, and can be run again
 as the function that it was the first time, with the same random numbers and the same buffers. A
 ``Network`` is the layers of a model and its loss. Which errors are propagated, and how they are
-turned into beliefs, is up to ``exact.py``, ``fixed_pred.py`` and ``strict.py``.
+turned into beliefs, is up to the algorithms (``exact.py``, ``strict.py``, ...).
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Inference(NamedTuple):
     v: list[Tensor]
     epsilon: list[Tensor | None]
     updates: list[tuple[Tensor, Tensor]]
+    distance: Tensor | None = None
+    evaluations: int | None = None
 
 
 # For each model, which of its layers were found to be the same function again in a replay.
@@ -194,7 +196,7 @@ class Layer:
             if not known[self.name]:
                 warn_caller(
                     f"{self.name} gives another output when it is evaluated again at the same "
-                    "input, so that Strict relaxes beliefs about a function that changes: keep its "
+                    "input, so that beliefs are relaxed about a function that changes: keep its "
                     "state in buffers, and draw random numbers from PyTorch's generators, or from "
                     "a torch.Generator that is an attribute of the module"
                 )
@@ -222,7 +224,7 @@ class Layer:
 
 
 class Network:
-    """The layers of a model, its loss, and the data: all that the three algorithms work on."""
+    """The layers of a model, its loss, and the data: all that the algorithms work on."""
 
     def __init__(
         self,
@@ -293,8 +295,8 @@ class Network:
         output = self._through_hooks_of_model(walk, vhat[0])
         if output.data_ptr() != vhat[-1].data_ptr():
             raise ValueError(
-                "model must have no forward hook that replaces its output with ErrType='Strict', "
-                "which evaluates the items one by one; register the hook on the last item"
+                "model must have no forward hook that replaces its output where its beliefs are "
+                "relaxed, which evaluates the items one by one; register the hook on the last item"
             )
         prediction = vhat[-1].detach().requires_grad_()
         Loss = check_loss(self.loss.record(prediction, self.Y))

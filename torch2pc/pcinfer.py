@@ -20,6 +20,8 @@ from torch2pc.checks import (
     check_update_at,
     check_vinit_length,
 )
+from torch2pc.equilibrium import equilibrium
+from torch2pc.error_based import error_based
 from torch2pc.exact import exact
 from torch2pc.fixed_pred import fixed_pred, warn_of_short_inference
 from torch2pc.layers import Inference, Network
@@ -30,6 +32,8 @@ ALGORITHMS: dict[str, Callable[..., Inference]] = {
     "Exact": exact,
     "FixedPred": fixed_pred,
     "Strict": strict,
+    "ErrorBased": error_based,
+    "Equilibrium": equilibrium,
 }
 
 
@@ -51,8 +55,28 @@ class PCResult(NamedTuple):
     """Prediction errors; ``epsilon[0]`` is None unless ``X.requires_grad``."""
 
 
+class EquilibriumResult(PCResult):
+    """What ``PCInfer`` returns for ``"Equilibrium"``: the same five values, and how far it came.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch2pc import PCInfer
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 3)))
+    >>> X, Y = torch.randn(16, 4), torch.randint(3, (16,))
+    >>> result = PCInfer(model, nn.CrossEntropyLoss(), X, Y, "Equilibrium")
+    >>> bool((result.distance < 1e-3).all()), result.evaluations <= 20
+    (True, True)
+    """
+
+    distance: Tensor
+    """The length of dF/depsilon at the last evaluation, in units of the errors' (1 at the start from
+    0): for each example, ``(batch,)``, or ``(1,)`` where a layer or the loss mixes the examples."""
+    evaluations: int
+    """How often the energy and its gradient were evaluated, at most ``n``."""
+
+
 # So that torch.load reads a saved result with weights_only=True, its default.
-torch.serialization.add_safe_globals([PCResult])
+torch.serialization.add_safe_globals([PCResult, EquilibriumResult])
 
 
 def PCInfer(
@@ -201,13 +225,13 @@ def PCInfer(
     if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
         accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
-    if ErrType == "Strict":
+    if ErrType not in ("Exact", "FixedPred"):
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
     if ErrType != "Exact":
         eta = check_eta(eta)
         n = len(model) if n is None else check_n(n)
-        if ErrType == "FixedPred" or vinit is None:
+        if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None):
             warn_of_short_inference(model, eta, n)
 
     algorithm = partial(
@@ -240,11 +264,15 @@ def infer(
     before = Snapshot(modules, network.devices)
     try:
         inference = algorithm(network)
-        vhat, Loss, dLdy, v, epsilon, updates = inference
+        vhat, Loss, dLdy, v, epsilon, updates, distance, evaluations = inference
         if X.is_leaf and epsilon[0] is not None:
             updates.append((X, epsilon[0].clone()))
         write_gradients(updates, accumulate, own)
     except BaseException as error:
         before.restore(error)
         raise
-    return PCResult(vhat, Loss, dLdy, v, epsilon)
+    if distance is None:
+        return PCResult(vhat, Loss, dLdy, v, epsilon)
+    result = EquilibriumResult(vhat, Loss, dLdy, v, epsilon)
+    result.distance, result.evaluations = distance, evaluations
+    return result

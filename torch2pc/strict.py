@@ -62,10 +62,14 @@ def strict(
     update_at: str,
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
-    relaxation = Relaxation(network, eta, vinit)
+    return relax(Relaxation(network, eta, vinit), n, compile, update_at, "Strict")
+
+
+def relax(relaxation: Relaxation, n: int, compile: bool, update_at: str, ErrType: str) -> Inference:
+    """What ``n`` steps of a relaxation infer."""
     if update_at == "v":
-        _warn_of_flat_items(network)
-    with network.replaying():
+        _warn_of_flat_items(relaxation.network, ErrType)
+    with relaxation.network.replaying():
         relaxation.run(n, compile)
         return relaxation.result(update_at)
 
@@ -73,7 +77,7 @@ def strict(
 _warned: WeakSet[nn.Module] = WeakSet()
 
 
-def _warn_of_flat_items(network: Network) -> None:
+def _warn_of_flat_items(network: Network, ErrType: str) -> None:
     """Say, once for each model, where updates at v feed themselves.
 
     A unit j that its item's activation holds at 0 has the belief v_j = -epsilon_j, which is
@@ -92,7 +96,7 @@ def _warn_of_flat_items(network: Network) -> None:
     if flat:
         _warned.add(network.model)
         warn_caller(
-            "Strict takes its updates at v, where those of units that an activation holds at a "
+            f"{ErrType} takes its updates at v, where those of units that an activation holds at a "
             "constant feed themselves, so that training may blow up. "
             f"Such an activation is the last in {', '.join(flat)}. "
             'Pass update_at="vhat", or cut the model before the activations '
@@ -334,12 +338,15 @@ class Relaxation:
 
     def _output_error(self, moved: Tensor) -> Tensor:
         """The loss's gradient where the prediction of the output has moved to."""
-        y = self.vhat[-1].to(moved.dtype) + moved
+        return self._loss_at(self.vhat[-1].to(moved.dtype) + moved)[1]
+
+    def _loss_at(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss for such an output, and its gradient there."""
         with torch.enable_grad():
             prediction = y.to(self.vhat[-1].dtype).requires_grad_()
             Loss = self.network.loss.replay(prediction, self.network.Y)
         (epsilon_L,) = gradient([Loss], [prediction])
-        return torch.zeros_like(y) if epsilon_L is None else epsilon_L.to(y.dtype)
+        return Loss.detach(), torch.zeros_like(y) if epsilon_L is None else epsilon_L.to(y.dtype)
 
     def _outside_autocast(self) -> AbstractContextManager[Any]:
         # The rules choose the types themselves.

@@ -1,0 +1,143 @@
+"""ErrorBased against gradient descent by autograd, and what is known of it in closed form."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests import reference
+from tests.cases import Case, assert_close, cases, random_beliefs
+from torch2pc.displacement import Displacement
+from torch2pc.error_based import ErrorRelaxation
+from torch2pc.layers import Network
+
+iterations = st.integers(1, 12)
+
+
+@given(
+    case=cases(),
+    eta=st.floats(0, 0.3),
+    n=iterations,
+    vinit=st.booleans(),
+    dX=st.booleans(),
+    update_at=st.sampled_from(["v", "vhat"]),
+)
+def test_equals_the_iteration(
+    case: Case, eta: float, n: int, vinit: bool, dX: bool, update_at: str
+) -> None:
+    beliefs = random_beliefs(case) if vinit else None
+    expected = reference.error_based(*case, eta, n, beliefs, update_at)
+    case.X.requires_grad_(dX)
+    result = case.infer("ErrorBased", eta=eta, n=n, vinit=beliefs, update_at=update_at)
+    assert_close(result.vhat, expected.vhat)
+    assert_close(result.v, expected.v)
+    assert_close(result.epsilon[1:], expected.epsilon[1:])
+    assert_close(
+        {p: p.grad for p in case.model.parameters() if p.grad is not None}, expected.updates
+    )
+    if dX:
+        assert_close(result.epsilon[0], expected.epsilon[0])
+
+
+@given(case=cases())
+def test_one_step_of_size_1_is_backpropagation(case: Case) -> None:
+    """Its errors below the output, and their updates at vhat."""
+    exact = case.infer("Exact").epsilon
+    gradients = case.gradients()
+    found = case.infer("ErrorBased", eta=1, n=1, update_at="vhat").epsilon
+    assert_close(found[1:-1], exact[1:-1])
+    last = f"{len(case.model) - 1}."
+    for name, gradient in case.gradients().items():
+        if not name.startswith(last):
+            assert_close(gradient, gradients[name])
+
+
+def linear_case(depth: int = 4, linear_loss: bool = False) -> Case:
+    sizes = [4, *[5] * (depth - 1), 3]
+    model = nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(sizes))).double()
+    X, Y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    LossFun = (lambda yhat, Y: (yhat * Y).sum()) if linear_loss else nn.MSELoss(reduction="sum")
+    return Case(model, LossFun, X, Y)
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_closed_form_for_a_linear_network_and_a_linear_loss(eta: float, n: int) -> None:
+    case = linear_case(linear_loss=True)
+    exact = case.infer("Exact").epsilon
+    gradients = case.gradients()
+    share = 1 - (1 - eta) ** n
+    found = case.infer("ErrorBased", eta=eta, n=n, update_at="vhat").epsilon
+    assert_close(found[1:-1], [share * e for e in exact[1:-1]])
+    assert_close(found[-1], exact[-1])
+    for name, gradient in case.gradients().items():
+        assert_close(gradient, (1.0 if name.startswith("3.") else share) * gradients[name])
+
+
+@given(case=cases(smooth=True), vinit=st.booleans())
+def test_energy_never_rises(case: Case, vinit: bool) -> None:
+    network = Network(case.model, case.LossFun, case.X, case.Y)
+    beliefs = random_beliefs(case) if vinit else None
+    relaxation = ErrorRelaxation(network, 0.01, beliefs)
+    energies = [reference.energy(case.model, case.LossFun, case.Y, relaxation.v)]
+    with network.replaying():
+        for v, _ in itertools.islice(relaxation, 15):
+            energies.append(reference.energy(case.model, case.LossFun, case.Y, v))
+    assert all(later <= before + 1e-12 for before, later in itertools.pairwise(energies))
+
+
+@given(case=cases(), vinit=st.booleans())
+def test_the_iterator_follows_one_relaxation(case: Case, vinit: bool) -> None:
+    beliefs = random_beliefs(case) if vinit else None
+    network = Network(case.model, case.LossFun, case.X, case.Y)
+    relaxation = ErrorRelaxation(network, 0.1, beliefs)
+    with network.replaying():
+        for n, (v, epsilon) in zip(range(1, 6), relaxation, strict=False):
+            expected = case.infer("ErrorBased", n=n, vinit=beliefs)
+            assert_close(v, expected.v)
+            assert_close(epsilon[1:], expected.epsilon[1:])
+            found = {p: p.grad for p in case.model.parameters() if p.grad is not None}
+            assert_close(relaxation.updates()[1], found)
+
+
+@given(case=cases(), n=iterations, vinit=st.booleans())
+def test_beliefs_and_errors_that_are_returned_belong_together(
+    case: Case, n: int, vinit: bool
+) -> None:
+    result = case.infer("ErrorBased", n=n, vinit=random_beliefs(case) if vinit else None)
+    v, L = result.v, len(case.model)
+    for l in range(1, L):
+        assert_close(result.epsilon[l], case.model[l - 1](v[l - 1]).detach() - v[l])
+    output = case.model[-1](v[L - 1])
+    assert_close(result.epsilon[L], reference.loss_gradient(case.LossFun, output, case.Y)[1])
+    assert_close(v[L], result.vhat[L])
+
+
+def test_it_does_not_evaluate_more_than_one_pass_up_and_one_down_an_iteration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = linear_case()
+    case.infer("ErrorBased")  # what is recorded is checked the first time
+    passes = {"forward": 0, "backward": 0}
+    for name in passes:
+        method = getattr(Displacement, name)
+
+        def counted(self: Displacement, *given: Tensor, name: str = name, method=method) -> object:
+            passes[name] += 1
+            return method(self, *given)
+
+        monkeypatch.setattr(Displacement, name, counted)
+    calls = [0]
+    case.model[1].register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    n, moving = 20, len(case.model) - 1
+    case.infer("ErrorBased", n=n)
+    # One pass more at the end, where the returned beliefs and the output's error are taken; the
+    # layer itself runs in the feed-forward pass and for its update, and once as it has a hook now.
+    assert passes["backward"] - n * moving in (0, 1)
+    assert passes["forward"] - (n + 1) * moving in (0, 1)
+    assert calls[0] <= 3
