@@ -56,9 +56,7 @@ class Runs(Generic[T]):
 
     def finish(self, trainings: Iterable[T]) -> None:
         """Do those of the trainings that are not done yet."""
-        todo = [
-            training for training in dict.fromkeys(trainings) if training not in self
-        ]
+        todo = [training for training in dict.fromkeys(trainings) if training not in self]
         for training in tqdm(todo, self._name.replace("_", " "), leave=False, unit="training"):
             found = self._train(training, self._data, self._options)
             self._found[training.key(self._data.name)] = found

@@ -171,7 +171,11 @@ def test_examples_that_are_mixed_are_one_problem(case: Case) -> None:
         [nn.BatchNorm1d(12).eval()],
         [nn.LayerNorm(12)],
         [nn.Dropout(0.3)],
-        [nn.Unflatten(1, (3, 4)), nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), nn.Flatten()],
+        [
+            nn.Unflatten(1, (3, 4)),
+            nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
+            nn.Flatten(),
+        ],
     ],
 )
 def test_examples_that_are_not_mixed_are_told_apart(items: list[nn.Module]) -> None:
@@ -241,7 +245,9 @@ def test_says_how_far_it_came_and_keeps_saying_so_when_saved() -> None:
 
 def test_warns_once_where_it_stopped_far_from_equilibrium() -> None:
     case = trained()
-    with pytest.warns(UserWarning, match=r"after n=2 evaluations .* in \d+ of 20 examples") as caught:
+    with pytest.warns(
+        UserWarning, match=r"after n=2 evaluations .* in \d+ of 20 examples"
+    ) as caught:
         case.infer("Equilibrium", n=2)
     assert [w.filename for w in caught] == [Case.infer.__code__.co_filename]
     with warnings.catch_warnings():

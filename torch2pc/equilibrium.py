@@ -139,12 +139,16 @@ class Search(ErrorRelaxation):
             history.add(step, trial.gradient - before.gradient)
             # Where F rose, the step becomes shorter: to the minimum of a parabola through what is known.
             share = (slope / (2 * (slope - rise))).nan_to_num(0.1).clamp(0.1, 0.5)
-            step = torch.where(falls[:, None], history.direction(at.gradient), share[:, None] * step)
+            step = torch.where(
+                falls[:, None], history.direction(at.gradient), share[:, None] * step
+            )
         self._move_to(at.epsilon)
         # How the loss changes is not found exactly where the loss itself has kinks.
         if bool(self._energy() > lowest[0] + 8 * self._eps * lowest[0].abs()):
             self._move_to(lowest[1])
-        self.epsilon[1:-1] = [e.clone(memory_format=torch.contiguous_format) for e in self.epsilon[1:-1]]
+        self.epsilon[1:-1] = [
+            e.clone(memory_format=torch.contiguous_format) for e in self.epsilon[1:-1]
+        ]
         self._saved = None
 
     def _start(self) -> Point:
