@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.rules import belief_dtype
+from torch2pc.step_size import AUTO
 
 
 def warn_caller(message: str) -> None:
@@ -142,14 +143,21 @@ def check_tensor(name: str, value: object) -> None:
         )
 
 
-def check_eta(eta: object) -> float:
-    """``eta`` as a float: a finite number, which may be a tensor or an array without dimensions."""
+def check_eta(eta: object) -> float | str:
+    """``eta`` as a float: a finite number, which may be a tensor or an array without dimensions.
+
+    Or ``"auto"``, which it stays.
+    """
+    if isinstance(eta, str):
+        if eta != AUTO:
+            raise ValueError(f'eta must be a finite number or "auto", got {eta!r}')
+        return eta
     value = eta.item() if isinstance(eta, Tensor | np.ndarray) and eta.ndim == 0 else eta
     if isinstance(value, bool) or not isinstance(value, Real):
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
-        raise TypeError(f"eta must be a finite number, got {type(eta).__name__}{shape}")
+        raise TypeError(f'eta must be a finite number or "auto", got {type(eta).__name__}{shape}')
     if not math.isfinite(value):
-        raise ValueError(f"eta must be a finite number, got {value}")
+        raise ValueError(f'eta must be a finite number or "auto", got {value}')
     return float(value)
 
 

@@ -34,10 +34,14 @@ from torch2pc.layers import Inference, Network
 # A share of the gradient that this is less than, an optimizer's epsilon and round-off take for none.
 LEAST_SHARE = 1e-6
 
+# What eta="auto" is here. All eigenvalues of epsilon -> epsilon - J^T epsilon are 1, whatever the
+# weights, so that no step is stabler, nor any faster: the errors are the gradients from n = L on.
+AUTO_ETA = 1.0
+
 _warned: WeakSet[nn.Module] = WeakSet()
 
 
-def warn_of_short_inference(model: nn.Sequential, eta: float, n: int) -> None:
+def warn_of_short_inference(model: nn.Sequential, eta: float | str, n: int) -> None:
     """Say, the first time for a model, which layers' updates the errors hardly reach.
 
     Less than ``LEAST_SHARE`` of the gradient arrives there. At least half arrives everywhere after
@@ -45,6 +49,8 @@ def warn_of_short_inference(model: nn.Sequential, eta: float, n: int) -> None:
     arrives at first, and less later on, as its predictions follow the beliefs.
     """
     L = len(model)
+    if isinstance(eta, str):
+        eta = AUTO_ETA  # Strict's is not known yet, and may be smaller
     share = error_factors(eta, n - 1, L)[::-1]
     if min(map(abs, share)) >= LEAST_SHARE or model in _warned:
         return
@@ -71,10 +77,12 @@ def warn_of_short_inference(model: nn.Sequential, eta: float, n: int) -> None:
 
 
 def fixed_pred(
-    network: Network, eta: float, n: int, vinit: Any, compile: bool, update_at: Any
+    network: Network, eta: float | str, n: int, vinit: Any, compile: bool, update_at: Any
 ) -> Inference:
     """Infer by the closed form of ``n`` iterations; the last three arguments have no use here."""
     L = len(network.layers)
+    if isinstance(eta, str):
+        eta = AUTO_ETA
     # epsilon is that of the n-th iteration, computed before the n-th update of v; v_L is not moved.
     before, after = error_factors(eta, n - 1, L), error_factors(eta, n, L)
     return weighted_backpropagation(network, before, [0.0, *after[1:]])

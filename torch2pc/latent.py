@@ -25,7 +25,7 @@ def PCInferLatent(
     LossFun: Callable[[Tensor, Any], Tensor],
     Y: Any,
     Xinit: Tensor,
-    eta: float,
+    eta: float | Tensor | str,
     n: int,
     *,
     precision: float | Sequence[float] | None = None,
@@ -53,7 +53,7 @@ def PCInferLatent(
             other terms do: with a mean, the data would weigh less the larger the batch is.
         Y: the data, handed to ``LossFun`` as they are.
         Xinit: the latent to start from, ``(batch, *features)``, floating-point. It is not changed.
-        eta: the step size of the beliefs, a number.
+        eta: the step size of the beliefs, a number, or ``"auto"`` as in ``PCInfer``.
         n: the number of iterations, at least 1.
         precision: pi_l = 1/sigma_l^2, one number for all hidden layers or a sequence of L-1
             (l = 1..L-1); 1 if not given.

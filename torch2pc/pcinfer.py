@@ -85,7 +85,7 @@ def PCInfer(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor = 0.1,
+    eta: float | Tensor | str = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
@@ -161,7 +161,15 @@ def PCInfer(
             ``X.grad`` where X is a leaf; otherwise ``X.backward(epsilon[0])`` carries on.
         Y: the targets, handed to ``LossFun`` as they are.
         ErrType: ``"Exact"``, ``"FixedPred"`` or ``"Strict"``.
-        eta: the step size of the beliefs, a number or a tensor without dimensions. Not used by Exact.
+        eta: the step size of the beliefs, a number or a tensor without dimensions, or ``"auto"``. Not
+            used by Exact. With ``"auto"`` Strict takes 1/lambda, where lambda is the largest eigenvalue
+            of the energy's Hessian, estimated anew in each call from 4 products with it at the first
+            beliefs (Gauss-Newton, Lanczos), and a quarter of that, and so on, if the energy is
+            higher after n iterations than before: it ends no higher than it started. The
+            result depends on the arguments alone, and is that of the number that was found. It costs
+            as much as 4 to 5 iterations of all layers, and waits twice for the device. For
+            FixedPred it is 1, which brings the whole gradient everywhere from ``n = L`` on (any eta
+            from 0 to 1 is stable there).
         n: the number of iterations, at least 1; None for L. Not used by Exact.
         vinit: initial beliefs for Strict, L+1 entries, of which the first (the input) and the last
             are not used. Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
@@ -180,8 +188,8 @@ def PCInfer(
             ``vhat = 0``, but ``v = -epsilon``, and what the weights that leave it get at v grows with
             them, until training blows up; at vhat they get nothing. A warning says so, once for a
             model, where an item ends in ReLU or its like. To cut the items before the activation,
-            ``Linear | ReLU, Linear | ReLU, Linear``, helps as well, though less surely: it may need a
-            smaller ``eta`` at large learning rates. Not used by Exact and FixedPred.
+            ``Linear | ReLU, Linear | ReLU, Linear``, helps as well; at large learning rates with
+            ``eta="auto"``, as weights may grow until .1 is too large. Not used by Exact and FixedPred.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``.
@@ -193,9 +201,10 @@ def PCInfer(
     Raises:
         TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; a module of it is
             sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
-            entry of ``vinit`` is no tensor; ``eta`` is no number; ``n`` is neither an int
-            nor None; a layer returns something other than one floating-point tensor.
-        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite; ``n`` < 1;
+            entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
+            is neither an int nor None; a layer returns something other than one floating-point tensor.
+        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, or a string other than
+            ``"auto"``; ``n`` < 1;
             ``vinit`` does not fit the layers' outputs; ``update_at`` is unknown; ``X`` was made under
             ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
         RuntimeError: a layer wrote into its input without an ``inplace`` attribute that says so; the

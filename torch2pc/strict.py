@@ -51,11 +51,19 @@ from torch2pc.graph import (
     own,
 )
 from torch2pc.layers import Inference, Layer, Network, detached
+from torch2pc.step_size import (
+    MOST_TRIES,
+    SHRINK,
+    Product,
+    safe_step,
+    second_derivative,
+    small_step,
+)
 
 
 def strict(
     network: Network,
-    eta: float,
+    eta: float | str,
     n: int,
     vinit: Sequence[Any] | None,
     compile: bool,
@@ -109,7 +117,8 @@ class Relaxation:
 
     The list epsilon that it yields is its own and changes with the next step: copy what is to be
     kept. Steps and ``updates()`` belong inside ``with network.replaying()``. What ``latent.py`` adds
-    to the energy is optional: a first belief that is free, precisions, and a prior.
+    to the energy is optional: a first belief that is free, precisions, and a prior. An ``eta`` of
+    ``"auto"`` is a number from the first step on.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
@@ -122,7 +131,7 @@ class Relaxation:
     def __init__(
         self,
         network: Network,
-        eta: float,
+        eta: float | str,
         vinit: Sequence[Any] | None = None,
         *,
         free_input: bool = False,
@@ -131,30 +140,37 @@ class Relaxation:
     ) -> None:
         self.network, self.eta = network, eta
         self.vhat, self.Loss, self.dLdy = network.record(free_input)
-        # How far each belief has moved from its feed-forward value; the output's stays there.
-        self.delta = [torch.zeros_like(in_belief_dtype(vhat_l)) for vhat_l in self.vhat[:-1]]
-        self.epsilon = [torch.zeros_like(delta_l) for delta_l in self.delta]
-        self.epsilon.append(in_belief_dtype(self.dLdy).clone())
+        self._Loss_here = self.Loss
         # precision[l] weighs the error of layer l; that of the output is in the loss.
         self.precision = [1.0, *(precision or [1.0] * (len(network.layers) - 1)), 1.0]
         self.prior = prior
         # The lowest layer whose input moves: nothing below it is evaluated in a step.
         self._lowest = 1 if free_input else 2
-        # The lowest layer that any error has reached. Beliefs that start at their predictions have
-        # none, and the output's error climbs down one layer in each step; the layers below it
-        # would be evaluated where they were before, to propagate zeros.
-        self._reached = len(network.layers)
+        if vinit is not None:
+            check_vinit_entries(vinit, self.vhat)
+        self._vinit = vinit
+        self._start()
         if prior is not None:
             energy = prior.record(self._free_beliefs())
             check_scalar("prior", energy)
             prior.is_replayable(energy.detach(), self._free_beliefs())
             network.functions.append(prior)
-            self._reached = 1
-        if vinit is not None:
-            check_vinit_entries(vinit, self.vhat)
-            for l in range(1, len(self.delta)):
-                torch.sub(vinit[l].detach(), self.vhat[l], out=self.delta[l])
-            self._reached = 1
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Set the beliefs to where they start, and the errors to what they are there, or to 0."""
+        L = len(self.network.layers)
+        # How far each belief has moved from its feed-forward value; the output's stays there.
+        self.delta = [torch.zeros_like(in_belief_dtype(vhat_l)) for vhat_l in self.vhat[:-1]]
+        self.epsilon = [torch.zeros_like(delta_l) for delta_l in self.delta]
+        self.epsilon.append(in_belief_dtype(self.dLdy).clone())
+        if self._vinit is not None:
+            for l in range(1, L):
+                torch.sub(self._vinit[l].detach(), self.vhat[l], out=self.delta[l])
+        # The lowest layer that any error has reached. Beliefs that start at their predictions have
+        # none, and the output's error climbs down one layer in each step; the layers below it
+        # would be evaluated where they were before, to propagate zeros.
+        self._reached = L if self._vinit is None and self.prior is None else 1
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         while True:
@@ -172,7 +188,26 @@ class Relaxation:
         return v
 
     def run(self, n: int, compile: bool = False) -> None:
-        """``n`` steps, compiled if that is asked for and can be done."""
+        """``n`` steps, compiled if that is asked for and can be done.
+
+        With an ``eta`` of ``"auto"``, made anew with a smaller one for as long as they raise the energy.
+        """
+        if not isinstance(self.eta, str):
+            self._steps(n, compile)
+            return
+        self.eta = self.safe_step()
+        before = self._energy()
+        slack = _slack(self.vhat[-1].dtype) * before.abs().sum()
+        self._steps(n, compile)
+        for _ in range(MOST_TRIES):
+            is_lower = self._energy().sum() <= before.sum() + slack
+            if is_lower | ~before.sum().isfinite():
+                break
+            self.eta *= SHRINK
+            self._start()
+            self._steps(n, compile)
+
+    def _steps(self, n: int, compile: bool) -> None:
         done = self._run_compiled(n) if compile else 0
         for _ in range(n - done):
             self.step()
@@ -180,6 +215,8 @@ class Relaxation:
     @torch.no_grad()
     def step(self) -> None:
         """Move all beliefs once."""
+        if isinstance(self.eta, str):
+            self.eta = self.safe_step()
         delta, epsilon, eta, L = self.delta, self.epsilon, self.eta, len(self.network.layers)
         of_prior = self._gradient_of_prior()
         lowest = max(self._lowest, self._reached)
@@ -209,14 +246,87 @@ class Relaxation:
     @torch.no_grad()
     def take_errors(self) -> None:
         """Bring ``epsilon`` up to the beliefs as they are now, without moving them."""
-        L = len(self.network.layers)
-        for l, layer in enumerate(self.network.layers, start=1):
+        self._take_errors(self.epsilon)
+
+    def _take_errors(self, errors: list[Tensor]) -> None:
+        delta, L = self.delta, len(self.network.layers)
+        if self._lowest == 2 <= L:
+            torch.neg(delta[1], out=errors[1])
+        for l in range(self._lowest, L + 1):
             with self._outside_autocast():
-                moved, _ = layer.displacement.forward(self.delta[l - 1])
+                moved, _ = self.network.layers[l - 1].displacement.forward(delta[l - 1])
             if l < L:
-                torch.sub(moved, self.delta[l], out=self.epsilon[l])
+                torch.sub(moved, delta[l], out=errors[l])
             else:
-                self.epsilon[L] = self._output_error(moved)
+                errors[L] = self._output_error(moved)
+
+    @torch.no_grad()
+    def _energy(self) -> Tensor:
+        """The terms of F at the beliefs as they are now, one after the other."""
+        errors = [torch.empty_like(epsilon_l) for epsilon_l in self.epsilon]
+        self._take_errors(errors)
+        terms = [self._Loss_here]
+        for error, pi in zip(errors[1:-1], self.precision[1:-1], strict=True):
+            terms.append(0.5 * pi * torch.linalg.vector_norm(error).square())
+        if self.prior is not None:
+            terms.append(self.prior.replay(self._free_beliefs()).detach().reshape(()))
+        return torch.stack([term.to(terms[0]) for term in terms])
+
+    @torch.no_grad()
+    def safe_step(self) -> float:
+        """A step size that is stable at the beliefs as they are now (``step_size.py``)."""
+        free = self.delta[self._lowest - 1 :]
+        return safe_step(self._curvature(), free) if free else 1.0
+
+    def _curvature(self) -> Product:
+        """Multiplies with the Hessian of F, but for the second derivatives of the layers.
+
+        It takes u to J_{l+1}^T e_{l+1} - e_l, with the changes of the errors e_l = J_l u_{l-1} - u_l
+        and e_L = (d2Loss/dy2) J_L u_{L-1} (Gauss and Newton's approximation).
+        """
+        layers, L, first = self.network.layers, len(self.network.layers), self._lowest - 1
+        fixed, delta, pi = self.delta[:first], self.delta, self.precision
+
+        def displaced(l: int, delta: Tensor) -> tuple[Tensor, Any]:
+            with self._outside_autocast():
+                return layers[l - 1].displacement.forward(delta)
+
+        free = range(first, L)
+        before = [0.0 if self._vinit is None else displaced(l + 1, delta[l])[0] for l in free]
+        y = in_belief_dtype(self.vhat[-1]) + before[-1]
+        of_loss = second_derivative(lambda y: self._loss_of(y[0]), [y])
+        of_prior = None
+        if self.prior is not None:
+            replay = self.prior.replay
+            of_prior = second_derivative(lambda v: replay(v).reshape(()), self._free_beliefs())
+
+        def product(u: list[Tensor]) -> list[Tensor]:
+            u = [*fixed, *u]
+            # The prediction of belief 1 stays where it is if the input does.
+            found = [*fixed, *[torch.zeros_like(u_l) for u_l in u[first:]]]
+            if first == 1:
+                found[1] += pi[1] * u[1]
+            for l, before_l in zip(range(first + 1, L + 1), before, strict=True):
+                a, b = self.vhat[l - 1 : l + 1]
+                coarser = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+                s = small_step([a], [u[l - 1]], coarser)
+                moved, saved = displaced(l, delta[l - 1] + s * u[l - 1])
+                moved = (moved - before_l) / s
+                if l < L:
+                    e = (moved - u[l]).mul_(pi[l])
+                    found[l] -= e
+                else:
+                    (e,) = of_loss([moved])
+                with self._outside_autocast():
+                    arriving = layers[l - 1].displacement.backward(saved, e)
+                if arriving is not None:
+                    found[l - 1] += arriving
+            if of_prior is not None:
+                for of_belief, part in zip(found, of_prior(u), strict=True):
+                    of_belief += part
+            return found[first:]
+
+        return product
 
     def updates(
         self, at: Sequence[Tensor] | None = None
@@ -338,15 +448,20 @@ class Relaxation:
 
     def _output_error(self, moved: Tensor) -> Tensor:
         """The loss's gradient where the prediction of the output has moved to."""
-        return self._loss_at(self.vhat[-1].to(moved.dtype) + moved)[1]
+        self._Loss_here, epsilon_L = self._loss_at(self.vhat[-1].to(moved.dtype) + moved)
+        return epsilon_L
 
     def _loss_at(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The loss for such an output, and its gradient there."""
+        y = y.detach()
         with torch.enable_grad():
-            prediction = y.to(self.vhat[-1].dtype).requires_grad_()
-            Loss = self.network.loss.replay(prediction, self.network.Y)
-        (epsilon_L,) = gradient([Loss], [prediction])
-        return Loss.detach(), torch.zeros_like(y) if epsilon_L is None else epsilon_L.to(y.dtype)
+            y.requires_grad_()
+            Loss = self._loss_of(y)
+        (epsilon_L,) = gradient([Loss], [y])
+        return Loss.detach(), torch.zeros_like(y) if epsilon_L is None else epsilon_L
+
+    def _loss_of(self, y: Tensor) -> Tensor:
+        return self.network.loss.replay(y.to(self.vhat[-1].dtype), self.network.Y).reshape(())
 
     def _outside_autocast(self) -> AbstractContextManager[Any]:
         # The rules choose the types themselves.
@@ -363,6 +478,11 @@ class Relaxation:
         with torch.enable_grad():
             energy = self.prior.replay(beliefs)
         return gradient([energy], beliefs)
+
+
+def _slack(dtype: torch.dtype) -> float:
+    """How much of an energy may be round-off, if the loss is computed in ``dtype``."""
+    return min(256 * torch.finfo(dtype).eps, 0.1)
 
 
 def _gradient_of_small(

@@ -1,0 +1,147 @@
+"""A step size that is safe for a relaxation, from the curvature of its energy.
+
+Gradient descent on F, x <- x - eta dF/dx, is stable where eta < 2 / lambda, with lambda the largest
+eigenvalue of F's Hessian. ``largest_eigenvalue`` estimates it from a few products of the Hessian with
+vectors, whichever relaxation they belong to, by the method of C. Lanczos (1950), which needs far fewer
+than repeated multiplication. ``safe_step`` is 1 / lambda, half of what would be stable: the
+estimate is one from below, and the curvature another one where the relaxation goes. Whoever takes
+that step still has to see that the energy has not risen in the end, and else to shorten it
+(``SHRINK``).
+
+The first vector is the same pseudo-random one each time, and nothing is carried from call to call, so
+that the same call has the same step size whatever was called before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AUTO = "auto"
+# Products with the Hessian, each of which costs as much as an iteration.
+PASSES = 4
+# What a step size is multiplied by if the energy has risen, and how often at most.
+SHRINK, MOST_TRIES = 0.25, 16
+
+Product = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+def safe_step(product: Product, like: Sequence[Tensor], passes: int = PASSES) -> float:
+    """1 / lambda for the Hessian that ``product`` multiplies with; 1 where nothing curves."""
+    curvature = largest_eigenvalue(product, like, passes)
+    return 1 / curvature if curvature > 0 else 1.0
+
+
+@torch.no_grad()
+def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = PASSES) -> float:
+    """The largest eigenvalue of a symmetric matrix, from below.
+
+    Waits for the device once, at the end. Not a number if the products are not.
+
+    Args:
+        product: takes a vector, as a list of tensors like those of ``like``, to the matrix times it.
+        like: at least one tensor; their values are not used.
+        passes: the number of products.
+
+    Example:
+        >>> A = torch.diag(torch.linspace(0, 3, 100))
+        >>> largest_eigenvalue(lambda u: [A @ u[0]], [torch.empty(100)], passes=20)
+        2.99...
+    """
+    u = [_noise(x) for x in like]
+    before, beta = u, _inner(u, u).sqrt()
+    u = _multiplied(u, 1 / beta)
+    diagonal, beside = [], []
+    for k in range(passes):
+        w = product(u)
+        alpha = _inner(w, u)
+        diagonal.append(alpha)
+        if k == passes - 1:
+            break
+        w = _moved(w, -alpha, u)
+        if k > 0:
+            w = _moved(w, -beta, before)
+        beta = _inner(w, w).sqrt()
+        beside.append(beta)
+        # Zeros, which change nothing, once the vectors have been used up.
+        before, u = u, _multiplied(w, torch.where(beta == 0, 0.0, 1 / beta))
+    numbers = torch.stack([*diagonal, *beside]).double().cpu()
+    if not numbers.isfinite().all():
+        return float("nan")
+    T = torch.diag(numbers[:passes])
+    T += torch.diag(numbers[passes:], 1) + torch.diag(numbers[passes:], -1)
+    return torch.linalg.eigvalsh(T)[-1].item()
+
+
+def _noise(like: Tensor) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(0)
+    drawn = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    return drawn - 0.5
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    products = [torch.dot(a_i.reshape(-1), b_i.reshape(-1)) for a_i, b_i in zip(a, b, strict=True)]
+    return torch.stack([product.to(products[0]) for product in products]).sum()
+
+
+def _multiplied(u: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    return [u_i * factor.to(u_i) for u_i in u]
+
+
+def _moved(w: Sequence[Tensor], factor: Tensor, u: Sequence[Tensor]) -> list[Tensor]:
+    """w + factor u"""
+    return [torch.addcmul(w_i, factor.to(u_i), u_i) for w_i, u_i in zip(w, u, strict=True)]
+
+
+def second_derivative(function: Callable[[list[Tensor]], Tensor], at: Sequence[Tensor]) -> Product:
+    """The Hessian of a scalar function at ``at``, for ``largest_eigenvalue``, or as a part of one.
+
+    A function that can be differentiated only once is evaluated a small step away instead.
+    """
+
+    def gradient_at(x: Sequence[Tensor], twice: bool = False) -> tuple[list[Tensor], Any]:
+        with torch.enable_grad():
+            moving = [x_i.detach().requires_grad_() for x_i in x]
+            value = function(moving)
+            if not value.requires_grad:
+                return moving, [torch.zeros_like(x_i) for x_i in x]
+            return moving, torch.autograd.grad(
+                value, moving, create_graph=twice, materialize_grads=True
+            )
+
+    moving, gradient = gradient_at(at, twice=True)
+    curved = [g for g in gradient if g.requires_grad]
+
+    def product(u: list[Tensor]) -> list[Tensor]:
+        if not curved:
+            return [torch.zeros_like(u_i) for u_i in u]
+        arriving = [u_i for u_i, g in zip(u, gradient, strict=True) if g.requires_grad]
+        try:
+            found = torch.autograd.grad(
+                curved, moving, arriving, retain_graph=True, materialize_grads=True
+            )
+        except RuntimeError:  # there is no second derivative
+            s = small_step(at, u)
+            _, there = gradient_at(_moved(at, s, u))
+            pairs = zip(there, gradient, strict=True)
+            found = tuple([(g_there - g.detach()) / s.to(g) for g_there, g in pairs])
+        return list(found)
+
+    return product
+
+
+def small_step(
+    at: Sequence[Tensor], u: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    """s for which s u is small beside ``at``, though not too small for differences in ``dtype``."""
+    size, length = _length(at), _length(u)
+    s = torch.finfo(dtype or at[0].dtype).eps ** 0.5 * torch.where(size > 0, size, 1.0)
+    return (s / torch.where(length > 0, length, 1.0)).to(u[0].dtype)
+
+
+def _length(u: Sequence[Tensor]) -> Tensor:
+    lengths = [torch.linalg.vector_norm(u_i) for u_i in u]
+    return torch.linalg.vector_norm(torch.stack([length.to(lengths[0]) for length in lengths]))
