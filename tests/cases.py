@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import torch2pc
 from tests import reference
 
-ERR_TYPES = ["Exact", "FixedPred", "Strict", "ErrorBased"]
+ERR_TYPES = ["Exact", "FixedPred", "Strict", "ErrorBased", "Equilibrium"]
 # Those that relax something, at points that move.
 RELAXED = ERR_TYPES[2:]
 
@@ -146,13 +146,38 @@ def check_against_reference(case: Case, ErrType: str, seed: int = 1, **options: 
         expected = reference.exact(*of_frozen)
     elif ErrType == "FixedPred":
         expected = reference.fixed_pred(*of_frozen, 0.1, options.get("n", 20))
+    elif ErrType == "Equilibrium":
+        return _check_equilibrium(case, of_frozen, twin, seed, options)
     else:
         relax = {"Strict": reference.strict, "ErrorBased": reference.error_based}[ErrType]
         update_at = options.get("update_at", "v")
         expected = relax(*of_frozen, 0.1, options.get("n", 20), update_at=update_at)
 
     torch.manual_seed(seed)
-    result = case.infer(ErrType, **options)
+    _check_inferred(case, case.infer(ErrType, **options), expected, twin)
+
+
+def _check_equilibrium(
+    case: Case, of_frozen: Case, twin: nn.Module, seed: int, options: dict[str, Any]
+) -> None:
+    """What it returns belongs together, and lies as low as where another minimiser ends.
+
+    (Where units switch there is more than one such place.)
+    """
+    torch.manual_seed(seed)
+    result = case.infer("Equilibrium", **{**options, "n": 40})
+    errors = [None, *result.epsilon[1:-1]]
+    at = options.get("update_at", "v")
+    _check_inferred(case, result, reference.at_errors(*of_frozen, errors, at), twin)
+    lowest = reference.equilibrium(*of_frozen, n=60).epsilon[:-1]
+    start = [None, *(torch.zeros_like(e) for e in errors[1:])]
+    F = [float(reference.energy_of_errors(*of_frozen, e).detach()) for e in (errors, lowest, start)]
+    assert F[0] - F[1] <= 0.02 * (F[2] - F[1]) + 1e-9 * abs(F[2]), F
+
+
+def _check_inferred(
+    case: Case, result: torch2pc.PCResult, expected: reference.Reference, twin: nn.Module
+) -> None:
     assert_close(result.v, expected.v)
     assert_close(result.epsilon[1:], expected.epsilon[1:])
     names = {p: name for name, p in twin.named_parameters()}

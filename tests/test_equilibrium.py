@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from torch2pc.equilibrium import Search
 from torch2pc.pcinfer import EquilibriumResult
 
 
+@settings(max_examples=30)
 @given(
     case=cases(smooth=True),
     vinit=st.booleans(),
@@ -67,7 +68,7 @@ def test_a_longer_search_ends_no_higher() -> None:
     assert energies[-1] < 0.9 * energies[0]
 
 
-def trained(activation: type[nn.Module] = nn.Tanh, steps: int = 60) -> Case:
+def trained(activation: type[nn.Module] = nn.Tanh, steps: int = 15) -> Case:
     """A network that knows its data, for which the energy is steep."""
     torch.manual_seed(4)
     model = nn.Sequential(
@@ -86,16 +87,11 @@ def trained(activation: type[nn.Module] = nn.Tanh, steps: int = 60) -> Case:
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.Softplus])
 def test_the_relaxations_end_where_it_is(activation: type[nn.Module]) -> None:
-    case = trained(activation)
+    case = trained(activation, steps=5)
     found = case.infer("Equilibrium", n=100)
     gradients = case.gradients()
-    for ErrType, eta, n in [("ErrorBased", 0.05, 3000), ("Strict", 0.15, 20000)]:
-        if ErrType == "Strict":
-            # It creeps where the errors jump to; from near there it shows whether it stays.
-            nudged = [v + 1e-3 * torch.randn_like(v) for v in found.v]
-            result = case.infer(ErrType, eta=eta, n=3000, vinit=nudged)
-        else:
-            result = case.infer(ErrType, eta=eta, n=n)
+    for ErrType, eta, n in [("ErrorBased", 0.1, 400), ("Strict", 0.2, 2000)]:
+        result = case.infer(ErrType, eta=eta, n=n)
         assert_close(result.v, found.v, tolerance=1e-6)
         assert_close(result.epsilon[1:], found.epsilon[1:], tolerance=1e-6)
         assert_close(case.gradients(), gradients, tolerance=1e-6)
@@ -136,15 +132,20 @@ class MeanOfAll(nn.Module):
         return x - x.mean(0, keepdim=True).tanh()
 
 
+class Back(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(20, 12)
+
+
 def with_item(*items: nn.Module) -> Case:
     case = trained()
-    for item in items:
+    for item in reversed(items):
         case.model.insert(2, item.double())
     return case
 
 
-def in_time(x: Tensor, Y: Tensor) -> Tensor:
-    return (x - Y).square().sum().sqrt()
+def distance_of_all(yhat: Tensor, Y: Tensor) -> Tensor:
+    return (yhat - Y).square().sum().sqrt()
 
 
 @pytest.mark.parametrize(
@@ -152,12 +153,14 @@ def in_time(x: Tensor, Y: Tensor) -> Tensor:
     [
         with_item(nn.BatchNorm1d(12)),
         with_item(MeanOfAll()),
-        with_item(nn.Unflatten(0, (4, 5)), nn.Flatten(0, 1)),
-        trained()._replace(LossFun=in_time),
+        with_item(nn.Sequential(nn.Unflatten(0, (4, 5)), nn.Flatten(1, 2)), Back()),
+        trained()._replace(LossFun=distance_of_all),
     ],
 )
 def test_examples_that_are_mixed_are_one_problem(case: Case) -> None:
-    twice = [case.infer("Equilibrium", n=300) for _ in range(2)]
+    if case.LossFun is not distance_of_all:
+        case = case._replace(LossFun=nn.MSELoss())
+    twice = [case.infer("Equilibrium", n=100) for _ in range(2)]
     assert [r.distance.shape for r in twice] == [(1,)] * 2
     assert twice[0].distance < 2e-8
     twin = copy.deepcopy(case.model)
@@ -179,14 +182,14 @@ def test_examples_that_are_mixed_are_one_problem(case: Case) -> None:
     ],
 )
 def test_examples_that_are_not_mixed_are_told_apart(items: list[nn.Module]) -> None:
-    case = with_item(*reversed(items))
+    case = with_item(*items)
     assert case.infer("Equilibrium", n=3).distance.shape == (20,)
 
 
 def test_a_trained_network_is_near_equilibrium_after_a_few_evaluations() -> None:
     case = trained(steps=300)
-    found = [case.infer("Equilibrium", n=n).distance.max().item() for n in (5, 10, 20)]
-    assert found[1] < 0.02 and found[2] < 1e-5 and found[2] < found[1] < found[0]
+    found = [case.infer("Equilibrium", n=n).distance.max().item() for n in (5, 15, 20)]
+    assert found[2] < 1e-6 < found[1] < 1e-3 < found[0]
 
 
 def test_in_float32_it_stops_by_itself() -> None:
@@ -196,7 +199,7 @@ def test_in_float32_it_stops_by_itself() -> None:
     found = single.infer("Equilibrium", n=100)
     assert found.evaluations < 20 and (found.distance < 4e-4).all()
     for e, precise in zip(found.epsilon[1:], right.epsilon[1:], strict=True):
-        assert (e - precise).norm() < 1e-4 * precise.norm()
+        assert (e - precise).norm() < 1e-3 * precise.norm()
 
 
 def test_where_units_switch_it_still_comes_down() -> None:
@@ -230,8 +233,8 @@ def test_without_a_gradient_it_stays_at_the_feed_forward_pass() -> None:
 
 def test_says_how_far_it_came_and_keeps_saying_so_when_saved() -> None:
     result = trained().infer("Equilibrium", n=9)
-    vhat, Loss, dLdy, v, epsilon = result
-    assert isinstance(result, PCResult) and len(result) == 5 and result.v is v
+    _, _, _, v, epsilon = result
+    assert isinstance(result, PCResult) and result.v is v and result.epsilon is epsilon
     assert not result.distance.requires_grad
     file = io.BytesIO()
     torch.save(result, file)

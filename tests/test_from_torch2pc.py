@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from paper_figures.data import load_digits
-from tests.cases import assert_close
+from tests.cases import ERR_TYPES, assert_close
 
 PAGE = Path(__file__).parent.parent / "docs" / "from_torch2pc.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
@@ -60,7 +60,7 @@ for j,(X,Y) in enumerate(train_loader):
 
 
 @pytest.mark.parametrize("n", [20, None])
-@pytest.mark.parametrize("ErrType", ["Exact", "FixedPred", "Strict"])
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
 def test_a_training_script(ErrType: str, n: int | None) -> None:
     digits = load_digits(None)
     images = digits.train_images[:3000].float() / 255

@@ -181,6 +181,7 @@ def test_stands_in_for_backward(
         ("Strict", {"update_at": "vhat"}),
         ("ErrorBased", {}),
         ("ErrorBased", {"update_at": "vhat"}),
+        ("Equilibrium", {}),
     ],
 )
 @pytest.mark.parametrize("make", MODELS)
@@ -350,7 +351,7 @@ def test_grad_scaler() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@err_types
+@pytest.mark.parametrize("ErrType", ERR_TYPES[:4])
 def test_it_does_not_wait_for_the_gpu(ErrType: str) -> None:
     case = cast(torch.float32)
     case.model.cuda()

@@ -158,7 +158,7 @@ class Search(ErrorRelaxation):
         key = None
         if all([isinstance(displacement, Displacement) for displacement in displacements]):
             key = hash(tuple([displacement.key for displacement in displacements]))  # type: ignore[union-attr]
-        if known.get(key):
+        if key is not None and known.get(key):
             self._rows = 1
         errors = self.epsilon[1:-1]
         at = self._evaluate(self._joined(errors))
@@ -240,11 +240,11 @@ class Search(ErrorRelaxation):
 
     def _move_to(self, epsilon: Tensor) -> None:
         """Let the errors be these, and the beliefs follow."""
-        sizes = [shape.numel() // self._rows for shape in self._shapes]
-        for l, (part, shape) in enumerate(
-            zip(epsilon.split(sizes, dim=1), self._shapes, strict=True), start=1
-        ):
-            self.epsilon[l] = part.reshape(shape).to(self.delta[l])
+        start = 0
+        for l, shape in enumerate(self._shapes, start=1):
+            end = start + shape.numel() // self._rows
+            self.epsilon[l] = epsilon[:, start:end].reshape(shape).to(self.delta[l])
+            start = end
         self.climb()
 
 

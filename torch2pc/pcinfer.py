@@ -280,7 +280,7 @@ def infer(
     except BaseException as error:
         before.restore(error)
         raise
-    if distance is None:
+    if distance is None or evaluations is None:
         return PCResult(vhat, Loss, dLdy, v, epsilon)
     result = EquilibriumResult(vhat, Loss, dLdy, v, epsilon)
     result.distance, result.evaluations = distance, evaluations
