@@ -113,7 +113,7 @@ class Search(ErrorRelaxation):
             return
         if self._starts_from_beliefs:
             self._take_hidden_errors()
-        at = self._start()
+        at = self._first_point()
         lowest = self._energy(), at.epsilon
         history, step = History(), -at.gradient
         for self.evaluations in range(1, n + 1):
@@ -151,7 +151,7 @@ class Search(ErrorRelaxation):
         ]
         self._saved = None
 
-    def _start(self) -> Point:
+    def _first_point(self) -> Point:
         """The first evaluation, and whether the examples are separate problems."""
         displacements = [layer.displacement for layer in self.network.layers[1:]]
         known = _mixing.setdefault(self.network.model, {})
