@@ -230,7 +230,7 @@ class Plan:
 
     steps: int = 200
     tuning_steps: int = 75
-    lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     networks: tuple[str, ...] = ("ReLU", "tanh", "GELU", "ReLU residual")
     depths: tuple[int, ...] = (3, 5, 10, 20, 40)
     few_depths: tuple[int, ...] = (5, 20, 40)
