@@ -5,11 +5,12 @@ learn digits with the mean cross-entropy and Adam. Weights start so that neither
 gradient shrinks from layer to layer, by Kaiming's normal distribution for ReLU and GELU and Xavier's
 for tanh, biases at 0. (PyTorch's own start shrinks a ReLU's signal by .41 in each layer, and even
 backprop does not get away from it at 40 layers. GELU halves small signals, so that without residual
-items 1e-5 of them is left there whatever the start; it is shown with them alone.) Each method has the same number of weight updates
-on the same batches, and its learning rate is the best of the same grid for each network and depth:
-the one with the highest accuracy on the last 1000 training images after a shorter training on the
-others. Test images are seen by the final networks alone. One recipe stands for every depth:
-nothing but the learning rate depends on it, and where n is a multiple of the depth the name says so.
+items 1e-5 of them is left there whatever the start; it is shown with them alone.) Each method has
+the same number of weight updates on the same batches, and its learning rate is the best of the same
+grid for each network and depth: the one with the highest accuracy on the last 1000 training images
+after a shorter training on the others. Test images are seen by the final networks alone. One recipe
+stands for every depth: nothing but the learning rate depends on it, and where n is a multiple of the
+depth the name says so. Methods that need more than 100 iterations at some depth are left out there.
 
 Strict passes errors on from layer to layer: an error that arrives has been multiplied by a fraction at each,
 and Adam divides the small updates by their size, as long as they are above its eps. ErrorBased
@@ -40,7 +41,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ from paper_figures.training import (
     weights_of,
 )
 from torch2pc import PCInfer
-
+from torch2pc.step_size import PASSES
 
 DEFAULT = False
 DOWNLOADS = ("mnist",)

@@ -26,7 +26,9 @@ def test_the_network_is_cut_before_the_activations(activation: str) -> None:
     model = benchmark.network(activation)
     assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
     assert [layer[-1].out_features for layer in model] == [128, 128, 128, 10]
-    assert [type(layer[0]) for layer in model[1:]] == [type(benchmark.ACTIVATIONS[activation]())] * 3
+    assert [type(layer[0]) for layer in model[1:]] == [
+        type(benchmark.ACTIVATIONS[activation]())
+    ] * 3
     extremes = model[0][0](torch.tensor([0.0, 1.0]))
     assert extremes.tolist() == [-1, 1]
 

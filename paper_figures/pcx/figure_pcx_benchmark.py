@@ -210,7 +210,7 @@ def run(options: Options) -> list[Number]:
     numbers = [
         Number(
             f"{sets[benchmark].name}, {row}: test accuracy (%)",
-            PAPER[benchmark].get(row, "-"),
+            PAPER[benchmark][row.removesuffix(LONG)],
             statistics.fmean(curve[-1] for curve in curves),
         )
         for benchmark, rows in outcomes.items()
@@ -257,7 +257,7 @@ def draw(outcomes: dict[str, Outcomes], sets: dict[str, DataSet], epochs: int) -
         count = f"{len(data.train_images):,}".replace(",", " ")
         curves.set(title=f"{data.name} ({count} training images)")
         draw_curves(curves, rows)
-        draw_ends(ends, rows, PAPER[benchmark], data.name)
+        draw_ends(ends, rows, PAPER[benchmark])
     for one, name in zip(axes, "ABCD", strict=False):
         letter(one, name)
     return figure
@@ -275,7 +275,7 @@ def draw_curves(axes: Axes, rows: Outcomes) -> None:
     axes.legend(loc="lower right")
 
 
-def draw_ends(axes: Axes, rows: Outcomes, paper: dict[str, float], name: str) -> None:
+def draw_ends(axes: Axes, rows: Outcomes, paper: dict[str, float]) -> None:
     """The last epoch's: a dot for each seed, and the paper's value as a line."""
     for place, (row, curves) in enumerate(rows.items()):
         ends = [curve[-1] for curve in curves]
@@ -285,8 +285,7 @@ def draw_ends(axes: Axes, rows: Outcomes, paper: dict[str, float], name: str) ->
         axes.annotate(
             label, (place, max(ends)), (0, 4), textcoords="offset points", ha="center", fontsize=7
         )
-        if row in paper:
-            axes.plot([place - 0.3, place + 0.3], [paper[row]] * 2, color="black")
+        axes.plot([place - 0.3, place + 0.3], [paper[row.removesuffix(LONG)]] * 2, color="black")
     axes.plot(
         [], [], color="black", label="paper, best epoch on all of the set\n(quoted from memory)"
     )
