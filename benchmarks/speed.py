@@ -22,8 +22,9 @@ from benchmarks.timing import Times, alternate, measure, threads
 METHOD = (
     "One training step without the optimizer's, float32, cross-entropy, random data. BP is "
     "zero_grad, forward and loss.backward(); the floor is 20 times forward and input-vjp of layers "
-    "2..L with frozen parameters, and nothing else. Steps take turns in one process, after a "
-    "warm-up, with garbage collection off; a number is the median of the ratios within the rounds. "
+    "2..L with frozen parameters, and nothing else, which is ErrorBased's floor too. Steps take "
+    "turns in one process, after a warm-up, with garbage collection off; a number is the median of "
+    "the ratios within the rounds. "
     "'From vinit' hands Strict its initial beliefs, so that it cannot skip the layers that no error "
     "has reached yet."
 )
@@ -68,6 +69,7 @@ def measure_case(
         "BP": cheap["BP"],
         "floor": floor(case, N),
         f"Strict, n={N}": infer(case, "Strict", eta=ETA, n=N),
+        f"ErrorBased, n={N}": infer(case, "ErrorBased", eta=ETA, n=N),
     }
     unskipped = f"Strict, n={N}, from vinit"
     if case.kind == "MLP":
@@ -96,6 +98,7 @@ def measure_case(
     rows += [
         ratio(strict_times, f"Strict, n={N}", "floor", 1.35 if case.kind == "conv" else 1.5),
         ratio(strict_times, f"Strict, n={N}", "BP"),
+        ratio(strict_times, f"ErrorBased, n={N}", "floor", 1.1),
     ]
     if unskipped in costly:
         rows.append(ratio(strict_times, unskipped, "floor"))

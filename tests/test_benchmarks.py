@@ -277,6 +277,7 @@ def test_the_speed_table_is_what_was_measured(tiny: Options) -> None:
         ("Strict, n=20", "floor"),
         ("Strict, n=20, from vinit", "floor"),
         ("Strict, n=20", "BP"),
+        ("ErrorBased, n=20", "floor"),
     }
     for row in found.values():
         low, high = row["quartiles"]
@@ -285,6 +286,7 @@ def test_the_speed_table_is_what_was_measured(tiny: Options) -> None:
         assert f"{row['value']:.3f}" in markdown
     assert found["Exact", "BP"]["bar"] == 1.05
     assert found["Strict, n=20", "floor"]["bar"] == 1.5
+    assert found["ErrorBased, n=20", "floor"]["bar"] == 1.1
     assert record["milliseconds"][0]["floor"] > 0
     assert record["conditions"]["torch"] == torch.__version__
     assert sorted(path.name for path in tiny.out.iterdir()) == ["speed.json", "speed.md"]

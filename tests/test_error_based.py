@@ -141,3 +141,69 @@ def test_it_does_not_evaluate_more_than_one_pass_up_and_one_down_an_iteration(
     assert passes["backward"] - n * moving in (0, 1)
     assert passes["forward"] - (n + 1) * moving in (0, 1)
     assert calls[0] <= 3
+
+
+def hessian(case: Case) -> Tensor:
+    """That of F in the errors at 0, by autograd."""
+    shapes = [v.shape for v in reference.feed_forward(case.model, case.X)[1:-1]]
+    sizes = [shape.numel() for shape in shapes]
+
+    def F(flat: Tensor) -> Tensor:
+        parts = [part.reshape(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+        _, y = reference.perturbed_pass(case.model, case.X, [None, *parts])
+        return case.LossFun(y, case.Y) + 0.5 * flat.square().sum()
+
+    return torch.autograd.functional.hessian(F, torch.zeros(sum(sizes)).double())
+
+
+@pytest.mark.parametrize("depth", [2, 4, 8])
+def test_the_step_that_is_chosen_is_the_reciprocal_of_the_largest_eigenvalue(depth: int) -> None:
+    case = linear_case(depth)
+    with torch.no_grad():
+        for layer in case.model:
+            layer.weight.mul_(2)
+    largest = torch.linalg.eigvalsh(hessian(case))[-1].item()
+    network = Network(case.model, case.LossFun, case.X, case.Y)
+    relaxation = ErrorRelaxation(network, "auto")
+    with network.replaying():
+        assert relaxation.safe_step() == pytest.approx(1 / largest, rel=0.02)
+        product = relaxation._curvature()
+        u = [torch.randn_like(e) for e in relaxation.epsilon[1:-1]]
+        found = torch.cat([part.flatten() for part in product(u)])
+        assert_close(found, hessian(case) @ torch.cat([part.flatten() for part in u]), 1e-6)
+
+
+@given(case=cases(), n=st.integers(1, 6), vinit=st.booleans())
+def test_with_eta_auto_it_ends_no_higher_and_is_the_iteration(
+    case: Case, n: int, vinit: bool
+) -> None:
+    beliefs = random_beliefs(case) if vinit else None
+    found = case.infer("ErrorBased", eta="auto", n=n, vinit=beliefs)
+    start = reference.feed_forward(case.model, case.X)
+    if vinit:
+        start = [case.X, *beliefs[1:-1], start[-1]]
+    before, after = (
+        reference.energy(case.model, case.LossFun, case.Y, v) for v in (start, found.v)
+    )
+    assert after <= before + 1e-12 * before.abs()
+    network = Network(case.model, case.LossFun, case.X, case.Y)
+    relaxation = ErrorRelaxation(network, "auto", beliefs)
+    with network.replaying():
+        relaxation.run(n)
+    expected = case.infer("ErrorBased", eta=relaxation.eta, n=n, vinit=beliefs)
+    assert_close(list(found), list(expected), tolerance=1e-12)
+
+
+def test_a_step_that_diverges_otherwise() -> None:
+    """What is chosen is small where the energy is steep."""
+    case = linear_case(6)
+    with torch.no_grad():
+        for layer in case.model:
+            layer.weight.mul_(6)
+    diverged = case.infer("ErrorBased", eta=0.1, n=20)
+    assert diverged.epsilon[1].norm() > 1e3 * case.infer("Exact").epsilon[1].norm()
+    found = case.infer("ErrorBased", eta="auto", n=20)
+    energies = [
+        reference.energy(case.model, case.LossFun, case.Y, v) for v in (found.vhat, found.v)
+    ]
+    assert energies[1] < 0.9 * energies[0]

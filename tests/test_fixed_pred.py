@@ -122,7 +122,7 @@ both = pytest.mark.parametrize("ErrType", ["FixedPred", "Strict"])
         (12, 0.1, 20, "layer 1 of 12", "n=111, or eta=0.58,"),
         (15, 0.1, 20, "layers 1 to 4 of 15", "n=141, or eta=0.74,"),
         (21, 0.1, 20, "layers 1 to 10 of 21", "n=201 would"),
-        (3, 0.5, 1, "layers 1 to 2 of 3", "n=5 would"),
+        (3, 0.5, 2, "layer 1 of 3", "n=5, or eta=1,"),
         (3, 0.0, 9, "layers 1 to 2 of 3", "n=21 with eta=0.1, or eta=0.25,"),
     ],
 )

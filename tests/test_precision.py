@@ -1,7 +1,8 @@
-"""Strict in float32 against 60 digits: every layer's error and update, however small, is right."""
+"""The relaxations in float32 against more digits: every layer's error and update, however small, is right."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -136,3 +137,37 @@ def test_hooks_of_parameters_see_the_update_itself() -> None:
     model[1][0].weight.register_hook(lambda g: seen.append(g.clone()))
     PCInfer(model, nn.MSELoss(), X, Y, "Strict", eta=0.01, n=6)
     assert torch.equal(seen[-1], model[1][0].weight.grad)
+
+
+@pytest.mark.parametrize("depth", [3, 12, 40])
+@pytest.mark.parametrize(
+    ("activation", "tolerance"), [(nn.Tanh, 2e-5), (nn.GELU, 2e-5), (nn.ReLU, 1e-3)]
+)
+def test_error_based(activation: type[nn.Module], tolerance: float, depth: int) -> None:
+    """Its errors are no differences: float64 has all the digits that they are held against."""
+    model, (X, Y) = mlp(depth, activation), data()
+    found = PCInfer(model, nn.MSELoss(), X, Y, "ErrorBased")
+    updates = [p.grad for p in model.parameters()]
+    in_float64 = copy.deepcopy(model).double(), nn.MSELoss(), X.double(), Y.double()
+    right = reference.error_based(*in_float64, 0.1, 20)
+    for l in range(1, depth + 1):
+        assert off(found.epsilon[l], right.epsilon[l]) < tolerance
+    for p, update in zip(in_float64[0].parameters(), updates, strict=True):
+        assert off(update, right.updates[p]) < tolerance
+
+
+@pytest.mark.parametrize("depth", [3, 12, 40])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])
+def test_equilibrium(activation: type[nn.Module], depth: int) -> None:
+    """It ends where the gradient is below 3e-4 of the errors, and so are these, in every layer."""
+    model, (X, Y) = mlp(depth, activation), data(12)
+    found = PCInfer(model, nn.MSELoss(), X, Y, "Equilibrium")
+    in_float64 = copy.deepcopy(model).double(), nn.MSELoss(), X.double(), Y.double()
+    right = PCInfer(*in_float64, "Equilibrium", n=100)
+    assert found.evaluations < 20 and (right.distance < 2e-8).all()
+    for l in range(1, depth + 1):
+        assert off(found.epsilon[l], right.epsilon[l]) < 2e-3
+
+
+def off(found: Tensor, right: Tensor) -> float:
+    return ((found.double() - right).norm() / right.norm()).item()

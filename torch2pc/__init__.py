@@ -7,8 +7,16 @@ from torch2pc.displacement import displacement_rule
 from torch2pc.fwd_pass_plus import FwdPassPlus
 from torch2pc.latent import PCInferLatent
 from torch2pc.memory import PCRNN
-from torch2pc.pcinfer import PCInfer, PCResult
+from torch2pc.pcinfer import EquilibriumResult, PCInfer, PCResult
 
 __version__ = "0.1.0"
 
-__all__ = ["PCRNN", "FwdPassPlus", "PCInfer", "PCInferLatent", "PCResult", "displacement_rule"]
+__all__ = [
+    "PCRNN",
+    "EquilibriumResult",
+    "FwdPassPlus",
+    "PCInfer",
+    "PCInferLatent",
+    "PCResult",
+    "displacement_rule",
+]

@@ -99,7 +99,7 @@ class Search(ErrorRelaxation):
         # In half precision that is what limits the gradient, whatever the errors are held in.
         self._eps = torch.finfo(self.vhat[-1].dtype).eps
         sizes = {len(e) if e.dim() else 1 for e in self.epsilon[1:]}
-        self._rows = sizes.pop() if len(sizes) == 1 else 1
+        self._rows = max(sizes.pop(), 1) if len(sizes) == 1 else 1
         self.evaluations = 0
         """How often F and its gradient were evaluated."""
         self.distance = self.epsilon[-1].new_zeros(self._rows)
@@ -111,10 +111,11 @@ class Search(ErrorRelaxation):
         self._say_if_compiled(compile)
         if not self._shapes:
             return
-        if self._starts_from_beliefs:
+        if self._vinit is not None:
             self._take_hidden_errors()
+        self._is_ready = True
         at = self._first_point()
-        lowest = self._energy(), at.epsilon
+        lowest = self._energy().sum(), at.epsilon
         history, step = History(), -at.gradient
         for self.evaluations in range(1, n + 1):
             arriving = at.epsilon - at.gradient
@@ -128,7 +129,7 @@ class Search(ErrorRelaxation):
             # After the last evaluation it only matters whether to take the step: a pass up tells.
             is_last = self.evaluations == n
             trial = self._evaluate(at.epsilon + step, with_gradient=not is_last)
-            if bool((F := self._energy()) < lowest[0]):
+            if bool((F := self._energy().sum()) < lowest[0]):
                 lowest = F, trial.epsilon
             slope, (rise, terms) = dot(at.gradient, step), self._rise(at, trial)
             falls = rise <= LEAST_FALL * slope + 4 * self._eps * terms
@@ -144,7 +145,7 @@ class Search(ErrorRelaxation):
             )
         self._move_to(at.epsilon)
         # How the loss changes is not found exactly where the loss itself has kinks.
-        if bool(self._energy() > lowest[0] + 8 * self._eps * lowest[0].abs()):
+        if bool(self._energy().sum() > lowest[0] + 8 * self._eps * lowest[0].abs()):
             self._move_to(lowest[1])
         self.epsilon[1:-1] = [
             e.clone(memory_format=torch.contiguous_format) for e in self.epsilon[1:-1]
@@ -179,7 +180,7 @@ class Search(ErrorRelaxation):
         chosen, drawn = self._some()
         size = self.output.square().mean().sqrt()
         moved = self.output + torch.where(chosen, drawn * torch.where(size > 0, size, 1.0), 0.0)
-        before, (_, after) = self.epsilon[-1], self._loss_at(moved)
+        before, (_, after) = self.epsilon[-1], self._loss_and_gradient(moved)
         change = torch.where(chosen, 0.0, after - before).abs().max()
         return not bool(change <= self._eps**0.5 * before.abs().max())
 
@@ -196,11 +197,11 @@ class Search(ErrorRelaxation):
 
     def _some(self) -> tuple[Tensor, Tensor]:
         """Which half of the examples to try, shaped like the outputs, and numbers for each output."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         like = self.output
-        order = torch.randperm(self._rows, generator=generator)
+        order = torch.randperm(self._rows, generator=generator, device="cpu")
         chosen = (order < (self._rows + 1) // 2).reshape(-1, *[1] * (like.dim() - 1))
-        drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype)
+        drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu")
         return chosen.to(like.device), drawn.to(like.device)
 
     def _evaluate(self, epsilon: Tensor, with_gradient: bool = True) -> Point:
@@ -214,20 +215,13 @@ class Search(ErrorRelaxation):
             gradient = epsilon - self._joined(arriving)
         return Point(epsilon, gradient, y)
 
-    def _energy(self) -> Tensor:
-        """F where the errors are."""
-        F = self.loss_here.to(self._dtype)
-        for e in self.epsilon[1:-1]:
-            F = F + 0.5 * e.square().sum().to(F)
-        return F
-
     def _rise(self, at: Point, trial: Point) -> tuple[Tensor, Tensor]:
         """By how much F is higher at ``trial``, for each row, and the size of what that is a sum of."""
         step, mean = trial.epsilon - at.epsilon, (trial.epsilon + at.epsilon) / 2
         rise, terms = dot(step, mean), norm(step) * norm(mean)
         d = trial.y - at.y
         for place, weight in NODES:
-            _, e = self._loss_at((at.y + place * d).reshape(self.output.shape))
+            _, e = self._loss_and_gradient((at.y + place * d).reshape(self.output.shape))
             e = e.reshape(self._rows, -1)
             rise = rise + weight * dot(e, d)
             terms = terms + weight * norm(e) * norm(at.y)  # as y is rounded, d is off by that of y

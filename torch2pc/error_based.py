@@ -30,13 +30,15 @@ import torch
 from torch import Tensor
 
 from torch2pc.compiled import run_plainly
+from torch2pc.graph import in_belief_dtype
 from torch2pc.layers import Inference, Network
+from torch2pc.step_size import Product, safe_step, second_derivative
 from torch2pc.strict import Relaxation, relax
 
 
 def error_based(
     network: Network,
-    eta: float,
+    eta: float | str,
     n: int,
     vinit: Sequence[Any] | None,
     compile: bool,
@@ -60,16 +62,16 @@ class ErrorRelaxation(Relaxation):
     ...         error = epsilon[1].norm()
     """
 
-    def __init__(self, network: Network, eta: float, vinit: Sequence[Any] | None = None) -> None:
-        super().__init__(network, eta, vinit)
-        self._starts_from_beliefs = vinit is not None
+    def _start(self) -> None:
+        super()._start()
+        # Whether errors and beliefs belong together yet.
+        self._is_ready = False
         # What each layer saves on the way up, for the way down.
         self._saved: list[Any] | None = None
-        # Where the output is that the errors make, and the loss there.
-        self.output, self.loss_here = self.vhat[-1], self.Loss
+        # The outputs that the errors make.
+        self.output = self.vhat[-1]
 
-    def run(self, n: int, compile: bool = False) -> None:
-        """``n`` steps."""
+    def _steps(self, n: int, compile: bool) -> None:
         self._say_if_compiled(compile)
         for _ in range(n):
             self.step()
@@ -78,8 +80,11 @@ class ErrorRelaxation(Relaxation):
     @torch.no_grad()
     def step(self) -> None:
         """Move all errors once, and the beliefs with them."""
+        self._get_ready()
+        if isinstance(self.eta, str):
+            self.eta = self.safe_step()
         if self._saved is None:
-            self.start()
+            self.climb()
         for l, g_l in self.arriving():
             if g_l is None:
                 self.epsilon[l].mul_(1 - self.eta)
@@ -88,11 +93,14 @@ class ErrorRelaxation(Relaxation):
             del g_l
         self.climb()
 
-    def start(self) -> None:
-        """Bring errors and beliefs together before the first step."""
-        if self._starts_from_beliefs:
+    def _get_ready(self) -> None:
+        """Bring errors and beliefs together, before the first step."""
+        if self._is_ready:
+            return
+        if self._vinit is not None:
             self._take_hidden_errors()
         self.climb()
+        self._is_ready = True
 
     def climb(self) -> None:
         """Take the beliefs that the errors make, and the output's error there."""
@@ -101,14 +109,13 @@ class ErrorRelaxation(Relaxation):
         if L > 1:
             torch.neg(self.epsilon[1], out=self.delta[1])
         for l in range(2, L + 1):
-            with self._outside_autocast():
-                moved, saved = self.network.layers[l - 1].displacement.forward(self.delta[l - 1])
+            moved, saved = self._displaced(l, self.delta[l - 1])
             self._saved.append(saved)
             if l < L:
                 torch.sub(moved, self.epsilon[l], out=self.delta[l])
             else:
                 self.output = self.vhat[-1].to(moved.dtype) + moved
-                self.loss_here, self.epsilon[L] = self._loss_at(self.output)
+                self._Loss_here, self.epsilon[L] = self._loss_and_gradient(self.output)
 
     def arriving(self) -> Iterator[tuple[int, Tensor | None]]:
         """(l, g_l) for l = L-1..1: what the output's error brings down to where the beliefs are.
@@ -133,7 +140,54 @@ class ErrorRelaxation(Relaxation):
         for l in range(1, len(self.delta)):
             if l == 1:
                 torch.neg(self.delta[1], out=self.epsilon[1])
-                continue
-            with self._outside_autocast():
-                moved, _ = self.network.layers[l - 1].displacement.forward(self.delta[l - 1])
-            torch.sub(moved, self.delta[l], out=self.epsilon[l])
+            else:
+                moved, _ = self._displaced(l, self.delta[l - 1])
+                torch.sub(moved, self.delta[l], out=self.epsilon[l])
+
+    @torch.no_grad()
+    def _energy(self) -> Tensor:
+        """The terms of F at the errors as they are now, one after the other."""
+        self._get_ready()
+        Loss = in_belief_dtype(self._Loss_here)
+        lengths = [torch.linalg.vector_norm(error) for error in self.epsilon[1:-1]]
+        return torch.stack([Loss, *[0.5 * length.square().to(Loss) for length in lengths]])
+
+    @torch.no_grad()
+    def safe_step(self) -> float:
+        """A step size that is stable at the errors as they are now (``step_size.py``)."""
+        return safe_step(self._curvature(), self.epsilon[1:-1]) if self.delta[1:] else 1.0
+
+    def _curvature(self) -> Product:
+        """Multiplies with the Hessian of F in the errors, but for second derivatives of the layers.
+
+        Moving the errors by u moves the beliefs by w_l = J_l w_{l-1} - u_l and the output by J_L w_{L-1}.
+        What the change of the loss's gradient there brings down to u_l is subtracted from it.
+        """
+        L, delta, displaced = len(self.network.layers), self.delta, self._displaced
+        self._get_ready()
+        before = [
+            0.0 if self._vinit is None else displaced(l, delta[l - 1])[0] for l in range(2, L + 1)
+        ]
+        of_loss = second_derivative(lambda y: self._loss_at(y[0]), [self.output])
+
+        def product(u: list[Tensor]) -> list[Tensor]:
+            w, found, kept = -u[0], list(u), []
+            for l, before_l in enumerate(before, start=2):
+                s = self._small_step(l, w)
+                moved, saved = displaced(l, delta[l - 1] + s * w)
+                kept.append(saved)
+                w = (moved - before_l) / s
+                if l < L:
+                    w = w - u[l - 1]
+            e: Tensor | None
+            (e,) = of_loss([w])
+            for l in range(L, 1, -1):
+                saved = kept.pop()
+                with self._outside_autocast():
+                    e = self.network.layers[l - 1].displacement.backward(saved, e)
+                if e is None:
+                    break
+                found[l - 2] = u[l - 2] - e
+            return found
+
+        return product

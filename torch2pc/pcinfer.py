@@ -115,18 +115,39 @@ def PCInfer(
       says so, with the ``epsilon`` of the last iteration. What is iterated is
       ``v_l - vhat_l``, by a rule for each operation of the layers, so that no round-off is taken for
       an error: in float32, errors are right to about 1e-6 of their size, however small they are.
+    - ``"ErrorBased"``: the errors relax instead of the beliefs, which follow from them by
+      ``v_l = f_l(v_{l-1}) - epsilon_l``. From 0 (or the errors of ``vinit``), n times
+      ``epsilon_l += eta ((J_L ... J_{l+1})^T e_L - epsilon_l)`` with ``e_L`` the loss's gradient at the
+      output of this perturbed pass: gradient descent on the same F, in the errors. It reaches all
+      layers at once, so that depth costs it nothing, but it is not local as Strict's is. After a few
+      small steps its errors are about ``1 - (1-eta)^n`` times backpropagation's. It is stable for
+      ``eta`` below 2 over the largest eigenvalue of F's Hessian in the errors, which grows in training.
+    - ``"Equilibrium"``: where Strict and ErrorBased go as n grows, the minimum of F near the feed-forward
+      pass, by a quasi-Newton method in the errors, with steps of its own for each example (where the
+      layers or the loss mix the examples, one for all). It takes at most n evaluations of F and its
+      gradient (one pass up and one down each, and a few evaluations of the loss), and stops where every
+      example's gradient is below ``sqrt(eps)`` of its errors (1.5e-8 in float64, 3e-4 in float32); F
+      never rises. The result says how far it came: ``result.distance`` and ``result.evaluations``.
+
+    The updates of the last two are those of Strict, at the returned ``v``, with errors that belong to it.
 
     The errors climb down one layer an iteration, so that with ``n < L`` nothing arrives at layer 1, and
     with eta .1 and n 20 a share of 2e-3 of the gradient at 8 layers and 7e-11 at 15. FixedPred brings
     at least half of it everywhere from ``n = 1 + (L-1)/eta`` on; Strict takes somewhat longer. A warning
-    says so, once for each model, where less than 1e-6 arrives at a layer that could learn.
+    says so, once for each model, where less than 1e-6 arrives at a layer that could learn. To train deep
+    networks, take ErrorBased or Equilibrium, or an ``eta`` near Strict's stable limit.
+
+    Incremental predictive coding (one belief step and one weight step in turn) is Strict with ``n=1``
+    that goes on from the last beliefs: from ``v = None``, for each of T steps on a batch,
+    ``v = PCInfer(model, LossFun, X, Y, "Strict", n=1, vinit=v).v``, then ``optimizer.step()``.
 
     The call has the side effects of one forward pass: dropout masks are drawn once and kept, running
     statistics move once, and if it raises, everything is as it was. (Checkpointed modules are evaluated
     once more in the backward pass, with the effects that it has there.) A parameter of the model, or of
-    a ``LossFun`` that is a module, that the call does not reach has ``.grad`` None afterwards. For
-    Strict a layer is one function during the call if its state is in buffers and its random numbers
-    come from PyTorch's generators or from a ``torch.Generator`` that is an attribute of the module or
+    a ``LossFun`` that is a module, that the call does not reach has ``.grad`` None afterwards. (What
+    follows about Strict holds for ErrorBased and Equilibrium too.) For Strict a layer is one function
+    during the call if its state is in buffers and its random numbers come from PyTorch's generators or
+    from a ``torch.Generator`` that is an attribute of the module or
     held by ``LossFun``; a layer that draws in its backward pass (shake-shake) does so anew each time,
     and one that is another function when it is evaluated again is named in a warning. Hooks of modules
     fire as in one forward pass; with Strict also when a layer is evaluated for its update, and once
@@ -160,19 +181,21 @@ def PCInfer(
             embedding. If it requires grad, ``epsilon[0] = J_1^T epsilon_1`` is returned, and put into
             ``X.grad`` where X is a leaf; otherwise ``X.backward(epsilon[0])`` carries on.
         Y: the targets, handed to ``LossFun`` as they are.
-        ErrType: ``"Exact"``, ``"FixedPred"`` or ``"Strict"``.
-        eta: the step size of the beliefs, a number or a tensor without dimensions, or ``"auto"``. Not
-            used by Exact. With ``"auto"`` Strict takes 1/lambda, where lambda is the largest eigenvalue
-            of the energy's Hessian, estimated anew in each call from 4 products with it at the first
-            beliefs (Gauss-Newton, Lanczos), and a quarter of that, and so on, if the energy is
+        ErrType: ``"Exact"``, ``"FixedPred"``, ``"Strict"``, ``"ErrorBased"`` or ``"Equilibrium"``.
+        eta: the step size of the beliefs, or of ErrorBased's errors: a number, a tensor without
+            dimensions, or ``"auto"``. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
+            ErrorBased take 1/lambda, where lambda is the largest eigenvalue of the energy's Hessian (in
+            the beliefs, or in the errors), estimated anew in each call from 4 products with it at the
+            start (Gauss-Newton, Lanczos), and a quarter of that, and so on, if the energy is
             higher after n iterations than before: it ends no higher than it started. The
             result depends on the arguments alone, and is that of the number that was found. It costs
             as much as 4 to 5 iterations of all layers, and waits twice for the device. For
             FixedPred it is 1, which brings the whole gradient everywhere from ``n = L`` on (any eta
             from 0 to 1 is stable there).
-        n: the number of iterations, at least 1; None for L. Not used by Exact.
-        vinit: initial beliefs for Strict, L+1 entries, of which the first (the input) and the last
-            are not used. Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
+        n: the number of iterations, or Equilibrium's largest number of evaluations, at least 1; None
+            for L. Not used by Exact.
+        vinit: initial beliefs, L+1 entries, of which the first (the input) and the last are not used.
+            Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches; parameters
             that the call does not reach keep theirs.
         compile: run Strict's iterations through ``torch.compile``, which takes up to a minute at
@@ -180,11 +203,11 @@ def PCInfer(
             The second batch size compiles it once more, for all sizes but 1, which is compiled by
             itself. Where it cannot be done (a layer whose operations cannot be followed, a loss that
             is random, changes buffers, or holds a Python number with a third value: hold it in a
-            tensor) a warning says so once. The other two algorithms have nothing
-            to compile.
-        update_at: where Strict's updates are taken, ``"v"`` or ``"vhat"``. At v they descend the
-            energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as when the paper
-            appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has
+            tensor; ErrorBased and Equilibrium) a warning says so once. Exact and FixedPred have
+            nothing to compile.
+        update_at: where the updates of the relaxations are taken, ``"v"`` or ``"vhat"``. At v they
+            descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as
+            when the paper appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has
             ``vhat = 0``, but ``v = -epsilon``, and what the weights that leave it get at v grows with
             them, until training blows up; at vhat they get nothing. A warning says so, once for a
             model, where an item ends in ReLU or its like. To cut the items before the activation,
@@ -192,11 +215,13 @@ def PCInfer(
             ``eta="auto"``, as weights may grow until .1 is too large. Not used by Exact and FixedPred.
 
     Returns:
-        ``PCResult(vhat, Loss, dLdy, v, epsilon)``.
+        ``PCResult(vhat, Loss, dLdy, v, epsilon)``; for Equilibrium an ``EquilibriumResult``, the same
+        with the attributes ``distance`` and ``evaluations``.
 
     Warns:
         UserWarning: once for each model, if the errors hardly reach some layers, a layer is another
-            function when it is evaluated again, or ``compile`` cannot be honoured.
+            function when it is evaluated again, ``compile`` cannot be honoured, or Equilibrium stopped
+            while in most examples the gradient was above a tenth of the errors.
 
     Raises:
         TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; a module of it is
@@ -226,7 +251,8 @@ def PCInfer(
     Source: R. Rosenbaum, On the relationship between predictive coding and backpropagation,
     PLOS ONE 17(3): e0266102 (2022). Strict is the algorithm of Whittington and Bogacz, Neural
     Computation 29(5) (2017); FixedPred that of Millidge, Tschantz and Buckley, arXiv:2006.04182
-    (2020).
+    (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
+    the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
     """
     check_model(model)
     check_LossFun(LossFun)
@@ -240,7 +266,8 @@ def PCInfer(
     if ErrType != "Exact":
         eta = check_eta(eta)
         n = len(model) if n is None else check_n(n)
-        if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None):
+        # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
+        if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None and n > 1):
             warn_of_short_inference(model, eta, n)
 
     algorithm = partial(

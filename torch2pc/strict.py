@@ -285,11 +285,12 @@ class Relaxation:
         and e_L = (d2Loss/dy2) J_L u_{L-1} (Gauss and Newton's approximation).
         """
         layers, L, first = self.network.layers, len(self.network.layers), self._lowest - 1
-        fixed, delta, pi = self.delta[:first], self.delta, self.precision
-
-        def displaced(l: int, delta: Tensor) -> tuple[Tensor, Any]:
-            with self._outside_autocast():
-                return layers[l - 1].displacement.forward(delta)
+        fixed, delta, pi, displaced = (
+            self.delta[:first],
+            self.delta,
+            self.precision,
+            self._displaced,
+        )
 
         free = range(first, L)
         before = [0.0 if self._vinit is None else displaced(l + 1, delta[l])[0] for l in free]
@@ -307,9 +308,7 @@ class Relaxation:
             if first == 1:
                 found[1] += pi[1] * u[1]
             for l, before_l in zip(range(first + 1, L + 1), before, strict=True):
-                a, b = self.vhat[l - 1 : l + 1]
-                coarser = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-                s = small_step([a], [u[l - 1]], coarser)
+                s = self._small_step(l, u[l - 1])
                 moved, saved = displaced(l, delta[l - 1] + s * u[l - 1])
                 moved = (moved - before_l) / s
                 if l < L:
@@ -327,6 +326,17 @@ class Relaxation:
             return found[first:]
 
         return product
+
+    def _displaced(self, l: int, delta: Tensor) -> tuple[Tensor, Any]:
+        """How far layer l's prediction moves if its input does, and what its way back needs."""
+        with self._outside_autocast():
+            return self.network.layers[l - 1].displacement.forward(delta)
+
+    def _small_step(self, l: int, u: Tensor) -> Tensor:
+        """How far to go along ``u`` for the derivative of layer l."""
+        a, b = self.vhat[l - 1 : l + 1]
+        coarser = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        return small_step([a], [u], coarser)
 
     def updates(
         self, at: Sequence[Tensor] | None = None
@@ -448,17 +458,17 @@ class Relaxation:
 
     def _output_error(self, moved: Tensor) -> Tensor:
         """The loss's gradient where the prediction of the output has moved to."""
-        self._Loss_here, epsilon_L = self._loss_at(self.vhat[-1].to(moved.dtype) + moved)
-        return epsilon_L
+        self._Loss_here, error = self._loss_and_gradient(self.vhat[-1].to(moved.dtype) + moved)
+        return error
 
-    def _loss_at(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss for such an output, and its gradient there."""
+    def _loss_and_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss for such outputs, and its gradient there."""
         y = y.detach()
         with torch.enable_grad():
             y.requires_grad_()
-            Loss = self._loss_of(y)
-        (epsilon_L,) = gradient([Loss], [y])
-        return Loss.detach(), torch.zeros_like(y) if epsilon_L is None else epsilon_L
+            Loss = self._loss_at(y)
+        (found,) = gradient([Loss], [y])
+        return Loss.detach(), torch.zeros_like(y) if found is None else found
 
     def _loss_of(self, y: Tensor) -> Tensor:
         return self.network.loss.replay(y.to(self.vhat[-1].dtype), self.network.Y).reshape(())

@@ -1,0 +1,134 @@
+"""Incremental predictive coding: Strict with n=1 that goes on from the last beliefs."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests import reference
+from tests.cases import Case, assert_close, cases
+from torch2pc import PCInfer
+from torch2pc.displacement import Displacement
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "incremental.py"
+
+
+def in_turn(case: Case, eta: float, rate: float, steps: int) -> list[Tensor]:
+    """The plain algorithm: v_l <- v_l - eta dF/dv_l, then theta <- theta - rate dF/dtheta.
+
+    As everywhere, dF/dtheta is that of the errors which the beliefs were moved by.
+    """
+    L, v = len(case.model), reference.feed_forward(case.model, case.X)
+    for _ in range(steps):
+        predictions = [None, *(case.model[l](v[l]).detach() for l in range(L))]
+        epsilon: list[Any] = [None, *(predictions[l] - v[l] for l in range(1, L)), None]
+        _, epsilon[L] = reference.loss_gradient(case.LossFun, predictions[L], case.Y)
+        descended = [
+            reference.input_vjp(case.model[l], v[l], epsilon[l + 1]) - epsilon[l]
+            for l in range(1, L)
+        ]
+        v[1:L] = [v_l - eta * of_l for v_l, of_l in zip(v[1:L], descended, strict=True)]
+        updates = reference.parameter_updates(case.model, v, epsilon)
+        with torch.no_grad():
+            for parameter, update in updates.items():
+                parameter -= rate * update
+    return v
+
+
+def by_calls(case: Case, eta: float, rate: float, steps: int) -> list[Tensor]:
+    optimizer = torch.optim.SGD(case.model.parameters(), rate) if any_parameters(case) else None
+    v: list[Tensor] | None = None
+    for _ in range(steps):
+        v = case.infer("Strict", eta=eta, n=1, vinit=v).v
+        if optimizer is not None:
+            optimizer.step()
+    return v
+
+
+def any_parameters(case: Case) -> bool:
+    return next(case.model.parameters(), None) is not None
+
+
+@settings(max_examples=25)
+@given(case=cases(), eta=st.floats(0.01, 0.3), steps=st.integers(1, 6))
+def test_equals_the_plain_algorithm_over_several_weight_steps(
+    case: Case, eta: float, steps: int
+) -> None:
+    twin = case._replace(model=copy.deepcopy(case.model))
+    expected = in_turn(twin, eta, 0.05, steps)
+    found = by_calls(case, eta, 0.05, steps)
+    assert_close(found[:-1], expected[:-1], tolerance=1e-8)
+    assert_close(list(case.model.parameters()), list(twin.model.parameters()), tolerance=1e-8)
+
+
+def test_in_float32_the_beliefs_lose_nothing_on_the_way_from_call_to_call() -> None:
+    """A belief is handed on as rounded as float32 is, and its error with it: to 1e-7 of the belief."""
+    model = nn.Sequential(
+        nn.Linear(4, 8), *(nn.Sequential(nn.Tanh(), nn.Linear(8, 8)) for _ in range(4))
+    )
+    X, Y = torch.randn(16, 4), torch.randn(16, 8)
+    single = Case(model, nn.MSELoss(reduction="sum"), X, Y)
+    double = Case(copy.deepcopy(model).double(), single.LossFun, X.double(), Y.double())
+    found, expected = by_calls(single, 0.1, 0.01, 20), by_calls(double, 0.1, 0.01, 20)
+    assert_close([v.double() for v in found], expected, tolerance=2e-6)
+    for p, q in zip(model.parameters(), double.model.parameters(), strict=True):
+        assert_close(p.detach().double(), q.detach(), tolerance=1e-5)
+
+
+def test_a_call_evaluates_each_layer_once_where_its_beliefs_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Besides, the layers run in the feed-forward pass, and for their updates at the new beliefs."""
+    calls = [0] * 4
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)))
+    for l, layer in enumerate(model):
+        layer.register_forward_hook(lambda *_, l=l: calls.__setitem__(l, calls[l] + 1))
+    X, Y = torch.randn(6, 5), torch.randn(6, 5)
+    v = PCInfer(model, nn.MSELoss(), X, Y, "Strict", n=1).v
+    displaced = [0]
+    forward = Displacement.forward
+
+    def counted(self: Displacement, delta: Tensor) -> object:
+        displaced[0] += 1
+        return forward(self, delta)
+
+    monkeypatch.setattr(Displacement, "forward", counted)
+    calls[:] = [0] * 4
+    PCInfer(model, nn.MSELoss(), X, Y, "Strict", n=1, vinit=v)
+    assert calls == [1, 2, 2, 2] and displaced == [3]
+
+
+def test_the_first_step_does_not_warn_of_errors_that_have_not_arrived_yet() -> None:
+    case = Case(
+        nn.Sequential(*(nn.Linear(5, 5) for _ in range(4))),
+        nn.MSELoss(),
+        torch.randn(6, 5),
+        torch.randn(6, 5),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_calls(case, 0.1, 0.01, 3)
+    with pytest.warns(UserWarning, match="The error hardly reaches"):
+        case.infer("Strict", n=2)
+
+
+def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    monkeypatch.setattr(pyplot, "show", lambda: None)
+    source = EXAMPLE.read_text("utf-8")
+    short = re.sub(r"= \d+  # short: (\d+)", r"= \1", source)
+    assert short != source
+    exec(compile(short, str(EXAMPLE), "exec"), {"__name__": "__main__"})
+    pyplot.close("all")
+    printed = capsys.readouterr().out
+    assert "usual        accuracy" in printed and "after 40 belief steps" in printed
