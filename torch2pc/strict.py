@@ -295,7 +295,7 @@ class Relaxation:
         free = range(first, L)
         before = [0.0 if self._vinit is None else displaced(l + 1, delta[l])[0] for l in free]
         y = in_belief_dtype(self.vhat[-1]) + before[-1]
-        of_loss = second_derivative(lambda y: self._loss_of(y[0]), [y])
+        of_loss = second_derivative(lambda y: self._loss_at(y[0]), [y])
         of_prior = None
         if self.prior is not None:
             replay = self.prior.replay
@@ -470,7 +470,7 @@ class Relaxation:
         (found,) = gradient([Loss], [y])
         return Loss.detach(), torch.zeros_like(y) if found is None else found
 
-    def _loss_of(self, y: Tensor) -> Tensor:
+    def _loss_at(self, y: Tensor) -> Tensor:
         return self.network.loss.replay(y.to(self.vhat[-1].dtype), self.network.Y).reshape(())
 
     def _outside_autocast(self) -> AbstractContextManager[Any]:
