@@ -1,7 +1,8 @@
 """How the site is built: ``python -m sphinx -W -n docs build``.
 
-With ``TORCH2PC_EXAMPLES=short`` in the environment the examples run in their short versions, with ``none``
-they are shown and not run. Building needs no network; in the browser, equations are set by MathJax, which comes from a content delivery network.
+With ``TORCH2PC_EXAMPLES=short`` in the environment the examples run in their short versions, with
+``none`` they are shown and not run. Building needs no network; in the browser, equations are set by
+MathJax, which comes from a content delivery network.
 """
 
 import os

@@ -104,7 +104,8 @@ for axes, prior in zip(all_axes, (kurtotic, quadratic), strict=True):
         f"{prior.__name__:9} prior: {(fits > 0.75).double().mean():4.0%} of the fields are Gabor "
         f"functions (over 75% explained), excess kurtosis of the causes {kurtosis:.1f}"
     )
-    axes.imshow(mosaic(signed(fields[:, None]), 10).squeeze(2), cmap="gray", vmin=0, vmax=1)
+    picture = mosaic(signed(fields[:, None]), 10).squeeze(2).numpy()
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
     axes.set(title=f"{prior.__name__} prior", xticks=[], yticks=[])
 plt.show()
 

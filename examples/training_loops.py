@@ -181,5 +181,5 @@ axes.legend()
 plt.show()
 
 # %%
-# **Conclusion.** Put the call where ``backward()`` was, say ``accumulate=True`` for micro-batches, and let the
-# loss say what the whole batch is.
+# **Conclusion.** Put the call where ``backward()`` was, say ``accumulate=True`` for micro-batches, and let
+# the loss say what the whole batch is.

@@ -122,7 +122,7 @@ print(f"the mean image, for comparison: {(mean - images)[:, seen == 0].square().
 figure, all_axes = plt.subplots(len(rows), 10, figsize=(7, 3.8), layout="constrained")
 for row, (name, pictures) in zip(all_axes, rows.items(), strict=True):
     for axes, picture in zip(row, pictures, strict=True):
-        axes.imshow(picture.reshape(28, 28), cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(picture.reshape(28, 28).numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
     row[0].set_ylabel(name, rotation=0, ha="right", va="center")
 plt.show()

@@ -10,7 +10,6 @@ module whose arithmetic ``PCInfer`` cannot follow can be taught to it, so that S
 to float precision again.
 """
 
-import copy
 import math
 
 import matplotlib.pyplot as plt
