@@ -47,7 +47,6 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Warns", "Raises")]
 python_use_unqualified_type_names = True
 
 # The names that the API refers to; inventories/__main__.py writes the files.

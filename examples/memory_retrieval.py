@@ -95,14 +95,14 @@ def right(nearest: torch.Tensor) -> list[float]:
     return (nearest == torch.arange(count)).double().mean((1, 2)).tolist()
 
 
+print("share of the tries that are right")
 figure, (paths, shares) = plt.subplots(1, 2, figsize=(7.4, 3.6), layout="constrained")
 for noise, colour in (0.0, "#0072B2"), (0.2, "#009E73"), (0.4, "#D55E00"):
     seen, found = search(noise)
     last, best = right(found.nearest), right(found.best_so_far())
     print(
-        f"noise {noise}: {last[-1]:4.0%} right after {PASSES} passes, {best[-1]:4.0%} if each try"
+        f"noise {noise}:   {last[-1]:4.0%} after {PASSES} passes   {best[-1]:4.0%} at least error"
     )
-    print("           keeps its pass of least error")
     shares.plot(last, color=colour, label=f"noise {noise}")
     shares.plot(best, color=colour, linestyle=":")
 shares.set(xlabel="pass", ylabel="share of the tries right", xscale="log", ylim=(0, 1.02))
@@ -119,8 +119,9 @@ paths.set(title="four searches for the letter q", xlim=(-span, span), ylim=(-spa
 plt.show()
 
 # %%
-# **Conclusion.** The same errors that train a network can search it. That the noise is as large as the
-# error makes the search wander while it is wrong and rest where it is right.
+# **Conclusion.** Inference by prediction errors can search a memory. That the noise is in proportion to the
+# error makes the search wander while it is wrong and rest where it is right. With noise on the target
+# the error never falls silent, and the last cause is often lost again; the pass of least error is not.
 #
 # Model: L. Annabi, "Structured memory retrieval". ``python -m paper_figures --figure memory`` compares
 # its settings with these over five networks.

@@ -100,7 +100,7 @@ print("errors, Strict, subtracted       ", distance(plain_errors(True), plain_er
 
 # %%
 # Half precision costs Strict what it costs backpropagation: a fraction of a percent. Subtracted, the
-# errors of the hidden layers would be lost altogether.
+# errors of the hidden layers would be half noise or worse.
 #
 # Training
 # --------

@@ -105,7 +105,7 @@ print(*(f"layer {layer}: {share:.3f}" for layer, share in enumerate(shares, 1)),
 # %%
 # These are the lengths in FixedPred's row. Strict, whose predictions follow the beliefs, has an update
 # of its own: on the way it is a little behind, and it points a few degrees away from the gradient.
-#
+
 # %%
 # Training
 # --------

@@ -149,7 +149,7 @@ plt.show()
 # %%
 # What it writes
 # --------------
-# After so few steps not much: the look of English words.
+# After so few steps not much: the lengths of words, and which letters follow which.
 
 
 @torch.no_grad()
@@ -166,5 +166,7 @@ print(continued(trained["Strict"], "The ", 200))
 
 # %%
 # **Conclusion.** Attention, softmax and layer normalisation have displacement rules as ReLU has, and a
-# residual block is a layer like any other. At the same number of steps the three algorithms learn
-# at nearly the same pace here; Strict pays n passes for each step.
+# residual block is a layer like any other. After
+# as many steps, Exact and FixedPred are at 3.33 bits a character on the held-out text and Strict, whose
+# loss is heavy enough to move its beliefs far, is at 3.44; and it pays n passes for each step. (The
+# manual differs from one version of Python to the next, and the last digits with it.)

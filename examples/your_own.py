@@ -98,7 +98,7 @@ for ErrType, weight in ("Exact", 1.0), ("Strict", 1.0), ("Strict", 0.01):
 # Two thirds within one scale would be right. With weight 1 Strict is far too sure of itself: it takes its
 # updates where the beliefs have already moved towards the target, so that the scale it learns is
 # that of errors which the next layer has explained away. With a weight of 0.01 beliefs hardly move, and
-# it is as well calibrated as backpropagation.
+# it is nearly as well calibrated as backpropagation.
 
 # %%
 # Precision
