@@ -40,7 +40,7 @@ def PCInferLatent(
     r"""Infer the latent causes of a batch and write the model's updates into ``.grad``.
 
     ``model`` is a decoder: it predicts the data ``Y``, clamped at its output, from a latent ``v_0``,
-    which is free. All beliefs descend the energy
+    which is free. All beliefs descend the energy::
 
         F(v_0..v_{L-1}) = LossFun(f_L(v_{L-1}), Y)
                           + 1/2 sum_{l=1}^{L-1} pi_l ||f_l(v_{l-1}) - v_l||^2 + prior(v)
