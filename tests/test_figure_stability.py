@@ -90,7 +90,7 @@ def test_all_methods_start_from_the_same_loss_and_see_the_same_batches(tmp_path:
         stability.train(
             stability.Training("2x30", "cross-entropy", 1e-3, method, 1, 4), data, options
         )
-        for method in stability.ALL_METHODS
+        for method in stability.METHODS
     ]
     first = found[0]["loss"][0]
     assert all(one["loss"][0] == pytest.approx(first) for one in found)
@@ -131,7 +131,7 @@ def test_the_command_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert command.main(arguments) == 0
     record = json.loads((tmp_path / "figure_stability.json").read_text())
     methods = {training["method"] for training in record["series"]}
-    assert methods == set(stability.ALL_METHODS)
+    assert methods == set(stability.METHODS)
     assert all(len(training["loss"]) == 12 for training in record["series"])
     assert (tmp_path / "figure_stability.png").read_bytes().startswith(b"\x89PNG")
     assert "Strict's training: where it blows up" in capsys.readouterr().out

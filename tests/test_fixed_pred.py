@@ -124,6 +124,7 @@ both = pytest.mark.parametrize("ErrType", ["FixedPred", "Strict"])
         (21, 0.1, 20, "layers 1 to 10 of 21", "n=201 would"),
         (3, 0.5, 2, "layer 1 of 3", "n=5 would"),
         (3, 0.0, 9, "layers 1 to 2 of 3", "n=21 with eta=0.1, or eta=0.25,"),
+        (9, 1.5, 2, "layers 1 to 7 of 9", "n=9 with eta=1.0 would"),
     ],
 )
 def test_says_once_which_layers_the_error_hardly_reaches(

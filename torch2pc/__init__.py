@@ -5,6 +5,7 @@ This file is the table of contents: it lists the public names and nothing else.
 
 from torch2pc.displacement import displacement_rule
 from torch2pc.fwd_pass_plus import FwdPassPlus
+from torch2pc.grouping import group_layers
 from torch2pc.latent import PCInferLatent
 from torch2pc.memory import PCRNN
 from torch2pc.pcinfer import EquilibriumResult, PCInfer, PCResult
@@ -19,4 +20,5 @@ __all__ = [
     "PCInferLatent",
     "PCResult",
     "displacement_rule",
+    "group_layers",
 ]

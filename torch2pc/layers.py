@@ -64,8 +64,9 @@ class Inference(NamedTuple):
     evaluations: int | None = None
 
 
-# For each model, which of its layers were found to be the same function again in a replay.
-_replayable: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+# For each model, which of its layers, training or not, were found to be the same function again in a
+# replay.
+_replayable: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], bool]] = WeakKeyDictionary()
 
 
 class Layer:
@@ -187,20 +188,21 @@ class Layer:
         It does not where a layer depends on what is no buffer and no generator that can be found.
         """
         known = {} if self._model is None else _replayable.setdefault(self._model, {})
-        if self.name not in known:
+        key = self.name, getattr(self.function, "training", None)
+        if key not in known:
             with torch.enable_grad(), generators_kept(self.drawn_sources):
                 again = self.replay(x, *others).detach()
             distance, scale = (again - output).norm(), output.norm()
             near = bool(distance <= 16 * torch.finfo(output.dtype).eps * scale)
-            known[self.name] = near or not bool(scale.isfinite())
-            if not known[self.name]:
+            known[key] = near or not bool(scale.isfinite())
+            if not known[key]:
                 warn_caller(
                     f"{self.name} gives another output when it is evaluated again at the same "
                     "input, so that beliefs are relaxed about a function that changes: keep its "
                     "state in buffers, and draw random numbers from PyTorch's generators, or from "
                     "a torch.Generator that is an attribute of the module"
                 )
-        return known[self.name]
+        return known[key]
 
     @property
     def drawn_sources(self) -> list[Source]:
@@ -247,6 +249,8 @@ class Network:
         # All that can be replayed; a prior is added to it.
         self.functions = [*self.layers, self.loss]
         self.first: tuple[Tensor, Tensor] | None = None
+        # Told of each parameter's update as soon as it is there, and once more if it changes.
+        self.arrived: Callable[[Tensor, Tensor], None] | None = None
         self._stand_in: nn.Module | None = None
 
     def feed_forward(self, from_X: bool = False) -> Graph:
@@ -267,7 +271,7 @@ class Network:
         Loss = check_loss(self.loss(vhat[-1], self.Y))
         return Graph(vhat, Loss)
 
-    def record(self, free_input: bool = False) -> tuple[list[Tensor], Tensor, Tensor]:
+    def record(self, free_input: bool) -> tuple[list[Tensor], Tensor, Tensor]:
         """One forward pass without a graph across layers; returns vhat, Loss and dLdy, detached.
 
         After it each layer, and the loss, can be replayed, and each layer whose input moves has a

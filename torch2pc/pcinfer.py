@@ -149,7 +149,9 @@ def PCInfer(
     during the call if its state is in buffers and its random numbers come from PyTorch's generators or
     from a ``torch.Generator`` that is an attribute of the module or
     held by ``LossFun``; a layer that draws in its backward pass (shake-shake) does so anew each time,
-    and one that is another function when it is evaluated again is named in a warning. Hooks of modules
+    and one that is another function when it is evaluated again is named in a warning (that is looked
+    for in the first call, once for training and once for eval mode; a deep copy of the model counts
+    as another one, if it should be looked for again). Hooks of modules
     fire as in one forward pass; with Strict also when a layer is evaluated for its update, and once
     more the first time that its operations are met, to hold them against the layer itself. A layer
     whose operations cannot be followed (it branches on values, leaves PyTorch, draws random numbers
@@ -166,8 +168,8 @@ def PCInfer(
 
     Threads may train models of their own, and call one that is being trained. The generators are the
     process's, though: Strict winds those back that a layer drew from, so that another thread may draw the
-    same numbers again; where models draw, use processes. Between processes nothing is synchronised:
-    after the call, sum ``p.grad`` by ``torch.distributed.all_reduce`` and divide it by their number.
+    same numbers again; where models draw, use processes. Between processes nothing is synchronised
+    here; ``torch2pc.distributed.PCInfer`` trains on several.
     ``Loss`` requires no grad, so that Lightning needs ``automatic_optimization = False``. Hooks that
     gather gradients of each example in a backward pass (Opacus) see those of Exact alone.
 
@@ -254,6 +256,25 @@ def PCInfer(
     (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
     the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
     """
+    algorithm = chosen_algorithm(
+        model, LossFun, X, ErrType, eta, n, vinit, compile=compile, update_at=update_at
+    )
+    return infer(algorithm, model, LossFun, X, Y, accumulate)
+
+
+def chosen_algorithm(
+    model: nn.Sequential,
+    LossFun: Callable[[Tensor, Any], Tensor],
+    X: Tensor,
+    ErrType: str,
+    eta: float | Tensor,
+    n: int | None,
+    vinit: Sequence[Any] | None,
+    *,
+    compile: bool,
+    update_at: str,
+) -> Callable[[Network], Inference]:
+    """The algorithm that PCInfer's arguments ask for, once they have been checked."""
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("X", X)
@@ -270,10 +291,9 @@ def PCInfer(
         if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None and n > 1):
             warn_of_short_inference(model, eta, n)
 
-    algorithm = partial(
+    return partial(
         ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile, update_at=update_at
     )
-    return infer(algorithm, model, LossFun, X, Y, accumulate)
 
 
 def infer(

@@ -42,6 +42,7 @@ from torch2pc.compiled import (
     schedule,
 )
 from torch2pc.graph import (
+    Updates,
     add_updates,
     check_scalar,
     gradient,
@@ -348,7 +349,7 @@ class Relaxation:
         """
         at = self.v if at is None else at
         network, L = self.network, len(self.network.layers)
-        updates: dict[Tensor, Tensor] = {}
+        updates = Updates(network.arrived)
         input_error = None
         for l, layer in enumerate(network.layers, start=1):
             asks_input = l == 1 and network.X.requires_grad
