@@ -177,6 +177,34 @@ def check_n(n: object) -> int:
     return int(n)
 
 
+def check_prior(prior: object) -> None:
+    """``prior`` is None or can be called."""
+    if prior is not None and not callable(prior):
+        raise TypeError(
+            "prior must be a callable from the list of beliefs to a scalar tensor, "
+            f"got {type(prior).__name__}"
+        )
+
+
+def check_callback(callback: object, compile: bool, has_iterations: bool = True) -> None:
+    """``callback`` is None, or can be called after iterations that there are."""
+    if callback is None:
+        return
+    if not callable(callback):
+        raise TypeError(
+            f"callback must be None or a callable of (k, v, epsilon), got {type(callback).__name__}"
+        )
+    if not has_iterations:
+        raise ValueError(
+            "callback must be None for Exact and FixedPred, which are computed in closed form, "
+            "without iterations; torch2pc.follow shows those that FixedPred stands for"
+        )
+    if compile:
+        raise ValueError(
+            "callback must be None with compile=True, whose iterations run as one compiled program"
+        )
+
+
 def check_update_at(update_at: object) -> None:
     """``update_at`` is one of the two places where Strict's updates can be taken."""
     if not isinstance(update_at, str) or update_at not in ("v", "vhat"):

@@ -22,6 +22,7 @@ from torch2pc.layers import Inference, Network
 from torch2pc.pcinfer import PCResult, chosen_algorithm
 from torch2pc.reductions import read_count, read_reduction
 from torch2pc.state import chained_to, modules_in
+from torch2pc.strict import Callback
 
 __all__ = ["PCInfer"]
 
@@ -32,13 +33,14 @@ def PCInfer(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor = 0.1,
+    eta: float | Tensor | str = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
     accumulate: bool = False,
     compile: bool = False,
     update_at: str = "v",
+    callback: Callback | None = None,
     group: dist.ProcessGroup | None = None,
     reduction: str | None = None,
     count: float | Tensor | None = None,
@@ -99,7 +101,8 @@ def PCInfer(
 
     Args:
         model, LossFun, ErrType, eta, n, accumulate, compile, update_at: as for ``torch2pc.PCInfer``,
-            the same on all ranks.
+            the same on all ranks; ``eta`` a number.
+        callback: as there, called with this rank's beliefs and errors.
         X, Y, vinit: as there, of this rank's shard, of at least one example.
         group: the processes; None for all.
         reduction: ``"mean"`` or ``"sum"``, what LossFun does over the batch; None to read it from
@@ -139,8 +142,21 @@ def PCInfer(
     peers = Peers(group)
     try:
         algorithm = chosen_algorithm(
-            model, LossFun, X, ErrType, eta, n, vinit, compile=compile, update_at=update_at
+            model,
+            LossFun,
+            X,
+            ErrType,
+            eta,
+            n,
+            vinit,
+            compile=compile,
+            update_at=update_at,
+            callback=callback,
         )
+        if isinstance(eta, str) and ErrType in ("Strict", "ErrorBased"):
+            raise ValueError(
+                f"eta must be a number here, got {eta!r}, which would find another one on each rank"
+            )
         check_no_transform()
         modules = modules_in(model, LossFun)
         check_modules(modules)

@@ -8,16 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch2pc.checks import (
+    check_callback,
     check_eta,
     check_LossFun,
     check_model,
     check_n,
     check_precision,
+    check_prior,
     check_tensor,
 )
 from torch2pc.layers import Inference, Layer, Network
 from torch2pc.pcinfer import PCResult, infer
-from torch2pc.strict import Relaxation
+from torch2pc.strict import Callback, Relaxation
 
 
 def PCInferLatent(
@@ -32,6 +34,7 @@ def PCInferLatent(
     prior: Callable[[list[Tensor]], Tensor] | None = None,
     accumulate: bool = False,
     compile: bool = False,
+    callback: Callback | None = None,
 ) -> PCResult:
     r"""Infer the latent causes of a batch and write the model's updates into ``.grad``.
 
@@ -61,6 +64,7 @@ def PCInferLatent(
             parameters, they get their gradient too.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches.
         compile: run the iterations through ``torch.compile``, as in ``PCInfer``.
+        callback: called after each iteration, as in ``PCInfer``; ``v[0]`` is the latent.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``: ``v[0]`` is the inferred latent, and
@@ -100,15 +104,13 @@ def PCInferLatent(
     eta = check_eta(eta)
     n = check_n(n)
     pi = check_precision(precision, len(model) - 1)
-    if prior is not None and not callable(prior):
-        raise TypeError(
-            "prior must be a callable from the list of beliefs to a scalar tensor, "
-            f"got {type(prior).__name__}"
-        )
+    check_prior(prior)
+    check_callback(callback, compile)
 
     def relax(network: Network) -> Inference:
         of_beliefs = None if prior is None else Layer(prior, "prior", network.devices, model=model)
         relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
+        relaxation.call_back(callback)
         with network.replaying():
             relaxation.run(n, compile)
             relaxation.take_errors()

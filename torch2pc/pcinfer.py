@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import (
+    check_callback,
     check_eta,
     check_LossFun,
     check_model,
@@ -26,7 +27,7 @@ from torch2pc.exact import exact
 from torch2pc.fixed_pred import fixed_pred, warn_of_short_inference
 from torch2pc.layers import Inference, Network
 from torch2pc.state import Snapshot, modules_in, write_gradients
-from torch2pc.strict import strict
+from torch2pc.strict import Callback, strict
 
 ALGORITHMS: dict[str, Callable[..., Inference]] = {
     "Exact": exact,
@@ -53,6 +54,23 @@ class PCResult(NamedTuple):
     """Beliefs; ``v[0]`` is the input."""
     epsilon: list[Tensor | None]
     """Prediction errors; ``epsilon[0]`` is None unless ``X.requires_grad``."""
+
+    @property
+    def energy(self) -> Tensor:
+        """``||epsilon_l||^2 / 2`` of the hidden layers l = 1..L-1, ``(L-1,)``, computed when read.
+
+        What the output adds to the energy is the loss.
+
+        >>> from torch import nn
+        >>> from torch2pc import PCInfer
+        >>> model, X = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(2, 4)
+        >>> PCInfer(model, nn.MSELoss(), X, torch.zeros(2, 1), "Strict").energy.shape
+        torch.Size([2])
+        """
+        errors = [epsilon_l for epsilon_l in self.epsilon[1:-1] if epsilon_l is not None]
+        like = self.epsilon[-1] if self.epsilon[-1] is not None else self.Loss
+        energies = [0.5 * torch.linalg.vector_norm(e).square().to(like) for e in errors]
+        return torch.stack(energies) if energies else like.new_zeros(0)
 
 
 class EquilibriumResult(PCResult):
@@ -92,6 +110,7 @@ def PCInfer(
     accumulate: bool = False,
     compile: bool = False,
     update_at: str = "v",
+    callback: Callback | None = None,
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
@@ -257,7 +276,16 @@ def PCInfer(
     the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
     """
     algorithm = chosen_algorithm(
-        model, LossFun, X, ErrType, eta, n, vinit, compile=compile, update_at=update_at
+        model,
+        LossFun,
+        X,
+        ErrType,
+        eta,
+        n,
+        vinit,
+        compile=compile,
+        update_at=update_at,
+        callback=callback,
     )
     return infer(algorithm, model, LossFun, X, Y, accumulate)
 
@@ -267,33 +295,41 @@ def chosen_algorithm(
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     ErrType: str,
-    eta: float | Tensor,
+    eta: float | Tensor | str,
     n: int | None,
     vinit: Sequence[Any] | None,
     *,
     compile: bool,
     update_at: str,
+    callback: Callback | None,
 ) -> Callable[[Network], Inference]:
     """The algorithm that PCInfer's arguments ask for, once they have been checked."""
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("X", X)
-    if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
-        accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
-        raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
+    check_ErrType(ErrType)
     if ErrType not in ("Exact", "FixedPred"):
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
     if ErrType != "Exact":
-        eta = check_eta(eta)
+        size = eta = check_eta(eta)
         n = len(model) if n is None else check_n(n)
         # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
         if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None and n > 1):
-            warn_of_short_inference(model, eta, n)
+            warn_of_short_inference(model, size, n)
+    check_callback(callback, compile, ErrType not in ("Exact", "FixedPred"))
 
-    return partial(
+    algorithm = partial(
         ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile, update_at=update_at
     )
+    return algorithm if callback is None else partial(algorithm, callback=callback)
+
+
+def check_ErrType(ErrType: object) -> None:
+    """``ErrType`` is the name of an algorithm."""
+    if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
+        accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
+        raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
 
 
 def infer(

@@ -51,9 +51,20 @@ def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = P
         >>> largest_eigenvalue(lambda u: [A @ u[0]], [torch.empty(100)], passes=20)
         2.99...
     """
-    u = [_noise(x) for x in like]
+    T = tridiagonal(product, [_noise(x) for x in like], passes)
+    return float("nan") if T is None else torch.linalg.eigvalsh(T)[-1].item()
+
+
+@torch.no_grad()
+def tridiagonal(product: Product, start: list[Tensor], passes: int) -> Tensor | None:
+    """The matrix in the first vectors of Lanczos' basis, from ``start`` on, in float64 on the host.
+
+    Its eigenvalues approach the outermost ones of the matrix that ``product`` multiplies with. None
+    if the products are not finite.
+    """
+    u = start
     before, beta = u, _inner(u, u).sqrt()
-    u = _multiplied(u, 1 / beta)
+    u = _multiplied(u, torch.where(beta == 0, 0.0, 1 / beta))
     diagonal, beside = [], []
     for k in range(passes):
         w = product(u)
@@ -70,10 +81,9 @@ def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = P
         before, u = u, _multiplied(w, torch.where(beta == 0, 0.0, 1 / beta))
     numbers = torch.stack([*diagonal, *beside]).double().cpu()
     if not numbers.isfinite().all():
-        return float("nan")
+        return None
     T = torch.diag(numbers[:passes])
-    T += torch.diag(numbers[passes:], 1) + torch.diag(numbers[passes:], -1)
-    return torch.linalg.eigvalsh(T)[-1].item()
+    return T + torch.diag(numbers[passes:], 1) + torch.diag(numbers[passes:], -1)
 
 
 def _noise(like: Tensor) -> Tensor:

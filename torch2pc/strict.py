@@ -25,9 +25,9 @@ graph of layer 1, whose input does not move, for its update at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -62,6 +62,10 @@ from torch2pc.step_size import (
 )
 
 
+# What PCInfer calls after each iteration, with its number, v and epsilon.
+Callback = Callable[[int, list[Tensor], list[Tensor | None]], object]
+
+
 def strict(
     network: Network,
     eta: float | str,
@@ -69,15 +73,24 @@ def strict(
     vinit: Sequence[Any] | None,
     compile: bool,
     update_at: str,
+    callback: Callback | None = None,
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
-    return relax(Relaxation(network, eta, vinit), n, compile, update_at, "Strict")
+    return relax(Relaxation(network, eta, vinit), n, compile, update_at, "Strict", callback)
 
 
-def relax(relaxation: Relaxation, n: int, compile: bool, update_at: str, ErrType: str) -> Inference:
+def relax(
+    relaxation: Relaxation,
+    n: int,
+    compile: bool,
+    update_at: str,
+    ErrType: str,
+    callback: Callback | None = None,
+) -> Inference:
     """What ``n`` steps of a relaxation infer."""
     if update_at == "v":
         _warn_of_flat_items(relaxation.network, ErrType)
+    relaxation.call_back(callback)
     with relaxation.network.replaying():
         relaxation.run(n, compile)
         return relaxation.result(update_at)
@@ -113,6 +126,19 @@ def _warn_of_flat_items(network: Network, ErrType: str) -> None:
         )
 
 
+class Here(NamedTuple):
+    """What there is to know of the energy where a relaxation stands."""
+
+    errors: list[Tensor]
+    """epsilon_0..epsilon_L; where the input is clamped, the first has no meaning."""
+    Loss: Tensor
+    prior: Tensor | None
+    gradient: list[Tensor]
+    """F's gradient in the relaxation's variables, ``free``."""
+    arriving: list[Tensor]
+    """What arrives at each of them from above; at equilibrium, its error (times its precision)."""
+
+
 class Relaxation:
     """The iteration, one step at a time; iterating over it yields (v, epsilon) after each step.
 
@@ -128,6 +154,9 @@ class Relaxation:
     ...     for k, (v, epsilon) in zip(range(20), Relaxation(network, eta=0.1)):
     ...         error = epsilon[1].norm()
     """
+
+    # Called after each of the steps of ``run`` with how many there have been.
+    after_step: Callable[[int], object] | None = None
 
     def __init__(
         self,
@@ -198,7 +227,7 @@ class Relaxation:
             return
         self.eta = self.safe_step()
         before = self._energy()
-        slack = _slack(self.vhat[-1].dtype) * before.abs().sum()
+        slack = round_off(self.vhat[-1].dtype) * before.abs().sum()
         self._steps(n, compile)
         for _ in range(MOST_TRIES):
             is_lower = self._energy().sum() <= before.sum() + slack
@@ -210,8 +239,21 @@ class Relaxation:
 
     def _steps(self, n: int, compile: bool) -> None:
         done = self._run_compiled(n) if compile else 0
-        for _ in range(n - done):
+        for k in range(done + 1, n + 1):
             self.step()
+            if self.after_step is not None:
+                self.after_step(k)
+
+    def call_back(self, callback: Callback | None) -> None:
+        """Let ``callback`` be called after each step with (k, v, epsilon)."""
+        if callback is None:
+            return
+
+        @torch.no_grad()
+        def after_step(k: int) -> None:
+            callback(k, self.v, [None, *self.epsilon[1:]])
+
+        self.after_step = after_step
 
     @torch.no_grad()
     def step(self) -> None:
@@ -243,6 +285,45 @@ class Relaxation:
                     delta[l - 1].sub_(descended, alpha=eta)
             del saved, arriving, descended  # before the next layer makes its own
         self._reached = max(1, self._reached - 1)
+
+    @property
+    def free(self) -> list[Tensor]:
+        """The variables that F is descended in: how far v_{L-len(free)}..v_{L-1} have moved."""
+        return self.delta[self._lowest - 1 :]
+
+    @torch.no_grad()
+    def stand_at(self, free: Sequence[Tensor]) -> None:
+        """Let the variables be these."""
+        self.delta = [*self.delta[: self._lowest - 1], *free]
+        self._reached = 1
+
+    @torch.no_grad()
+    def here(self) -> Here:
+        """The energy and its gradient where the beliefs are, which stay there."""
+        delta, L, first = self.delta, len(self.network.layers), self._lowest - 1
+        errors = [torch.zeros_like(epsilon_l) for epsilon_l in self.epsilon]
+        arriving = [torch.zeros_like(delta_l) for delta_l in delta]
+        if L < self._lowest:
+            errors[L] = in_belief_dtype(self.dLdy)
+        elif first == 1:
+            torch.neg(delta[1], out=errors[1])
+        for l in range(self._lowest, L + 1):
+            displacement = self.network.layers[l - 1].displacement
+            with self._outside_autocast():
+                moved, saved = displacement.forward(delta[l - 1])
+            errors[l] = moved - delta[l] if l < L else self._output_error(moved)
+            with self._outside_autocast():
+                found = displacement.backward(saved, errors[l] * self.precision[l])
+            if found is not None:
+                arriving[l - 1] += found
+        prior = None
+        if self.prior is not None:
+            prior = self.prior.replay(self._free_beliefs()).detach().reshape(())
+            for l, of_prior in enumerate(self._gradient_of_prior()[:L]):
+                if of_prior is not None:
+                    arriving[l] += of_prior
+        gradient = [arriving[l] - (errors[l] * self.precision[l] if l else 0) for l in range(L)]
+        return Here(errors, self._Loss_here, prior, gradient[first:], arriving[first:])
 
     @torch.no_grad()
     def take_errors(self) -> None:
@@ -491,7 +572,7 @@ class Relaxation:
         return gradient([energy], beliefs)
 
 
-def _slack(dtype: torch.dtype) -> float:
+def round_off(dtype: torch.dtype) -> float:
     """How much of an energy may be round-off, if the loss is computed in ``dtype``."""
     return min(256 * torch.finfo(dtype).eps, 0.1)
 
