@@ -56,9 +56,7 @@ def _draw_map(record: Record, axes: Axes, figure: Figure, hidden: list[int]) -> 
     shown = np.ma.masked_invalid(np.where(energies > 0, energies, np.nan))
     scale = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
     edges = (-0.5, record.n + 0.5, hidden[0] - 0.5, hidden[-1] + 0.5)
-    image = axes.imshow(
-        shown, aspect="auto", origin="lower", extent=edges, norm=norm, cmap=scale
-    )
+    image = axes.imshow(shown, aspect="auto", origin="lower", extent=edges, norm=norm, cmap=scale)
     axes.set_ylabel("layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
