@@ -348,6 +348,26 @@ def test_layers_can_be_copied(name: str, copied: Callable[[Any], Any]) -> None:
     PCInfer(twin, F.cross_entropy, X, torch.zeros(len(X), dtype=torch.long), "Strict", n=2)
 
 
+class InPlaceOnView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.last = nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.view(-1, 2, 6)).transpose(1, 2)
+        return self.last(self.relu(x).reshape(-1, 12))
+
+
+def test_modules_that_write_into_views_of_their_input() -> None:
+    model, X = InPlaceOnView(), torch.randn(3, 12)
+    layers = group_layers(model, X)
+    assert kinds(layers)[1] == ["Between", "ReLU", "Between", "Linear"]
+    expected, before = model(X), X.clone()
+    result = PCInfer(layers, F.mse_loss, X, torch.zeros(3, 5), "Strict", n=3)
+    torch.testing.assert_close(result.vhat[-1], expected)
+    assert torch.equal(X, before)
+
+
 def test_functions_are_told_the_mode() -> None:
     layers = group_layers(Functional().eval(), IMAGES)
     assert torch.equal(layers(IMAGES), layers(IMAGES))
