@@ -143,7 +143,7 @@ class Functional(nn.Module):
         if x.dim() != 4:
             raise ValueError("images, please")
         x = F.relu(F.max_pool2d(self.conv(x), 2))
-        x = scale * F.relu_(self.fc1(x.view(x.size(0), -1))) + self.offset
+        x = scale * F.relu_(self.fc1(x.view(x.size(0), -1))) + self.offset + torch.arange(8)
         x = F.dropout(x, 0.3, training=self.training)
         return F.log_softmax(self.fc2(x), dim=1)
 
@@ -413,6 +413,11 @@ class Branching(AroundTwo):
         return self.second(x) if x.sum() > 0 else self.third(x)
 
 
+class Unequal(AroundTwo):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * torch.tensor(2.0 if self.training else 1.0))
+
+
 class Reading(AroundTwo):
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x) * float(x.mean()))
@@ -481,10 +486,11 @@ ERRORS = [
         ValueError,
         r"branch on the values of tensors.* gt of sum of model\.first's output",
     ),
+    (Unequal(), ValueError, "could not be made a chain|another one each time"),
     (Reading(), ValueError, "could not be followed .*float"),
     (Writing(), ValueError, r"write into tensors in place.*tanh_ of model\.first's output"),
     (Cut(), ValueError, r"another the gradient of first\.weight"),
-    (Noisy(), ValueError, "draws random numbers"),
+    (Noisy(), ValueError, r"draw random numbers like the input \(torch.randn_like\)"),
     (Auxiliary(), ValueError, "same in train and in eval mode"),
     (TwoInputs(), ValueError, "could not be followed .*'y'"),
     (Pair(), ValueError, "must return a tensor"),
