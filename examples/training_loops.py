@@ -47,9 +47,9 @@ start = nn.Sequential(
 #
 # .. math::
 #
-#    \mathrm{Loss} = \sum_i \ell_i \ \Rightarrow\ \Delta\theta = \sum_i \Delta\theta_i, \qquad
-#    \mathrm{Loss} = \frac1B \sum_i \ell_i:\ \text{each example weighs } \tfrac1B
-#    \text{ against its hidden errors.}
+#    \mathrm{Loss} = \sum_i \mathrm{Loss}_i \quad \Rightarrow \quad \Delta\theta = \sum_i \Delta\theta_i ,
+#
+# while in a mean each example weighs 1/B against its own hidden errors.
 #
 # With a loss that sums, Strict's update is the sum of its examples' own updates, and parts add up exactly. A
 # mean over each part is another energy than the mean over the whole, so that the parts
