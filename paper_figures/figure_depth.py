@@ -27,7 +27,7 @@ far the errors are from equilibrium after so many passes, each of them forward a
 10-layer tanh network (H). A step size "auto" costs passes of its own, which are counted.
 
 A training that is finished is kept in ``figure_depth_runs.json`` beside the figure, and is not
-repeated when the command is given again. All of them take about an hour on one core. Stopped by
+repeated when the command is given again. All of them take about an hour and a half on one core. Stopped by
 Ctrl-C, the command draws what there is; each point is the mean of the seeds that are there, and
 each seed has its dot.
 """
@@ -110,7 +110,6 @@ FEW = (
     "Strict, auto, n 20",
     "ErrorBased, auto, n 5",
     "ErrorBased, auto, n 5, at vhat",
-    "Equilibrium, n 25, at vhat",
 )
 
 
