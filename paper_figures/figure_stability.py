@@ -10,17 +10,17 @@ curvature of the energy, about 1 + ||W||^2), the beliefs diverge, and training i
 
 Two cures leave those weights alone. *Updates at vhat*: ``update_at="vhat"``, as when the paper appeared.
 *Cut before the activation*: the items of the same network are ``Linear | ReLU, Linear | ReLU, Linear``, so
-that a belief is about what goes into the ReLU. Weights still grow longer than at vhat, so that at
-large learning rates the beliefs diverge in some trainings, which half the step size mends.
-Backprop is trained beside them, from the same weights, on the same batches.
+that a belief is about what goes into the ReLU. Weights still grow longer than at vhat, until a step of .1
+is too large for the beliefs: ``eta="auto"`` goes with it, which finds one that is not. Backprop is
+trained beside them, from the same weights, on the same batches.
 
 Panels: the loss (A) and the length of the weights that leave inactive units (B) during training; the
 accuracy with other optimizers (C); the accuracy above backprop's of the cures, for each network,
-loss, learning rate and seed, and with half the step size and twice the steps (D); the accuracy for
-four activations against the learning rate (E-H).
+loss, learning rate and seed, and of the cut with η = 0.1 (D); the accuracy for four activations
+against the learning rate (E-H).
 
-A training that is finished is kept in ``figure_stability_runs.json`` beside the figure, and is not
-repeated when the command is given again: all of them take some three hours on one core.
+A training that has blown up is not gone on with. One that is finished is kept in
+``figure_stability_runs.json`` beside the figure, and is not repeated when the command is given again.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import torch2pc
 from paper_figures.data import DataSet, load_digits
 from paper_figures.nets import mnist_net
 from paper_figures.plotting import letter, panels
-from paper_figures.report import Number, Options, save
-from paper_figures.runs import Runs
+from paper_figures.report import Number, Options, save, write_atomically
 from paper_figures.training import (
     backprop_step,
     cross_entropy,
@@ -57,9 +57,11 @@ from torch2pc import PCInfer
 DEFAULT = False
 DOWNLOADS = ("mnist",)
 
-BATCH_SIZE = 64
-# Seeds of the comparison of the cures with backprop, and of all other panels.
-SEEDS, FEW_SEEDS = 10, 2
+BATCH_SIZE = 32
+# Seeds of the comparison of the cures with backprop; all other panels have one.
+SEEDS = 3
+# Steps and network of the panels that compare optimizers, activations and learning rates.
+SWEPT_STEPS, SWEPT = 200, "3x50"
 # The weights that leave inactive units are measured every so many steps, on so many test images.
 EVERY, PROBE = 10, 500
 
@@ -74,28 +76,28 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class Method(NamedTuple):
-    """Where updates are taken (None: backprop), the inference, and how its lines look."""
+    """Where updates are taken (None: backprop), the step size, and how its lines look."""
 
     update_at: str | None
-    eta: float
-    n: int
+    eta: float | str
     colour: str
     style: Any = "-"
 
 
+N = 20
 METHODS = {
-    "at v, cut after": Method("v", 0.1, 20, "#D55E00"),
-    "at v, cut before": Method("v", 0.1, 20, "#009E73"),
-    "at vhat": Method("vhat", 0.1, 20, "#CC79A7"),
-    "backprop": Method(None, 0, 0, "#0072B2", (0, (4, 1.5))),
+    "at v, cut after": Method("v", 0.1, "#D55E00"),
+    "at v, cut before": Method("v", 0.1, "#E69F00"),
+    "at v, cut before, η auto": Method("v", "auto", "#009E73"),
+    "at vhat": Method("vhat", 0.1, "#CC79A7"),
+    "backprop": Method(None, 0, "#0072B2", (0, (4, 1.5))),
 }
-HALVED = "at v, cut before, η/2"
-ALL_METHODS = {**METHODS, HALVED: Method("v", 0.05, 40, "#E69F00")}
-CURES = ("at v, cut before", "at vhat")
+# Each alone is to prevent it; the cut with η = 0.1 is shown beside them where it fails most often.
+CURES = ("at v, cut before, η auto", "at vhat")
+CUT_ALONE = "at v, cut before"
 OPTIMIZERS = {
     "Adam, eps 1e-8": {"eps": 1e-8},
     "Adam, eps 1e-6": {"eps": 1e-6},
-    "Adam, eps 1e-5": {"eps": 1e-5},
     "Adam, eps 1e-4": {"eps": 1e-4},
     "SGD, momentum 0.9": {"momentum": 0.9},
 }
@@ -114,6 +116,7 @@ class Training:
     steps: int = 400
     activation: str = "ReLU"
     optimizer: str = ADAM
+    batch_size: int = BATCH_SIZE
 
     def key(self, data: str) -> str:
         """What it is kept under."""
@@ -170,8 +173,8 @@ def train(training: Training, data: DataSet, options: Options) -> dict[str, Any]
     model = network(training).to(options.device)
     optimizer, LossFun = optimizer_of(training, model), LOSSES[training.loss]
     measure = OfInactiveUnits(model, next(data.all_test_batches(PROBE, options.device)).X)
-    losses, growth, method = [], [], ALL_METHODS[training.method]
-    batches = data.train_batches(training.steps, BATCH_SIZE, training.seed, options.device)
+    losses, growth, method = [], [], METHODS[training.method]
+    batches = data.train_batches(training.steps, training.batch_size, training.seed, options.device)
     with without_the_warning():
         for step, batch in enumerate(batches):
             if training.activation == "ReLU" and step % EVERY == 0:
@@ -186,12 +189,14 @@ def train(training: Training, data: DataSet, options: Options) -> dict[str, Any]
                     batch.labels,
                     "Strict",
                     method.eta,
-                    method.n,
+                    N,
                     update_at=method.update_at,
                 )
                 optimizer.step()
                 loss = result.Loss.item()
             losses.append(float(f"{loss:.5g}"))
+            if is_lost(losses):
+                break
     return {
         "loss": losses,
         "accuracy": test_accuracy(model, data, options.device),
@@ -253,19 +258,54 @@ def blew_up(losses: Sequence[float]) -> bool:
     return not all(mean <= losses[0] / 3 for mean in means[lowest:])
 
 
+def is_lost(losses: Sequence[float]) -> bool:
+    """Whether a training has blown up so far that there is no use in going on."""
+    if not math.isfinite(losses[-1]):
+        return True
+    return len(losses) > 20 and statistics.fmean(losses[-10:]) > 3 * losses[0]
+
+
+class Runs:
+    """The trainings that are finished, kept in a file from one command to the next."""
+
+    def __init__(self, data: DataSet, options: Options) -> None:
+        self._data, self._options = data, options
+        self._path = options.out / "figure_stability_runs.json"
+        self._found: dict[str, Any] = {}
+        if self._path.is_file():
+            self._found = json.loads(self._path.read_text("utf-8"))
+
+    def __getitem__(self, training: Training) -> dict[str, Any]:
+        return self._found[training.key(self._data.name)]
+
+    def finish(self, trainings: Iterable[Training]) -> None:
+        """Do those of the trainings that are not done yet."""
+        todo = [
+            training
+            for training in dict.fromkeys(trainings)
+            if training.key(self._data.name) not in self._found
+        ]
+        for training in tqdm(todo, "figure stability", unit="training"):
+            found = train(training, self._data, self._options)
+            self._found[training.key(self._data.name)] = found
+            self._options.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self._found)  # NaN and infinity as Python writes them
+            write_atomically(self._path, lambda path, text=text: path.write_text(text, "utf-8"))
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is trained: all of it, or the short version."""
 
     steps: int = 400
-    networks: tuple[str, ...] = ("mnist_net", "3x300", "8x300")
-    cured_lr: tuple[float, ...] = (1e-3, 2e-3)
-    shown: str = "8x300"
-    swept: str = "3x300"
-    lr: tuple[float, ...] = (3e-4, 1e-3, 2e-3, 3e-3)
-    activations: tuple[str, ...] = tuple(ACTIVATIONS)
+    networks: tuple[str, ...] = ("3x300", "8x300", "mnist_net")
+    cured_lr: tuple[float, ...] = (2e-3, 1e-3)
+    shown: str = "3x300"
     seeds: int = SEEDS
-    few_seeds: int = FEW_SEEDS
+    swept: str = SWEPT
+    swept_steps: int = SWEPT_STEPS
+    lr: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    activations: tuple[str, ...] = tuple(ACTIVATIONS)
     seed: int = 0
 
     def cured(self) -> list[Training]:
@@ -273,53 +313,44 @@ class Plan:
         return [
             Training(network, loss, lr, method, self.seed + k, self.steps)
             for k in range(self.seeds)
-            for loss in LOSSES
-            for lr in reversed(self.cured_lr)
+            for lr in self.cured_lr
             for network in self.networks
-            for method in (*CURES, "backprop", *([HALVED] if network == self.swept else []))
-        ]
-
-    def followed(self, method: str) -> list[Training]:
-        """One method's trainings in panels A and B."""
-        return [
-            Training(
-                self.shown, "cross-entropy", max(self.cured_lr), method, self.seed + k, self.steps
+            for loss in LOSSES
+            for method in (
+                *CURES,
+                "backprop",
+                *([CUT_ALONE] if (network, lr) == (self.networks[0], self.cured_lr[0]) else []),
             )
-            for k in range(self.few_seeds)
         ]
 
-    def optimized(self, method: str, optimizer: str) -> list[Training]:
-        """One method's trainings in panel C."""
-        lr = 0.05 if optimizer == SGD else max(self.cured_lr)
-        return [
-            Training(
-                self.swept,
-                "cross-entropy",
-                lr,
-                method,
-                self.seed + k,
-                self.steps,
-                optimizer=optimizer,
-            )
-            for k in range(self.few_seeds)
-        ]
+    def followed(self, method: str) -> Training:
+        """One method's training in panels A and B."""
+        return Training(
+            self.shown, "cross-entropy", self.cured_lr[0], method, self.seed, self.steps
+        )
 
-    def swept_at(self, activation: str, loss: str, lr: float, method: str) -> list[Training]:
+    def optimized(self, method: str, optimizer: str) -> Training:
+        """One method's training in panel C."""
+        lr = 0.05 if optimizer == SGD else 2e-3
+        steps, seed = self.swept_steps, self.seed
+        return Training(self.swept, "cross-entropy", lr, method, seed, steps, optimizer=optimizer)
+
+    def swept_at(self, activation: str, lr: float, method: str) -> Training:
         """One point of panels E to H."""
-        return [
-            Training(self.swept, loss, lr, method, self.seed + k, self.steps, activation)
-            for k in range(self.few_seeds)
-        ]
+        return Training(
+            self.swept, "cross-entropy", lr, method, self.seed, self.swept_steps, activation
+        )
 
     def all(self) -> list[Training]:
-        """Every training, in the order of the panels."""
-        found = list(itertools.chain(*(self.followed(method) for method in METHODS)))
-        found += self.cured()
-        for method, optimizer in itertools.product(METHODS, OPTIMIZERS):
-            found += self.optimized(method, optimizer)
-        for point in itertools.product(self.activations, LOSSES, self.lr, METHODS):
-            found += self.swept_at(*point)
-        return found
+        """Every training."""
+        swept = itertools.product(self.activations, self.lr, METHODS)
+        optimized = itertools.product(METHODS, OPTIMIZERS)
+        one_each = [
+            *map(self.followed, METHODS),
+            *itertools.starmap(self.swept_at, swept),
+            *itertools.starmap(self.optimized, optimized),
+        ]
+        return list(dict.fromkeys([*one_each, *self.cured()]))
 
 
 def plan_of(options: Options) -> Plan:
@@ -329,11 +360,11 @@ def plan_of(options: Options) -> Plan:
             networks=("2x30",),
             cured_lr=(2e-3,),
             shown="2x30",
+            seeds=1,
             swept="2x30",
+            swept_steps=12,
             lr=(1e-3,),
             activations=("ReLU", "tanh"),
-            seeds=1,
-            few_seeds=1,
             seed=options.seed,
         )
     return Plan(seed=options.seed)
@@ -341,7 +372,7 @@ def plan_of(options: Options) -> Plan:
 
 def run(options: Options) -> list[Number]:
     data, plan = load_digits(options.data), plan_of(options)
-    runs = Runs("figure_stability", train, data, options)
+    runs = Runs(data, options)
     runs.finish(plan.all())
     numbers = numbers_of(plan, runs)
     save(
@@ -352,73 +383,74 @@ def run(options: Options) -> list[Number]:
         settings={
             **asdict(plan),
             "batch_size": BATCH_SIZE,
-            "eta, n": {name: (method.eta, method.n) for name, method in ALL_METHODS.items()},
+            "eta": {name: method.eta for name, method in METHODS.items()},
+            "n": N,
         },
-        series=[{**asdict(training), **runs[training]} for training in dict.fromkeys(plan.all())],
+        series=[{**asdict(training), **runs[training]} for training in plan.all()],
         numbers=numbers,
     )
     return numbers
 
 
-def numbers_of(plan: Plan, runs: Runs[Training]) -> list[Number]:
+def numbers_of(plan: Plan, runs: Runs) -> list[Number]:
     """What the two cures promise, and what there is without them."""
     numbers = []
-    for method in (*CURES, HALVED):
+    for method in (*CURES, CUT_ALONE):
         cured = [training for training in plan.cured() if training.method == method]
         ups = sum(blew_up(runs[training]["loss"]) for training in cured)
-        numbers.append(Number(f"{method}: trainings of {len(cured)} that blow up", 0, ups, 0))
-        behind = max(-mean for mean in mean_leads(plan, runs, method).values())
-        numbers.append(Number(f"{method}: farthest behind backprop (points)", 0, behind, 1.5))
-    after = plan.followed("at v, cut after")
-    ups = sum(blew_up(runs[training]["loss"]) for training in after)
-    numbers.append(
-        Number(f"{plan.shown} cut after: trainings of {len(after)} that blow up", len(after), ups)
-    )
+        behind = max(0, *[-mean for mean in mean_leads(plan, runs, method).values()])
+        of_ups, of_behind = (0, 1.5) if method in CURES else (None, None)
+        what = f"{method}: trainings of {len(cured)} that blow up"
+        numbers.append(Number(what, 0, ups, of_ups))
+        what = f"{method}: farthest behind backprop (points)"
+        numbers.append(Number(what, 0, behind, of_behind))
     for method in METHODS:
-        growth = [runs[training]["growth"][-1] for training in plan.followed(method)]
-        what = f"{method}: growth of the weights that leave inactive units"
-        numbers.append(Number(what, 1, statistics.fmean(growth)))
+        growth = runs[plan.followed(method)]["growth"][-1]
+        what = f"{method}, {plan.shown}: growth of the weights that leave inactive units"
+        numbers.append(Number(what, 1, growth))
     return numbers
 
 
-def mean_leads(
-    plan: Plan, runs: Runs[Training], method: str
-) -> dict[tuple[str, str, float], float]:
+def mean_leads(plan: Plan, runs: Runs, method: str) -> dict[tuple[str, str, float], float]:
     """By network, loss and lr: the accuracy above backprop's in points, the mean of all seeds."""
     return {place: statistics.fmean(values) for place, values in leads(plan, runs, method).items()}
 
 
-def leads(
-    plan: Plan, runs: Runs[Training], method: str
-) -> dict[tuple[str, str, float], list[float]]:
+def leads(plan: Plan, runs: Runs, method: str) -> dict[tuple[str, str, float], list[float]]:
     """The same for each seed."""
     found: dict[tuple[str, str, float], list[float]] = {}
-    for training in plan.cured():
-        if training.method == method:
-            backprop = Training(**{**asdict(training), "method": "backprop"})
-            lead = 100 * (runs[training]["accuracy"] - runs[backprop]["accuracy"])
-            found.setdefault((training.network, training.loss, training.lr), []).append(lead)
+    for training, lead in leads_of(plan, runs, method):
+        found.setdefault((training.network, training.loss, training.lr), []).append(lead)
     return found
 
 
-def draw(plan: Plan, runs: Runs[Training], data: DataSet) -> Figure:
+def leads_of(plan: Plan, runs: Runs, method: str) -> Iterator[tuple[Training, float]]:
+    """Each training of a method, and how far it ends above backprop's."""
+    for training in plan.cured():
+        if training.method == method:
+            backprop = replace(training, method="backprop")
+            yield training, 100 * (runs[training]["accuracy"] - runs[backprop]["accuracy"])
+
+
+def draw(plan: Plan, runs: Runs, data: DataSet) -> Figure:
     title = (
-        "Strict (η = 0.1, n = 20) with updates at v and at vhat, cut after and before the "
+        f"Strict (η = 0.1 or auto, n = {N}) with updates at v and at vhat, cut after and before the "
         f"activation\n{data.described(plan.steps, BATCH_SIZE)}"
     )
-    figure, axes = panels(2, 4, (13, 6.2), title)
+    figure, axes = panels(2, 4, (13, 6.4), title)
     loss, growth, optimizers, lead, *swept = axes
     for method in METHODS:
-        for k, training in enumerate(plan.followed(method)):
-            style = _style(method, label=method if k == 0 else None)
-            found = runs[training]
-            loss.plot(found["loss"], **{**style, "linewidth": 0.8})
-            growth.plot(range(0, plan.steps, EVERY), found["growth"], **style)
-    shown = f"{plan.shown}, cross-entropy, lr {max(plan.cured_lr):g}"
+        found = runs[plan.followed(method)]
+        style = _style(method, label=method)
+        loss.plot(found["loss"], **{**style, "linewidth": 0.8})
+        steps = range(0, EVERY * len(found["growth"]), EVERY)
+        growth.plot(steps, found["growth"], **style)
+    shown = f"{plan.shown}, cross-entropy, lr {plan.cured_lr[0]:g}"
     loss.set(xlabel="training step", ylabel="loss", yscale="log", title=shown)
     growth.set(
         xlabel="training step",
         ylabel="inactive units: growth of |W_j|",
+        yscale="log",
         title=shown,
     )
     draw_optimizers(optimizers, plan, runs)
@@ -430,70 +462,67 @@ def draw(plan: Plan, runs: Runs[Training], data: DataSet) -> Figure:
     for name, one in zip("ABCDEFGH", axes, strict=True):
         letter(one, name)
     handles, labels = loss.get_legend_handles_labels()
-    halved = dict(zip(*reversed(lead.get_legend_handles_labels()), strict=True))[HALVED]
-    handles, labels = [*handles, halved], [*labels, HALVED]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
-def draw_optimizers(axes: Axes, plan: Plan, runs: Runs[Training]) -> None:
-    """Panel C: a point for each seed."""
+def draw_optimizers(axes: Axes, plan: Plan, runs: Runs) -> None:
+    """Panel C: a point for each method, in a row for each optimizer."""
     for offset, method in enumerate(METHODS):
-        for x, optimizer in enumerate(OPTIMIZERS):
-            values = _accuracies(runs, plan.optimized(method, optimizer))
-            places = [x + 0.15 * (offset - 1.5)] * len(values)
-            axes.plot(places, values, **{**_style(method), "linestyle": "", "marker": "o"}, ms=4)
-    names = ["SGD" if name == SGD else name.replace(", eps ", "\n") for name in OPTIMIZERS]
+        trainings = [plan.optimized(method, optimizer) for optimizer in OPTIMIZERS]
+        places = [x + 0.15 * (offset - 2) for x in range(len(OPTIMIZERS))]
+        style = {**_style(method), "linestyle": "", "marker": "o"}
+        axes.plot(places, _accuracies(runs, trainings), **style, ms=4)
+    names = [
+        "SGD 0.05\nmomentum 0.9" if name == SGD else name.replace("Adam, ", "")
+        for name in OPTIMIZERS
+    ]
     axes.set_xticks(range(len(names)), names, fontsize=7)
     axes.set(
-        xlabel="Adam: its eps; SGD: momentum 0.9, lr 0.05",
+        xlabel="Adam at lr 2e-3, by its eps",
         ylabel="test accuracy (%)",
-        title=f"{plan.swept}, cross-entropy",
+        ylim=(0, 100),
+        title=f"{plan.swept}, {plan.swept_steps} steps",
     )
 
 
-def draw_leads(axes: Axes, plan: Plan, runs: Runs[Training]) -> None:
-    """Panel D: a point for each network, loss, learning rate and seed."""
+def draw_leads(axes: Axes, plan: Plan, runs: Runs) -> None:
+    """Panel D: a point for each network, loss, learning rate and seed; crosses blew up."""
     place = {where: x for x, where in enumerate(leads(plan, runs, CURES[0]))}
-    for offset, method in enumerate((*CURES, HALVED)):
-        style = {**_style(method, label=method), "linestyle": "", "marker": "o"}
-        for where, values in leads(plan, runs, method).items():
-            axes.plot([place[where] + 0.25 * (offset - 1)] * len(values), values, ms=3, **style)
-            style["label"] = None
+    for offset, method in enumerate((*CURES, CUT_ALONE)):
+        style = {**_style(method), "linestyle": ""}
+        for training, value in leads_of(plan, runs, method):
+            x = place[training.network, training.loss, training.lr] + 0.25 * (offset - 1)
+            marker = "x" if blew_up(runs[training]["loss"]) else "o"
+            axes.plot(x, value, marker=marker, ms=5 if marker == "x" else 3, **style)
     axes.axhline(0, **_style("backprop"))
     axes.axhline(-1.5, color="0.6", linewidth=0.8)
     names = [f"{name}, {SHORT[loss]}, {lr:g}" for name, loss, lr in place]
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yscale("symlog", linthresh=5)
     axes.set_yticks([-50, -10, -5, 0, 5], ["-50", "-10", "-5", "0", "5"])
-    axes.set(ylabel="above backprop (points)", title=f"seeds: {plan.seeds}")
+    seeds = "seed" if plan.seeds == 1 else "seeds"
+    axes.set(ylabel="above backprop (points)", title=f"{plan.seeds} {seeds}")
 
 
-def draw_swept(axes: Axes, activation: str, plan: Plan, runs: Runs[Training]) -> None:
-    """Panels E to H: the mean of the seeds; squared error dotted."""
-    for loss, method in itertools.product(LOSSES, METHODS):
-        values = [
-            statistics.fmean(_accuracies(runs, plan.swept_at(activation, loss, lr, method)))
-            for lr in plan.lr
-        ]
-        style = _style(method)
-        if loss == "squared error":
-            style["linestyle"] = ":"
-        marker = "o" if loss == "cross-entropy" else "s"
-        axes.plot(range(len(plan.lr)), values, marker=marker, ms=3, **style)
+def draw_swept(axes: Axes, activation: str, plan: Plan, runs: Runs) -> None:
+    """Panels E to H."""
+    for method in METHODS:
+        trainings = [plan.swept_at(activation, lr, method) for lr in plan.lr]
+        axes.plot(_accuracies(runs, trainings), marker="o", ms=3, **_style(method))
     axes.set_xticks(range(len(plan.lr)), [f"{lr:g}" for lr in plan.lr])
     axes.set(
-        xlabel="learning rate (dotted: squared error)",
+        xlabel="learning rate (Adam)",
         ylabel="test accuracy (%)",
         ylim=(0, 100),
-        title=f"{activation}, {plan.swept}",
+        title=f"{activation}, {plan.swept}, {plan.swept_steps} steps",
     )
 
 
-def _accuracies(runs: Runs[Training], trainings: Sequence[Training]) -> list[float]:
+def _accuracies(runs: Runs, trainings: Sequence[Training]) -> list[float]:
     return [100 * runs[training]["accuracy"] for training in trainings]
 
 
 def _style(method: str, label: str | None = None) -> dict[str, Any]:
-    found = ALL_METHODS[method]
+    found = METHODS[method]
     return {"color": found.colour, "linestyle": found.style, "label": label}

@@ -74,27 +74,31 @@ class Complex(nn.Module):
 
 
 ARGUMENTS = [
-    (dict(model=nn.Linear(4, 3)), TypeError, r"nn.Sequential\(\*model.children\(\)\)"),
+    (dict(model=nn.Linear(4, 3)), TypeError, r"torch2pc\.group_layers\(model, X\)"),
     (dict(model=LightningModule()), TypeError, "automatic_optimization = False"),
     (
         dict(model=DistributedDataParallel(nn.Sequential(nn.Linear(4, 3)))),
         TypeError,
-        r"pass the nn.Sequential that it wraps.*all_reduce\(p.grad\)",
+        r"pass the nn.Sequential that it wraps.*torch2pc\.distributed\.PCInfer",
     ),
     (
         dict(model=make_model(DistributedDataParallel(nn.Linear(5, 5)))),
         TypeError,
-        r"items wrapped in DistributedDataParallel.*all_reduce\(p.grad\)",
+        r"items wrapped in DistributedDataParallel.*torch2pc\.distributed\.PCInfer",
     ),
     (
         dict(model=make_model(nn.Sequential(ShardedLinear(5, 5)))),
         TypeError,
-        r"whole parameters, got ShardedLinear.*fully_shard.*all_reduce\(p.grad\)",
+        r"whole parameters, got ShardedLinear.*fully_shard.*torch2pc\.distributed\.PCInfer",
     ),
     (dict(model=nn.Linear(4, 3)), TypeError, "model must be an nn.Sequential, got Linear"),
     (dict(model=nn.ModuleList([nn.Linear(4, 3)])), TypeError, "model .* got ModuleList"),
     (dict(model=nn.Sequential()), ValueError, "model must have at least one layer"),
-    (dict(model=Overriding(nn.Linear(4, 3))), TypeError, "model .* Overriding, which overrides"),
+    (
+        dict(model=Overriding(nn.Linear(4, 3))),
+        TypeError,
+        "model .* Overriding, .*group_layers",
+    ),
     (dict(LossFun="mse"), TypeError, "LossFun must be a callable .* got str"),
     (dict(X=[[1.0]]), TypeError, "X must be a torch.Tensor, got list"),
     (dict(X=under_inference_mode()), ValueError, "X must be .*inference_mode"),
@@ -240,6 +244,11 @@ def test_n_of_None_is_the_number_of_layers(ErrType: str) -> None:
 def test_a_compiled_model_is_told_apart() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     check_raises(dict(model=torch.compile(model)), TypeError, "pass the model that was compiled")
+
+
+def test_what_is_no_module_is_given_no_advice() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Sequential, got list$"):
+        PCInfer([nn.Linear(4, 3)], nn.MSELoss(), X, Y, "Exact")
 
 
 def wrapped_by_accelerate(model: nn.Sequential) -> nn.Sequential:

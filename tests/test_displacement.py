@@ -63,6 +63,12 @@ def writes_and_reads_under_two_names(x: Tensor) -> Tensor:
     return y + first
 
 
+def writes_into_an_argument(x: Tensor) -> Tensor:
+    y = x.detach() * 2
+    torch.add(y, 1, out=y)
+    return x.sin() + y
+
+
 def leaves_torch(x: Tensor) -> Tensor:
     class Outside(torch.autograd.Function):
         @staticmethod
@@ -104,6 +110,7 @@ UNCOVERED = {
     "branches on values": (branches_on_values, "a Python number is taken"),
     "writes through a view": (writes_through_a_view, "writes into a part of a tensor"),
     "two names": (writes_and_reads_under_two_names, "changed through another name"),
+    "out=": (writes_into_an_argument, "writes into one of its arguments"),
     "leaves torch": (leaves_torch, "its operations alone do not give its outputs"),
     "draws from its input": (draws_from_its_input, "draws random numbers"),
     "another gradient": (Reversed.apply, "its operations alone do not give"),
@@ -340,12 +347,22 @@ def test_subclasses_that_do_more_are_recorded(versine_rule: list[type]) -> None:
     assert set(versine_rule) == {ShiftedVersine}
 
 
-@pytest.mark.parametrize("kind", [nn.Module, 3, Versine(), type("Same", (Versine,), {})])
+@pytest.mark.parametrize(
+    "kind", [int, 3, Versine(), type("Same", (Versine,), {}), type("Other", (), {"forward": None})]
+)
 def test_a_rule_needs_a_module_with_a_forward_of_its_own(kind: Any) -> None:
-    if kind is nn.Module:
-        kind = int
     with pytest.raises(TypeError, match=r"kind must be a subclass of nn\.Module with a forward"):
         displacement_rule(kind)
+
+
+def test_a_module_with_a_rule_works_in_a_thread_that_records_nothing(
+    versine_rule: list[type],
+) -> None:
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(Versine()(torch.zeros(2))))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], torch.zeros(2))
 
 
 def test_recording_in_one_thread_leaves_the_others_alone() -> None:

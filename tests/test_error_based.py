@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -207,3 +208,18 @@ def test_a_step_that_diverges_otherwise() -> None:
         reference.energy(case.model, case.LossFun, case.Y, v) for v in (found.vhat, found.v)
     ]
     assert energies[1] < 0.9 * energies[0]
+
+
+@pytest.mark.parametrize("ErrType", ["ErrorBased", "Equilibrium"])
+def test_warns_where_updates_at_v_feed_themselves(ErrType: str) -> None:
+    def cut_after() -> Case:
+        model = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 3))
+        return Case(model.double(), nn.MSELoss(), *(torch.randn(5, k).double() for k in (4, 3)))
+
+    case = cut_after()
+    with pytest.warns(UserWarning, match=f"{ErrType} takes its updates at v.*model"):
+        case.infer(ErrType)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case.infer(ErrType)
+        cut_after().infer(ErrType, update_at="vhat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,3 +47,13 @@ def test_ignores_eta_n_and_vinit() -> None:
     expected = case.infer("Exact")
     found = case.infer("Exact", eta=None, n="many", vinit="none")
     assert_close(list(found), list(expected), tolerance=0)
+
+
+@pytest.mark.parametrize("ErrType", ["Exact", "FixedPred"])
+def test_shapes_without_values(ErrType: str) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 3)))
+        case = Case(model, nn.MSELoss(), torch.empty(2, 4), torch.empty(2, 3))
+    result = case.infer(ErrType)
+    assert [tuple(e.shape) for e in result.epsilon[1:]] == [(2, 5), (2, 3)]
+    assert all(p.grad.shape == p.shape and p.grad.is_meta for p in model.parameters())

@@ -15,7 +15,6 @@ from paper_figures import figure_stability as stability
 from paper_figures.data import load_digits
 from paper_figures.nets import mnist_net
 from paper_figures.report import Options
-from paper_figures.runs import Runs
 
 CPU = torch.device("cpu")
 
@@ -91,14 +90,16 @@ def test_all_methods_start_from_the_same_loss_and_see_the_same_batches(tmp_path:
         stability.train(
             stability.Training("2x30", "cross-entropy", 1e-3, method, 1, 4), data, options
         )
-        for method in stability.ALL_METHODS
+        for method in stability.METHODS
     ]
     first = found[0]["loss"][0]
     assert all(one["loss"][0] == pytest.approx(first) for one in found)
     assert len({one["loss"][-1] for one in found}) > 2
 
 
-def test_finished_trainings_are_kept_and_not_repeated(tmp_path: Path) -> None:
+def test_finished_trainings_are_kept_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, options = load_digits(None), Options(None, tmp_path, CPU)
     done: list[stability.Training] = []
 
@@ -108,14 +109,15 @@ def test_finished_trainings_are_kept_and_not_repeated(tmp_path: Path) -> None:
         done.append(training)
         return {"loss": [math.inf], "accuracy": 0.1, "growth": [math.nan]}
 
+    monkeypatch.setattr(stability, "train", train)
     asked = [
         stability.Training("3x300", "cross-entropy", 1e-3, "at vhat", seed) for seed in (0, 1, 0, 2)
     ]
     with pytest.raises(KeyboardInterrupt):
-        Runs("figure_stability", train, data, options).finish(asked)
+        stability.Runs(data, options).finish(asked)
     assert done == asked[:2]
     done.clear()
-    runs = Runs("figure_stability", train, data, options)
+    runs = stability.Runs(data, options)
     runs.finish(asked)
     assert done == asked[3:]
     assert [path.name for path in tmp_path.iterdir()] == ["figure_stability_runs.json"]
@@ -129,7 +131,7 @@ def test_the_command_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert command.main(arguments) == 0
     record = json.loads((tmp_path / "figure_stability.json").read_text())
     methods = {training["method"] for training in record["series"]}
-    assert methods == set(stability.ALL_METHODS)
+    assert methods == set(stability.METHODS)
     assert all(len(training["loss"]) == 12 for training in record["series"])
     assert (tmp_path / "figure_stability.png").read_bytes().startswith(b"\x89PNG")
     assert "Strict's training: where it blows up" in capsys.readouterr().out

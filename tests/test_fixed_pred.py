@@ -122,8 +122,9 @@ both = pytest.mark.parametrize("ErrType", ["FixedPred", "Strict"])
         (12, 0.1, 20, "layer 1 of 12", "n=111, or eta=0.58,"),
         (15, 0.1, 20, "layers 1 to 4 of 15", "n=141, or eta=0.74,"),
         (21, 0.1, 20, "layers 1 to 10 of 21", "n=201 would"),
-        (3, 0.5, 2, "layer 1 of 3", "n=5, or eta=1,"),
+        (3, 0.5, 2, "layer 1 of 3", "n=5 would"),
         (3, 0.0, 9, "layers 1 to 2 of 3", "n=21 with eta=0.1, or eta=0.25,"),
+        (9, 1.5, 2, "layers 1 to 7 of 9", "n=9 with eta=1.0 would"),
     ],
 )
 def test_says_once_which_layers_the_error_hardly_reaches(
@@ -142,7 +143,8 @@ def test_says_once_which_layers_the_error_hardly_reaches(
 def test_does_not_warn_where_the_error_arrives(ErrType: str) -> None:
     for L in range(1, 9):
         deep(L).infer(ErrType)
-    deep(21).infer("Exact", n=1)
+    for reaches_all in ("Exact", "ErrorBased", "Equilibrium"):
+        deep(21).infer(reaches_all, n=1)
     case = deep(21)
     for item in case.model[:15]:
         item.requires_grad_(False)  # they learn nothing anyway

@@ -213,6 +213,19 @@ def test_buffers_of_a_module_that_a_loss_holds_move_once(holder: str, ErrType: s
     assert criterion.norm.num_batches_tracked == 1
 
 
+@err_types
+def test_buffers_of_a_module_that_a_loss_holds_are_put_back(ErrType: str) -> None:
+    criterion = Normalised().double()
+
+    def LossFun(yhat: Tensor, Y: Tensor) -> Tensor:
+        criterion(yhat, Y)
+        raise ValueError("too late")
+
+    with pytest.raises(ValueError, match="too late"):
+        case_with()._replace(LossFun=LossFun).infer(ErrType)
+    assert criterion.norm.num_batches_tracked == 0
+
+
 def test_gradients_of_modules_that_a_loss_merely_holds_are_left_alone() -> None:
     criterion, other = Normalised().double(), nn.Linear(2, 2)
     criterion.other = other
@@ -304,6 +317,19 @@ def test_a_layer_that_is_another_one_each_time_is_named_once(source: str) -> Non
     found = case.infer("Strict")  # once is enough: warnings are errors here
     # What it was in the feed-forward pass is what its beliefs relax with.
     assert all(error.norm() < 10 * found.dLdy.norm() for error in found.epsilon[1:])
+
+
+def test_a_layer_that_changes_in_training_alone_is_named_then() -> None:
+    class Noise(OwnNoise):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.training else x
+
+    case = case_with(Noise("numpy"))
+    case.model.eval()
+    case.infer("Strict")
+    case.model.train()
+    with pytest.warns(UserWarning, match="gives another output"):
+        case.infer("Strict")
 
 
 def case_file() -> str:

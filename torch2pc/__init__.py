@@ -4,10 +4,13 @@ This file is the table of contents: it lists the public names and nothing else.
 """
 
 from torch2pc.displacement import displacement_rule
+from torch2pc.follow import follow, follow_latent
 from torch2pc.fwd_pass_plus import FwdPassPlus
+from torch2pc.grouping import group_layers
 from torch2pc.latent import PCInferLatent
 from torch2pc.memory import PCRNN
 from torch2pc.pcinfer import EquilibriumResult, PCInfer, PCResult
+from torch2pc.record import Record
 
 __version__ = "0.1.0"
 
@@ -18,5 +21,9 @@ __all__ = [
     "PCInfer",
     "PCInferLatent",
     "PCResult",
+    "Record",
     "displacement_rule",
+    "follow",
+    "follow_latent",
+    "group_layers",
 ]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.rules import belief_dtype
+from torch2pc.state import modules_in
 from torch2pc.step_size import AUTO
 
 
@@ -44,7 +45,7 @@ def check_model(model: object) -> None:
         raise TypeError(
             f"model must use nn.Sequential's forward, got {type(model).__name__}, which overrides "
             "it: predictive coding runs the items one by one and would pass it over; move what it "
-            "adds into an item"
+            "adds into an item, or let torch2pc.group_layers(model, X) do so"
         )
 
 
@@ -61,7 +62,7 @@ def _way_out(model: object) -> str:
     """How a model that is no ``nn.Sequential`` becomes one."""
     kind = type(model)
     if _base(kind, _WRAPPERS) is not None:
-        return f": pass the nn.Sequential that it wraps. {_AVERAGING}"
+        return f": pass the nn.Sequential that it wraps. {_SEVERAL}"
     if hasattr(model, "_orig_mod"):
         return (
             ": pass the model that was compiled; PCInfer has a compile=True of its own, and its "
@@ -74,19 +75,25 @@ def _way_out(model: object) -> str:
         )
     if isinstance(model, nn.Module):
         return (
-            ": if it runs its children one after the other, pass nn.Sequential(*model.children()), "
-            "which shares its parameters; otherwise write it as an nn.Sequential with one item for "
-            "each block"
+            ": torch2pc.group_layers(model, X) makes one of it, which shares its parameters, if it runs "
+            "its parts one after the other, and says what is in the way if not; otherwise write it as "
+            "an nn.Sequential with one item for each block"
         )
     return ""
 
 
+def check_unwrapped(model: nn.Module) -> None:
+    """``model`` is no wrapper of a model, and whole."""
+    if hasattr(model, "_orig_mod") or _base(type(model), _WRAPPERS) is not None:
+        raise TypeError(f"model must not be wrapped, got {type(model).__name__}{_way_out(model)}")
+    check_modules(modules_in(model))
+
+
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
-_AVERAGING = (
-    "For data parallel training, average the gradients between PCInfer and optimizer.step(): for "
-    "each parameter p of the model, torch.distributed.all_reduce(p.grad), then "
-    "p.grad /= torch.distributed.get_world_size()"
+_SEVERAL = (
+    "To train on several processes, each with a part of the batch, call torch2pc.distributed.PCInfer, "
+    "which sums the updates"
 )
 
 
@@ -99,12 +106,12 @@ def check_modules(modules: Iterable[nn.Module]) -> None:
             raise TypeError(
                 f"model must have whole parameters, got {kind.__name__}, whose parameters are "
                 "sharded (fully_shard, FSDP) and gathered in passes that PCInfer does not make: "
-                f"leave the model unsharded on each process. {_AVERAGING}"
+                f"leave the model whole on each process. {_SEVERAL}"
             )
         if _base(kind, ("DistributedDataParallel",)) is not None:
             raise TypeError(
                 "model must not have items wrapped in DistributedDataParallel, which would not "
-                f"synchronise their gradients: use the modules themselves. {_AVERAGING}"
+                f"synchronise their gradients: use the modules themselves. {_SEVERAL}"
             )
 
 
@@ -168,6 +175,34 @@ def check_n(n: object) -> int:
     if n < 1:
         raise ValueError(f"n must be an int >= 1, got {n}")
     return int(n)
+
+
+def check_prior(prior: object) -> None:
+    """``prior`` is None or can be called."""
+    if prior is not None and not callable(prior):
+        raise TypeError(
+            "prior must be a callable from the list of beliefs to a scalar tensor, "
+            f"got {type(prior).__name__}"
+        )
+
+
+def check_callback(callback: object, compile: bool, has_iterations: bool = True) -> None:
+    """``callback`` is None, or can be called after iterations that there are."""
+    if callback is None:
+        return
+    if not callable(callback):
+        raise TypeError(
+            f"callback must be None or a callable of (k, v, epsilon), got {type(callback).__name__}"
+        )
+    if not has_iterations:
+        raise ValueError(
+            "callback must be None for Exact and FixedPred, which are computed in closed form, "
+            "without iterations; torch2pc.follow shows those that FixedPred stands for"
+        )
+    if compile:
+        raise ValueError(
+            "callback must be None with compile=True, whose iterations run as one compiled program"
+        )
 
 
 def check_update_at(update_at: object) -> None:

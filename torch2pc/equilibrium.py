@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import warn_caller
+from torch2pc.compiled import run_plainly
 from torch2pc.displacement import Displacement
 from torch2pc.error_based import ErrorRelaxation
 from torch2pc.layers import Inference, Network
-from torch2pc.strict import relax
+from torch2pc.strict import Callback, relax
 
 # How many steps the approximation of the Hessian remembers.
 PAIRS = 8
@@ -56,10 +57,13 @@ def equilibrium(
     vinit: Sequence[Any] | None,
     compile: bool,
     update_at: str,
+    callback: Callback | None = None,
 ) -> Inference:
     """Infer by at most ``n`` evaluations of F, from the errors of ``vinit`` or else from 0."""
     search = Search(network, vinit)
-    found = relax(search, n, compile, update_at, "Equilibrium")
+    if compile:
+        run_plainly(network.model, "only Strict's iterations are compiled")
+    found = relax(search, n, update_at, "Equilibrium", callback)
     far = search.distance > FAR
     if 2 * int(far.sum()) > len(far) and network.model not in _warned:
         _warned.add(network.model)
@@ -106,9 +110,8 @@ class Search(ErrorRelaxation):
         """For each row the gradient's size at the last evaluation, in units of the errors."""
 
     @torch.no_grad()
-    def run(self, n: int, compile: bool = False) -> None:
+    def run(self, n: int) -> None:
         """Evaluate F at most ``n`` times. It waits for the device each time, to know when to stop."""
-        self._say_if_compiled(compile)
         if not self._shapes:
             return
         if self._vinit is not None:
@@ -135,6 +138,9 @@ class Search(ErrorRelaxation):
             falls = rise <= LEAST_FALL * slope + 4 * self._eps * terms
             falls |= ~slope.isfinite()  # nor would any other step
             before, at = at, trial.where(falls, at)
+            if self.after_step is not None:
+                self._move_to(at.epsilon)
+                self.after_step(self.evaluations)
             if is_last:
                 break
             history.add(step, trial.gradient - before.gradient)
@@ -147,6 +153,8 @@ class Search(ErrorRelaxation):
         # How the loss changes is not found exactly where the loss itself has kinks.
         if bool(self._energy().sum() > lowest[0] + 8 * self._eps * lowest[0].abs()):
             self._move_to(lowest[1])
+            if self.after_step is not None:
+                self.after_step(max(1, self.evaluations))
         self.epsilon[1:-1] = [
             e.clone(memory_format=torch.contiguous_format) for e in self.epsilon[1:-1]
         ]

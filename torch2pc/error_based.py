@@ -33,7 +33,7 @@ from torch2pc.compiled import run_plainly
 from torch2pc.graph import in_belief_dtype
 from torch2pc.layers import Inference, Network
 from torch2pc.step_size import Product, safe_step, second_derivative
-from torch2pc.strict import Relaxation, relax
+from torch2pc.strict import Callback, Here, Relaxation, relax
 
 
 def error_based(
@@ -43,9 +43,13 @@ def error_based(
     vinit: Sequence[Any] | None,
     compile: bool,
     update_at: str,
+    callback: Callback | None = None,
 ) -> Inference:
     """Infer by relaxing the errors ``n`` times, from those of ``vinit`` or else from 0."""
-    return relax(ErrorRelaxation(network, eta, vinit), n, compile, update_at, "ErrorBased")
+    relaxation = ErrorRelaxation(network, eta, vinit)
+    if compile:
+        run_plainly(network.model, "only Strict's iterations are compiled")
+    return relax(relaxation, n, update_at, "ErrorBased", callback)
 
 
 class ErrorRelaxation(Relaxation):
@@ -71,10 +75,8 @@ class ErrorRelaxation(Relaxation):
         # The outputs that the errors make.
         self.output = self.vhat[-1]
 
-    def _steps(self, n: int, compile: bool) -> None:
-        self._say_if_compiled(compile)
-        for _ in range(n):
-            self.step()
+    def _steps(self, n: int) -> None:
+        super()._steps(n)
         self._saved = None
 
     @torch.no_grad()
@@ -92,6 +94,32 @@ class ErrorRelaxation(Relaxation):
                 self.epsilon[l].lerp_(g_l, self.eta)
             del g_l
         self.climb()
+
+    @property
+    def free(self) -> list[Tensor]:
+        """The variables that F is descended in, epsilon_1..epsilon_{L-1}."""
+        return self.epsilon[1:-1]
+
+    @torch.no_grad()
+    def stand_at(self, free: Sequence[Tensor]) -> None:
+        """Let the errors be these, and the beliefs follow."""
+        self.epsilon[1:-1] = free
+        self.climb()
+        self._is_ready = True
+
+    @torch.no_grad()
+    def here(self) -> Here:
+        """The energy and its gradient where the errors are, which stay there."""
+        self._get_ready()
+        if self._saved is None:
+            self.climb()
+        found = [torch.zeros_like(e) for e in self.free]
+        for l, g_l in self.arriving():
+            if g_l is not None:
+                found[l - 1] = g_l.to(found[l - 1])
+        self.climb()
+        gradient = [e - g_l for e, g_l in zip(self.free, found, strict=True)]
+        return Here(list(self.epsilon), self._Loss_here, None, gradient, found)
 
     def _get_ready(self) -> None:
         """Bring errors and beliefs together, before the first step."""
@@ -130,10 +158,6 @@ class ErrorRelaxation(Relaxation):
                 with self._outside_autocast():
                     g = self.network.layers[l].displacement.backward(saved, g)
             yield l, g
-
-    def _say_if_compiled(self, compile: bool) -> None:
-        if compile:
-            run_plainly(self.network.model, "only Strict's iterations are compiled")
 
     def _take_hidden_errors(self) -> None:
         """The errors of the beliefs as they are."""

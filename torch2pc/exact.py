@@ -43,7 +43,13 @@ def weighted_backpropagation(
     c = (c_epsilon[L - 1], *reversed(c_epsilon), 1.0)
     is_scaled = any([c_l != 1 for c_l in c])
     shares = is_scaled and graph.shares_leaves
-    g, of_leaves = graph.backpropagate(keep_graph=shares)
+    told = None if shares else network.arrived
+
+    def arrived(leaf: Tensor, l: int, of_leaf: Tensor) -> None:
+        if told is not None:
+            told(leaf, of_leaf if c[l] == 1 else of_leaf * c[l])
+
+    g, of_leaves = graph.backpropagate(shares, None if told is None else arrived)
 
     vhat = [vhat_l.detach() for vhat_l in graph.vhat]
     dLdy, epsilon_0 = g[-1].clone(), None if g[0] is None else g[0] * c[0]

@@ -49,8 +49,9 @@ def warn_of_short_inference(model: nn.Sequential, eta: float | str, n: int) -> N
     arrives at first, and less later on, as its predictions follow the beliefs.
     """
     L = len(model)
+    given = eta
     if isinstance(eta, str):
-        eta = AUTO_ETA  # Strict's is not known yet, and may be smaller
+        eta = AUTO_ETA  # Strict's is not known yet, and brings no more
     share = error_factors(eta, n - 1, L)[::-1]
     if min(map(abs, share)) >= LEAST_SHARE or model in _warned:
         return
@@ -69,7 +70,7 @@ def warn_of_short_inference(model: nn.Sequential, eta: float | str, n: int) -> N
         remedy += f", or eta={math.ceil(100 * (L - 1) / (n - 1)) / 100:g},"
     warn_caller(
         f"The error hardly reaches {layers} of {L} (model[{short[0] - 1}] to model[{short[-1] - 1}]) "
-        f"with eta={eta} and n={n}: the share of the gradient that arrives at layer {short[0]} is "
+        f"with eta={given} and n={n}: the share of the gradient that arrives at layer {short[0]} is "
         f"{share[short[0] - 1]:.0e}; {remedy} would bring half of it to layer 1 "
         "(FixedPred; with Strict it takes somewhat longer). Modules nested in one nn.Sequential "
         "count as one layer"

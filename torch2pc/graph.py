@@ -6,8 +6,9 @@ What a graph is the graph of, a layer or a whole feed-forward pass, is up to ``l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,17 +37,21 @@ class Graph:
         self._l_of = [layer_of[leaf] for leaf in leaves]
 
     def backpropagate(
-        self, keep_graph: bool = False
+        self, keep_graph: bool = False, arrived: Callable[[Tensor, int, Tensor], None] | None = None
     ) -> tuple[list[Any], list[tuple[Tensor, int, Tensor]]]:
         """The gradients of the loss, in one backward pass.
 
         Returns g_l = dLoss/dvhat_l for l = 0..L (entry 0 is None unless the input requires grad),
         and (leaf, l, gradient) for every leaf that the loss depends on, with the first layer l that
-        uses it.
+        uses it. ``arrived`` is called with the same three as soon as each is there.
         """
         asked = [l for l, vhat_l in enumerate(self.vhat) if vhat_l.requires_grad]
         inputs = [*[self.vhat[l] for l in asked], *self._leaves]
-        found = gradient([self.Loss], inputs, keep_graph=keep_graph)
+        watches = None
+        if arrived is not None:
+            places = zip(self._leaves, self._l_of, strict=True)
+            watches = [None] * len(asked) + [partial(arrived, *place) for place in places]
+        found = gradient([self.Loss], inputs, keep_graph=keep_graph, watches=watches)
         if found[len(asked) - 1] is None:
             raise independent_loss()
         g: list[Any] = [None] * len(self.vhat)
@@ -74,19 +79,67 @@ def gradient(
     inputs: Sequence[Tensor],
     arriving: Sequence[Tensor] | None = None,
     keep_graph: bool = False,
+    watches: Sequence[Callable[[Tensor], None] | None] | None = None,
 ) -> list[Tensor | None]:
-    """``J^T arriving`` for each input; None for one that the outputs do not depend on."""
+    """``J^T arriving`` for each input; None for one that the outputs do not depend on.
+
+    watches: for each input, what is called with its result as soon as that is there.
+    """
     if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
-    # Backward passes belong outside autocast: the types were chosen in the forward pass.
-    with outside_autocast(outputs[0].device):
-        found = torch.autograd.grad(
-            outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
-        )
-    if any([x._backward_hooks for x in inputs]):
+    has_hooks = any([x._backward_hooks for x in inputs])
+    watched = [] if watches is None else zip(inputs, watches, strict=True)
+    handles: list[Any] = [
+        x.register_hook(watch)  # type: ignore[no-untyped-call]
+        for x, watch in watched
+        if watch is not None
+    ]
+    try:
+        # Backward passes belong outside autocast: the types were chosen in the forward pass.
+        with outside_autocast(outputs[0].device):
+            found = torch.autograd.grad(
+                outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    if has_hooks:
         # A tensor hook may have returned a tensor that is not ours to write into.
         found = tuple(None if of_x is None else of_x.clone() for of_x in found)
     return list(found)
+
+
+def gradient_of_small(
+    prediction: Tensor, leaves: Sequence[Tensor], error: Tensor
+) -> list[Tensor | None]:
+    """``J^T error``, for errors of any size.
+
+    In deep networks they are so small that their products with small beliefs (those of inactive units)
+    fall below 1e-38, where processors are many times slower in float32. So they are multiplied by a
+    power of two first, and what comes of them is divided by it: nothing is rounded.
+    """
+    _, exponent = torch.frexp(torch.linalg.vector_norm(error, torch.inf))
+    exponent = exponent.clamp(-120, 0)
+    up, down = torch.pow(2.0, -exponent), torch.pow(2.0, exponent)
+    found = gradient([prediction], leaves, [(error * up).to(prediction.dtype)])
+    # In place where no two share memory: they are as large as the weights.
+    storages = [0 if x is None or x.is_sparse else storage(x) for x in found]
+    return [
+        x
+        if x is None
+        else x.mul_(down)
+        if where and storages.count(where) == 1 and 0 not in x.stride()
+        else x * down
+        for x, where in zip(found, storages, strict=True)
+    ]
+
+
+def storage(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # a sparse tensor
+        return id(tensor)
 
 
 def output_gradient(Loss: Tensor, output: Tensor, keep_graph: bool = False) -> Tensor:
@@ -99,7 +152,7 @@ def output_gradient(Loss: Tensor, output: Tensor, keep_graph: bool = False) -> T
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Switches autocast off for the body, if it is on."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -173,6 +226,18 @@ def _claim(node: Any, l: int, layer_of: dict[Any, int], leaves: list[Any]) -> bo
 with torch.inference_mode(False), torch.enable_grad():  # whatever mode this is imported in
     # The type of the node that takes the gradient of a leaf.
     _AccumulateGrad = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
+
+
+class Updates(dict[Tensor, Tensor]):
+    """The updates of parameters; ``arrived`` is called with each that is entered, or changed."""
+
+    def __init__(self, arrived: Callable[[Tensor, Tensor], None] | None) -> None:
+        self._arrived = arrived
+
+    def __setitem__(self, parameter: Tensor, update: Tensor) -> None:
+        super().__setitem__(parameter, update)
+        if self._arrived is not None:
+            self._arrived(parameter, update)
 
 
 def add_updates(

@@ -8,16 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch2pc.checks import (
+    check_callback,
     check_eta,
     check_LossFun,
     check_model,
     check_n,
     check_precision,
+    check_prior,
     check_tensor,
 )
+from torch2pc.compiled import Call
 from torch2pc.layers import Inference, Layer, Network
 from torch2pc.pcinfer import PCResult, infer
-from torch2pc.strict import Relaxation
+from torch2pc.strict import Callback, Relaxation
 
 
 def PCInferLatent(
@@ -32,11 +35,12 @@ def PCInferLatent(
     prior: Callable[[list[Tensor]], Tensor] | None = None,
     accumulate: bool = False,
     compile: bool = False,
+    callback: Callback | None = None,
 ) -> PCResult:
     r"""Infer the latent causes of a batch and write the model's updates into ``.grad``.
 
     ``model`` is a decoder: it predicts the data ``Y``, clamped at its output, from a latent ``v_0``,
-    which is free. All beliefs descend the energy
+    which is free. All beliefs descend the energy::
 
         F(v_0..v_{L-1}) = LossFun(f_L(v_{L-1}), Y)
                           + 1/2 sum_{l=1}^{L-1} pi_l ||f_l(v_{l-1}) - v_l||^2 + prior(v)
@@ -61,6 +65,7 @@ def PCInferLatent(
             parameters, they get their gradient too.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches.
         compile: run the iterations through ``torch.compile``, as in ``PCInfer``.
+        callback: called after each iteration, as in ``PCInfer``; ``v[0]`` is the latent.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``: ``v[0]`` is the inferred latent, and
@@ -100,17 +105,21 @@ def PCInferLatent(
     eta = check_eta(eta)
     n = check_n(n)
     pi = check_precision(precision, len(model) - 1)
-    if prior is not None and not callable(prior):
-        raise TypeError(
-            "prior must be a callable from the list of beliefs to a scalar tensor, "
-            f"got {type(prior).__name__}"
-        )
+    check_prior(prior)
+    check_callback(callback, compile)
 
     def relax(network: Network) -> Inference:
         of_beliefs = None if prior is None else Layer(prior, "prior", network.devices, model=model)
-        relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
+        more: Any = dict(free_input=True, precision=pi, prior=of_beliefs)
+        call = Call(network, eta, n, **more)
+        if compile and (found := call.infer()) is not None:
+            return found
+        relaxation = Relaxation(network, eta, **more)
+        if compile:
+            call.explain(relaxation.why_not_compiled())
+        relaxation.call_back(callback)
         with network.replaying():
-            relaxation.run(n, compile)
+            relaxation.run(n)
             relaxation.take_errors()
             return relaxation.result()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import (
+    check_callback,
     check_eta,
     check_LossFun,
     check_model,
@@ -26,7 +27,7 @@ from torch2pc.exact import exact
 from torch2pc.fixed_pred import fixed_pred, warn_of_short_inference
 from torch2pc.layers import Inference, Network
 from torch2pc.state import Snapshot, modules_in, write_gradients
-from torch2pc.strict import strict
+from torch2pc.strict import Callback, strict
 
 ALGORITHMS: dict[str, Callable[..., Inference]] = {
     "Exact": exact,
@@ -44,7 +45,7 @@ class PCResult(NamedTuple):
     """
 
     vhat: list[Tensor]
-    """Feed-forward values: ``vhat[0] = X``, ``vhat[l] = model[l-1](vhat[l-1])``."""
+    """Feed-forward values, ``vhat[0] = X`` and ``vhat[l] = model[l-1](vhat[l-1])``."""
     Loss: Tensor
     """``LossFun(vhat[L], Y)``, a scalar."""
     dLdy: Tensor
@@ -53,6 +54,23 @@ class PCResult(NamedTuple):
     """Beliefs; ``v[0]`` is the input."""
     epsilon: list[Tensor | None]
     """Prediction errors; ``epsilon[0]`` is None unless ``X.requires_grad``."""
+
+    @property
+    def energy(self) -> Tensor:
+        """``||epsilon_l||^2 / 2`` of the hidden layers l = 1..L-1, ``(L-1,)``, computed when read.
+
+        What the output adds to the energy is the loss.
+
+        >>> from torch import nn
+        >>> from torch2pc import PCInfer
+        >>> model, X = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(2, 4)
+        >>> PCInfer(model, nn.MSELoss(), X, torch.zeros(2, 1), "Strict").energy.shape
+        torch.Size([2])
+        """
+        errors = [epsilon_l for epsilon_l in self.epsilon[1:-1] if epsilon_l is not None]
+        like = self.epsilon[-1] if self.epsilon[-1] is not None else self.Loss
+        energies = [0.5 * torch.linalg.vector_norm(e).square().to(like) for e in errors]
+        return torch.stack(energies) if energies else like.new_zeros(0)
 
 
 class EquilibriumResult(PCResult):
@@ -92,6 +110,7 @@ def PCInfer(
     accumulate: bool = False,
     compile: bool = False,
     update_at: str = "v",
+    callback: Callback | None = None,
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
@@ -149,7 +168,9 @@ def PCInfer(
     during the call if its state is in buffers and its random numbers come from PyTorch's generators or
     from a ``torch.Generator`` that is an attribute of the module or
     held by ``LossFun``; a layer that draws in its backward pass (shake-shake) does so anew each time,
-    and one that is another function when it is evaluated again is named in a warning. Hooks of modules
+    and one that is another function when it is evaluated again is named in a warning (that is looked
+    for in the first call, once for training and once for eval mode; a deep copy of the model counts
+    as another one, if it should be looked for again). Hooks of modules
     fire as in one forward pass; with Strict also when a layer is evaluated for its update, and once
     more the first time that its operations are met, to hold them against the layer itself. A layer
     whose operations cannot be followed (it branches on values, leaves PyTorch, draws random numbers
@@ -166,8 +187,8 @@ def PCInfer(
 
     Threads may train models of their own, and call one that is being trained. The generators are the
     process's, though: Strict winds those back that a layer drew from, so that another thread may draw the
-    same numbers again; where models draw, use processes. Between processes nothing is synchronised:
-    after the call, sum ``p.grad`` by ``torch.distributed.all_reduce`` and divide it by their number.
+    same numbers again; where models draw, use processes. Between processes nothing is synchronised
+    here; ``torch2pc.distributed.PCInfer`` trains on several.
     ``Loss`` requires no grad, so that Lightning needs ``automatic_optimization = False``. Hooks that
     gather gradients of each example in a backward pass (Opacus) see those of Exact alone.
 
@@ -254,26 +275,61 @@ def PCInfer(
     (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
     the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
     """
+    algorithm = chosen_algorithm(
+        model,
+        LossFun,
+        X,
+        ErrType,
+        eta,
+        n,
+        vinit,
+        compile=compile,
+        update_at=update_at,
+        callback=callback,
+    )
+    return infer(algorithm, model, LossFun, X, Y, accumulate)
+
+
+def chosen_algorithm(
+    model: nn.Sequential,
+    LossFun: Callable[[Tensor, Any], Tensor],
+    X: Tensor,
+    ErrType: str,
+    eta: float | Tensor | str,
+    n: int | None,
+    vinit: Sequence[Any] | None,
+    *,
+    compile: bool,
+    update_at: str,
+    callback: Callback | None,
+) -> Callable[[Network], Inference]:
+    """The algorithm that PCInfer's arguments ask for, once they have been checked."""
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("X", X)
-    if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
-        accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
-        raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
+    check_ErrType(ErrType)
     if ErrType not in ("Exact", "FixedPred"):
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
     if ErrType != "Exact":
-        eta = check_eta(eta)
+        size = eta = check_eta(eta)
         n = len(model) if n is None else check_n(n)
         # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
         if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None and n > 1):
-            warn_of_short_inference(model, eta, n)
+            warn_of_short_inference(model, size, n)
+    check_callback(callback, compile, ErrType not in ("Exact", "FixedPred"))
 
     algorithm = partial(
         ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile, update_at=update_at
     )
-    return infer(algorithm, model, LossFun, X, Y, accumulate)
+    return algorithm if callback is None else partial(algorithm, callback=callback)
+
+
+def check_ErrType(ErrType: object) -> None:
+    """``ErrType`` is the name of an algorithm."""
+    if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
+        accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
+        raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
 
 
 def infer(

@@ -293,6 +293,11 @@ class Snapshot:
         self._buffers = Buffers(modules)
         self._training = [(module, module.training) for module in modules]
 
+    def differs(self) -> bool:
+        """Whether buffers or training flags are others now."""
+        changed = any(module.training != training for module, training in self._training)
+        return changed or self._buffers.differ()
+
     def restore(self, first: BaseException) -> None:
         """Put everything back as it was, after ``first`` was raised; what cannot be is passed over."""
         with chained_to(first):

@@ -51,9 +51,20 @@ def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = P
         >>> largest_eigenvalue(lambda u: [A @ u[0]], [torch.empty(100)], passes=20)
         2.99...
     """
-    u = [_noise(x) for x in like]
+    T = tridiagonal(product, [_noise(x) for x in like], passes)
+    return float("nan") if T is None else torch.linalg.eigvalsh(T)[-1].item()
+
+
+@torch.no_grad()
+def tridiagonal(product: Product, start: list[Tensor], passes: int) -> Tensor | None:
+    """The matrix in the first vectors of Lanczos' basis, from ``start`` on, in float64 on the host.
+
+    Its eigenvalues approach the outermost ones of the matrix that ``product`` multiplies with. None
+    if the products are not finite.
+    """
+    u = start
     before, beta = u, _inner(u, u).sqrt()
-    u = _multiplied(u, 1 / beta)
+    u = _multiplied(u, torch.where(beta == 0, 0.0, 1 / beta))
     diagonal, beside = [], []
     for k in range(passes):
         w = product(u)
@@ -70,10 +81,9 @@ def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = P
         before, u = u, _multiplied(w, torch.where(beta == 0, 0.0, 1 / beta))
     numbers = torch.stack([*diagonal, *beside]).double().cpu()
     if not numbers.isfinite().all():
-        return float("nan")
+        return None
     T = torch.diag(numbers[:passes])
-    T += torch.diag(numbers[passes:], 1) + torch.diag(numbers[passes:], -1)
-    return torch.linalg.eigvalsh(T)[-1].item()
+    return T + torch.diag(numbers[passes:], 1) + torch.diag(numbers[passes:], -1)
 
 
 def _noise(like: Tensor) -> Tensor:
@@ -99,7 +109,7 @@ def _moved(w: Sequence[Tensor], factor: Tensor, u: Sequence[Tensor]) -> list[Ten
 def second_derivative(function: Callable[[list[Tensor]], Tensor], at: Sequence[Tensor]) -> Product:
     """The Hessian of a scalar function at ``at``, for ``largest_eigenvalue``, or as a part of one.
 
-    A function that can be differentiated only once is evaluated a small step away instead.
+    A function whose gradient cannot be differentiated is evaluated a small step away instead.
     """
 
     def gradient_at(x: Sequence[Tensor], twice: bool = False) -> tuple[list[Tensor], Any]:
@@ -107,28 +117,32 @@ def second_derivative(function: Callable[[list[Tensor]], Tensor], at: Sequence[T
             moving = [x_i.detach().requires_grad_() for x_i in x]
             value = function(moving)
             if not value.requires_grad:
-                return moving, [torch.zeros_like(x_i) for x_i in x]
-            return moving, torch.autograd.grad(
-                value, moving, create_graph=twice, materialize_grads=True
-            )
+                return moving, [None for _ in x]
+            return moving, torch.autograd.grad(value, moving, create_graph=twice, allow_unused=True)
 
     moving, gradient = gradient_at(at, twice=True)
-    curved = [g for g in gradient if g.requires_grad]
+    found = [g for g in gradient if g is not None]
+    # A gradient of an operation that can be differentiated once may look like a constant.
+    has_graph = all([g.requires_grad for g in found])
 
     def product(u: list[Tensor]) -> list[Tensor]:
-        if not curved:
-            return [torch.zeros_like(u_i) for u_i in u]
-        arriving = [u_i for u_i, g in zip(u, gradient, strict=True) if g.requires_grad]
-        try:
-            found = torch.autograd.grad(
-                curved, moving, arriving, retain_graph=True, materialize_grads=True
-            )
-        except RuntimeError:  # there is no second derivative
-            s = small_step(at, u)
-            _, there = gradient_at(_moved(at, s, u))
-            pairs = zip(there, gradient, strict=True)
-            found = tuple([(g_there - g.detach()) / s.to(g) for g_there, g in pairs])
-        return list(found)
+        nothing = [torch.zeros_like(u_i) for u_i in u]
+        if has_graph and found:
+            arriving = [u_i for u_i, g in zip(u, gradient, strict=True) if g is not None]
+            try:
+                return list(
+                    torch.autograd.grad(
+                        found, moving, arriving, retain_graph=True, materialize_grads=True
+                    )
+                )
+            except RuntimeError:  # it says that it has no derivative
+                pass
+        s = small_step(at, u)
+        _, there = gradient_at(_moved(at, s, u))
+        return [
+            zero if g is None or after is None else (after - g.detach()) / s.to(g)
+            for zero, g, after in zip(nothing, gradient, there, strict=True)
+        ]
 
     return product
 

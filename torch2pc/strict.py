@@ -25,26 +25,22 @@ graph of layer 1, whose input does not move, for its update at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_vinit_entries, warn_caller
-from torch2pc.compiled import (
-    Program,
-    changing_number,
-    compiled_steps,
-    run_plainly,
-    schedule,
-)
+from torch2pc.compiled import Call
 from torch2pc.graph import (
+    Updates,
     add_updates,
     check_scalar,
     gradient,
+    gradient_of_small,
     in_belief_dtype,
     leaves_between,
     outside_autocast,
@@ -60,6 +56,9 @@ from torch2pc.step_size import (
     small_step,
 )
 
+# What PCInfer calls after each iteration, with its number, v and epsilon.
+Callback = Callable[[int, list[Tensor], list[Tensor | None]], object]
+
 
 def strict(
     network: Network,
@@ -68,17 +67,31 @@ def strict(
     vinit: Sequence[Any] | None,
     compile: bool,
     update_at: str,
+    callback: Callback | None = None,
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
-    return relax(Relaxation(network, eta, vinit), n, compile, update_at, "Strict")
+    call = Call(network, eta, n, vinit, update_at)
+    if compile and (found := call.infer()) is not None:
+        return found
+    relaxation = Relaxation(network, eta, vinit)
+    if compile:
+        call.explain(relaxation.why_not_compiled())
+    return relax(relaxation, n, update_at, "Strict", callback)
 
 
-def relax(relaxation: Relaxation, n: int, compile: bool, update_at: str, ErrType: str) -> Inference:
+def relax(
+    relaxation: Relaxation,
+    n: int,
+    update_at: str,
+    ErrType: str,
+    callback: Callback | None = None,
+) -> Inference:
     """What ``n`` steps of a relaxation infer."""
     if update_at == "v":
         _warn_of_flat_items(relaxation.network, ErrType)
+    relaxation.call_back(callback)
     with relaxation.network.replaying():
-        relaxation.run(n, compile)
+        relaxation.run(n)
         return relaxation.result(update_at)
 
 
@@ -112,6 +125,19 @@ def _warn_of_flat_items(network: Network, ErrType: str) -> None:
         )
 
 
+class Here(NamedTuple):
+    """What there is to know of the energy where a relaxation stands."""
+
+    errors: list[Tensor]
+    """epsilon_0..epsilon_L; where the input is clamped, the first has no meaning."""
+    Loss: Tensor
+    prior: Tensor | None
+    gradient: list[Tensor]
+    """F's gradient in the relaxation's variables, ``free``."""
+    arriving: list[Tensor]
+    """What arrives at each of them from above; at equilibrium, its error (times its precision)."""
+
+
 class Relaxation:
     """The iteration, one step at a time; iterating over it yields (v, epsilon) after each step.
 
@@ -127,6 +153,9 @@ class Relaxation:
     ...     for k, (v, epsilon) in zip(range(20), Relaxation(network, eta=0.1)):
     ...         error = epsilon[1].norm()
     """
+
+    # Called after each of the steps of ``run`` with how many there have been.
+    after_step: Callable[[int], object] | None = None
 
     def __init__(
         self,
@@ -187,30 +216,42 @@ class Relaxation:
             v[0] = detached(self.network.X)
         return v
 
-    def run(self, n: int, compile: bool = False) -> None:
-        """``n`` steps, compiled if that is asked for and can be done.
+    def run(self, n: int) -> None:
+        """``n`` steps.
 
         With an ``eta`` of ``"auto"``, made anew with a smaller one for as long as they raise the energy.
         """
         if not isinstance(self.eta, str):
-            self._steps(n, compile)
+            self._steps(n)
             return
         self.eta = self.safe_step()
         before = self._energy()
-        slack = _slack(self.vhat[-1].dtype) * before.abs().sum()
-        self._steps(n, compile)
+        slack = round_off(self.vhat[-1].dtype) * before.abs().sum()
+        self._steps(n)
         for _ in range(MOST_TRIES):
             is_lower = self._energy().sum() <= before.sum() + slack
             if is_lower | ~before.sum().isfinite():
                 break
             self.eta *= SHRINK
             self._start()
-            self._steps(n, compile)
+            self._steps(n)
 
-    def _steps(self, n: int, compile: bool) -> None:
-        done = self._run_compiled(n) if compile else 0
-        for _ in range(n - done):
+    def _steps(self, n: int) -> None:
+        for k in range(1, n + 1):
             self.step()
+            if self.after_step is not None:
+                self.after_step(k)
+
+    def call_back(self, callback: Callback | None) -> None:
+        """Let ``callback`` be called after each step with (k, v, epsilon)."""
+        if callback is None:
+            return
+
+        @torch.no_grad()
+        def after_step(k: int) -> None:
+            callback(k, self.v, [None, *self.epsilon[1:]])
+
+        self.after_step = after_step
 
     @torch.no_grad()
     def step(self) -> None:
@@ -242,6 +283,45 @@ class Relaxation:
                     delta[l - 1].sub_(descended, alpha=eta)
             del saved, arriving, descended  # before the next layer makes its own
         self._reached = max(1, self._reached - 1)
+
+    @property
+    def free(self) -> list[Tensor]:
+        """The variables that F is descended in: how far v_{L-len(free)}..v_{L-1} have moved."""
+        return self.delta[self._lowest - 1 :]
+
+    @torch.no_grad()
+    def stand_at(self, free: Sequence[Tensor]) -> None:
+        """Let the variables be these."""
+        self.delta = [*self.delta[: self._lowest - 1], *free]
+        self._reached = 1
+
+    @torch.no_grad()
+    def here(self) -> Here:
+        """The energy and its gradient where the beliefs are, which stay there."""
+        delta, L, first = self.delta, len(self.network.layers), self._lowest - 1
+        errors = [torch.zeros_like(epsilon_l) for epsilon_l in self.epsilon]
+        arriving = [torch.zeros_like(delta_l) for delta_l in delta]
+        if self._lowest > L:
+            errors[L] = in_belief_dtype(self.dLdy)
+        elif first == 1:
+            torch.neg(delta[1], out=errors[1])
+        for l in range(self._lowest, L + 1):
+            displacement = self.network.layers[l - 1].displacement
+            with self._outside_autocast():
+                moved, saved = displacement.forward(delta[l - 1])
+            errors[l] = moved - delta[l] if l < L else self._output_error(moved)
+            with self._outside_autocast():
+                found = displacement.backward(saved, errors[l] * self.precision[l])
+            if found is not None:
+                arriving[l - 1] += found
+        prior = None
+        if self.prior is not None:
+            prior = self.prior.replay(self._free_beliefs()).detach().reshape(())
+            for l, of_prior in enumerate(self._gradient_of_prior()[:L]):
+                if of_prior is not None:
+                    arriving[l] += of_prior
+        gradient = [arriving[l] - (errors[l] * self.precision[l] if l else 0) for l in range(L)]
+        return Here(errors, self._Loss_here, prior, gradient[first:], arriving[first:])
 
     @torch.no_grad()
     def take_errors(self) -> None:
@@ -348,7 +428,7 @@ class Relaxation:
         """
         at = self.v if at is None else at
         network, L = self.network, len(self.network.layers)
-        updates: dict[Tensor, Tensor] = {}
+        updates = Updates(network.arrived)
         input_error = None
         for l, layer in enumerate(network.layers, start=1):
             asks_input = l == 1 and network.X.requires_grad
@@ -367,7 +447,7 @@ class Relaxation:
             error = self._weighted_error(l)
             # What was held against the layer is linear in the error, unless a hook looks at it.
             if l > 1 and layer.uncovered is None and not any([p._backward_hooks for p in leaves]):
-                found = _gradient_of_small(prediction, leaves, error)
+                found = gradient_of_small(prediction, leaves, error)
             else:
                 found = gradient([prediction], asked, [error.to(prediction.dtype)])
             if asks_input:
@@ -383,6 +463,15 @@ class Relaxation:
             _add_own_gradients(updates, self.prior.replay(beliefs), beliefs)
         return input_error, updates
 
+    def why_not_compiled(self) -> list[str]:
+        """What stands in the way of compiling a call like this one."""
+        moving = self.network.layers[self._lowest - 1 :]
+        reasons = [f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered]
+        for function in (self.network.loss, self.prior):
+            if function is not None and not function.is_pure:
+                reasons.append(f"{function.name} draws random numbers or changes its buffers")
+        return reasons
+
     def result(self, update_at: str = "v") -> Inference:
         """What was inferred, in tensors that share no memory; the updates at ``v`` or at ``vhat``."""
         v = self.v
@@ -397,60 +486,6 @@ class Relaxation:
             [input_error, *found[:L]],
             list(zip(updates, found[L:], strict=True)),
         )
-
-    def _run_compiled(self, n: int) -> int:
-        """Try to run ``n`` compiled steps; the number of steps that were done, 0 or n."""
-        network, like = self.network, self.epsilon[-1]
-        moving = network.layers[self._lowest - 1 :]
-        reason = next(
-            (f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered), None
-        )
-        losses = [network.loss, *([] if self.prior is None else [self.prior])]
-        for function in losses:
-            if not function.is_pure:
-                reason = f"{function.name} draws random numbers or changes its buffers"
-        if reason is None:
-            reason = changing_number(network.model, [loss.function for loss in losses])
-        if reason is not None:
-            run_plainly(network.model, reason)
-        if reason is not None or not moving:
-            return 0
-        device, autocast = network.X.device.type, None
-        if torch.is_autocast_enabled(device):
-            autocast = device, torch.get_autocast_dtype(device)
-        clamped: list[Any] = [None] * (self._lowest - 1)
-        displacements = [*clamped, *[layer.displacement for layer in moving]]
-        program = Program(displacements, self.vhat[-1].dtype, autocast)
-        run_steps = compiled_steps(network.model, program)
-        if run_steps is None:
-            return 0
-        arguments = (
-            [
-                [] if found is None else [line.tensors for line in found.lines]
-                for found in displacements
-            ],
-            network.loss.function,
-            None if self.prior is None else self.prior.function,
-            network.Y,
-            self.vhat,
-            [None if pi == 1 else like.new_full((), pi) for pi in self.precision],
-        )
-        delta, epsilon = self.delta, self.epsilon
-        with torch.no_grad(), self._outside_autocast():
-            for part in schedule(
-                n, float(self.eta), self._reached, len(epsilon), like.dtype, like.device
-            ):
-                try:
-                    delta, epsilon = run_steps(*arguments, delta, *part)
-                except Exception as error:
-                    if delta is not self.delta:
-                        raise
-                    # Whatever it was: the same steps without compilation say it plainly.
-                    run_plainly(network.model, error, for_good=True)
-                    return 0
-        self.delta[self._lowest - 1 :] = delta[self._lowest - 1 :]
-        self.epsilon[1:] = epsilon[1:]
-        return n
 
     def _weighted_error(self, l: int) -> Tensor:
         error = self.epsilon[l]
@@ -490,25 +525,9 @@ class Relaxation:
         return gradient([energy], beliefs)
 
 
-def _slack(dtype: torch.dtype) -> float:
+def round_off(dtype: torch.dtype) -> float:
     """How much of an energy may be round-off, if the loss is computed in ``dtype``."""
     return min(256 * torch.finfo(dtype).eps, 0.1)
-
-
-def _gradient_of_small(
-    prediction: Tensor, leaves: Sequence[Tensor], error: Tensor
-) -> list[Tensor | None]:
-    """``J^T error``, for errors of any size.
-
-    In deep networks they are so small that their products with small beliefs (those of inactive units)
-    fall below 1e-38, where processors are many times slower in float32. So they are multiplied by a
-    power of two first, and what comes of them is divided by it: nothing is rounded.
-    """
-    _, exponent = torch.frexp(torch.linalg.vector_norm(error, torch.inf))
-    exponent = exponent.clamp(-120, 0)
-    up, down = torch.pow(2.0, -exponent), torch.pow(2.0, exponent)
-    found = gradient([prediction], leaves, [(error * up).to(prediction.dtype)])
-    return [None if of_leaf is None else of_leaf * down for of_leaf in found]
 
 
 def _add_own_gradients(

@@ -33,10 +33,8 @@ class Rule(NamedTuple):
     backward_: Callable[..., Any] | None = None
 
     def overwriting(self, d: bool, e: bool) -> Rule:
-        """The rule that writes into ``d`` or ``e`` where it can and may."""
-        if self.forward_ is None:
-            return self
-        forward = self.forward_ if d else self.forward
+        """The rule, if it can, writing into ``d`` or ``e`` where it may."""
+        forward = self.forward_ if d and self.forward_ is not None else self.forward
         return Rule(forward, self.backward_ if e else self.backward, self.is_fresh)
 
 

@@ -214,6 +214,12 @@ def _erf_slope(x: Tensor) -> Tensor:
     return (2 / math.sqrt(math.pi)) * torch.exp(-x * x)
 
 
+def _erf(d: Tensor, a: Tensor) -> Tensor:
+    # Next to 1, erf has no digits of its own, but 1 - erf has; and erf is odd.
+    sign = torch.ones_like(a).copysign(a)
+    return sign * moved_along(sign * d, a.abs(), _erf_slope, lambda x: -torch.erfc(x))
+
+
 def _normal(x: Tensor) -> Tensor:
     """Phi(x), the share of a normal distribution below x."""
     return torch.erfc(x * -math.sqrt(0.5)) / 2
@@ -282,7 +288,7 @@ SMOOTH: dict[Any, Smooth] = {
     aten.erf.default: Smooth(
         lambda e, x: e * _erf_slope(x),
         lambda a, y: (a,),
-        lambda d, a: moved_along(d, a, _erf_slope, torch.erf),
+        _erf,
     ),
     aten.exp.default: Smooth(
         lambda e, x: e * torch.exp(x), lambda a, y: (a,), exp_moved, torch.exp

@@ -1,0 +1,103 @@
+"""The picture of a record. Nothing imports it, nor matplotlib, before one is drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch2pc.record import Record
+
+MOST_IN_LEGEND = 12
+
+
+def draw(record: Record, figure: Figure) -> None:
+    """Six panels; lines are layers, from dark (the first) to light."""
+    axes = list(figure.subplots(2, 3).flat)
+    figure.suptitle(record._head(), fontsize=10)
+    layers = range(1, record.L + 1)
+    hidden = [l for l in layers if l < record.L]
+    _draw_map(record, axes[0], figure, hidden)
+    _draw_lines(axes[1], "energy of each layer", record.energies, hidden, record.L)
+    axes[1].set_yscale("log")
+    _draw_energy(record, axes[2])
+    _draw_distance(record, axes[3], hidden)
+    _draw_lines(axes[4], "cosine of the update to backprop's", record.cosine, layers, record.L)
+    _draw_lines(axes[5], "size of the update / backprop's", record.size, layers, record.L)
+    axes[5].axhline(1, color="0.6", linewidth=0.8, zorder=0)
+    for panel in axes:
+        panel.set_xlabel("evaluation" if record.ErrType == "Equilibrium" else "iteration")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.title.set_fontsize(9)
+        panel.tick_params(labelsize=8)
+    if 1 < record.L <= MOST_IN_LEGEND:
+        handles, labels = axes[5].get_legend_handles_labels()
+        if handles:
+            place = "outside right center"
+            figure.legend(handles, labels, loc=place, title="layer", fontsize=8, title_fontsize=8)
+
+
+def _draw_map(record: Record, axes: Axes, figure: Figure, hidden: list[int]) -> None:
+    axes.set_title("energy of each layer")
+    energies = record.energies[:, 1:-1].T.numpy()
+    seen = energies[np.isfinite(energies) & (energies > 0)]
+    if not len(seen):
+        axes.text(0.5, 0.5, "no energy", ha="center", va="center", transform=axes.transAxes)
+        return
+    # What is less than a hundred-millionth of the largest would make all the rest look alike.
+    norm = LogNorm(max(seen.min(), 1e-8 * seen.max()), max(seen.max(), seen.min() * 1.0001))
+    shown = np.ma.masked_invalid(np.where(energies > 0, energies, np.nan))
+    scale = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
+    edges = (-0.5, record.n + 0.5, hidden[0] - 0.5, hidden[-1] + 0.5)
+    image = axes.imshow(shown, aspect="auto", origin="lower", extent=edges, norm=norm, cmap=scale)
+    axes.set_ylabel("layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
+
+
+def _draw_lines(axes: Axes, title: str, table: Tensor, layers: object, L: int) -> None:
+    axes.set_title(title)
+    for l in layers:  # type: ignore[attr-defined]
+        values = table[:, l].numpy()
+        if np.isfinite(values).any():
+            axes.plot(np.where(np.isfinite(values), values, np.nan), color=_colour(l, L), label=l)
+
+
+def _draw_energy(record: Record, axes: Axes) -> None:
+    axes.set_title("F, and the loss" if record.descends else "the loss")
+    F, loss = record.F.numpy(), record.loss.numpy()
+    if record.descends:
+        axes.plot(np.where(np.isfinite(F), F, np.nan), color="#D55E00", label="F")
+    axes.plot(np.where(np.isfinite(loss), loss, np.nan), color="#0072B2", ls="--", label="loss")
+    if bool(record.prior.any()):
+        axes.plot(record.prior.numpy(), color="0.4", ls=":", label="prior")
+    if record.rises_at is not None and np.isfinite(F).any():
+        top, bottom = np.nanmax(np.where(np.isfinite(F), F, np.nan)), np.nanmin(F)
+        if bottom > 0 and top > 100 * bottom:
+            axes.set_yscale("log")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_distance(record: Record, axes: Axes, hidden: list[int]) -> None:
+    axes.set_title("distance from equilibrium")
+    for l in hidden:
+        values = record.distances[:, l].numpy()
+        axes.plot(values, color=_colour(l, record.L), linewidth=0.8)
+    axes.plot(record.distance.numpy(), color="k", linewidth=1.8, label="all layers")
+    axes.axhline(0.01, color="0.6", linewidth=0.8, zorder=0)
+    if bool((record.distance > 0).any()):
+        axes.set_yscale("log")
+        lowest = record.distance[record.distance > 0].min().item()
+        axes.set_ylim(min(0.005, lowest / 2), 3)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _colour(l: int, L: int) -> tuple[float, ...]:
+    return matplotlib.colormaps["viridis"](0.9 * (l - 1) / max(L - 1, 1))
