@@ -42,8 +42,7 @@ class Spectrum:
     def distance(self, known: Sequence[float], k: int, eta: float) -> float:
         """The distance from equilibrium at iteration k, if it went on with the step size ``eta``."""
         logs = [
-            2 * (k - self.row) * math.log(max(abs(1 - eta * theta), 1e-300))
-            for theta in self.theta
+            2 * (k - self.row) * math.log(max(abs(1 - eta * theta), 1e-300)) for theta in self.theta
         ]
         shares = [w * math.exp(min(log, 700)) for w, log in zip(self.weight, logs, strict=True)]
         return known[self.row] * math.sqrt(sum(shares))
@@ -71,9 +70,7 @@ class ClosedForm:
         c = error_factors(eta, k, len(self.squares) + 1)[::-1]
         here = sum([s * c_l**2 for s, c_l in zip(self.squares, c, strict=False)])
         above = sum([s * c_l**2 for s, c_l in zip(self.squares, c[1:], strict=True)])
-        off = sum(
-            [s * (a - b) ** 2 for s, a, b in zip(self.squares, c, c[1:], strict=False)]
-        )
+        off = sum([s * (a - b) ** 2 for s, a, b in zip(self.squares, c, c[1:], strict=False)])
         return math.sqrt(off / max(here, above)) if off else 0.0
 
     def iterations_to(

@@ -60,7 +60,6 @@ from torch2pc.step_size import (
     small_step,
 )
 
-
 # What PCInfer calls after each iteration, with its number, v and epsilon.
 Callback = Callable[[int, list[Tensor], list[Tensor | None]], object]
 
@@ -302,7 +301,7 @@ class Relaxation:
         delta, L, first = self.delta, len(self.network.layers), self._lowest - 1
         errors = [torch.zeros_like(epsilon_l) for epsilon_l in self.epsilon]
         arriving = [torch.zeros_like(delta_l) for delta_l in delta]
-        if L < self._lowest:
+        if self._lowest > L:
             errors[L] = in_belief_dtype(self.dLdy)
         elif first == 1:
             torch.neg(delta[1], out=errors[1])
