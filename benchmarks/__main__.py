@@ -12,11 +12,16 @@ from pathlib import Path
 # The profiler announces each start and stop otherwise; read when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-from benchmarks import memory, scaling, speed
+from benchmarks import largest, memory, scaling, speed
 from benchmarks.nets import NETWORKS
 from benchmarks.report import Options
 
-PARTS = {"speed": speed.run, "memory": memory.run, "scaling": scaling.run}
+PARTS = {
+    "speed": speed.run,
+    "memory": memory.run,
+    "scaling": scaling.run,
+    "largest": largest.run,
+}
 QUICK = ("mnist_net", "mlp3x300")
 
 

@@ -203,10 +203,11 @@ class Machine:
         return max(operations / self.flops, (iterations + 2) * layers * self.launch)
 
     def messages(self, size: float, gpus: int, buckets: int) -> float:
-        """Seconds of a step's messages: sums of ``size`` bytes over a ring, two control messages."""
+        """Seconds of a step's messages: sums of ``size`` bytes over a ring, a few small ones."""
         levels = 2 * math.ceil(math.log2(gpus))
         bandwidth = 2 * (gpus - 1) / gpus * size / self.link
-        return bandwidth + buckets * levels * self.hop + 2 * levels * self.control
+        # Besides, the shares and the loss are summed, and two messages are of control.
+        return bandwidth + levels * ((buckets + 2) * self.hop + 2 * self.control)
 
 
 # Name: builder, one input's shape, examples on each GPU.

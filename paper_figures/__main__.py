@@ -39,8 +39,10 @@ def figure_modules() -> dict[str, ModuleType]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what the arguments ask for; the exit status is 0 if all went well."""
-    # The papers' networks are cut after the activation, and some are meant to be too deep.
-    for message in ("Strict takes its updates at v", "The error hardly reaches"):
+    # The papers' networks are cut after the activation, and some are meant to be too deep or to stop
+    # short of the equilibrium.
+    expected = "Strict takes its updates at v", "The error hardly reaches", "Equilibrium stopped"
+    for message in expected:
         warnings.filterwarnings("ignore", message, UserWarning)
     modules = figure_modules()
     asked = parse(modules, arguments)

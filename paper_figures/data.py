@@ -21,13 +21,19 @@ from torch import Tensor
 EMBEDDED = Path(__file__).parent / "digits"
 EMBEDDED_NAME = "embedded digits"
 
-# MNIST's four files and the MD5 sums of their uncompressed contents. Other sets of the same format,
-# such as Fashion-MNIST, have the same names and other contents.
+# MNIST's four files and the MD5 sums of their uncompressed contents. Other sets of the same format
+# have the same names and other contents.
 IDX_FILES = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c629615203637",
+}
+FASHION_FILES = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
 }
 
 CIFAR10_FILES = [*(f"data_batch_{part}.bin" for part in range(1, 6)), "test_batch.bin"]
@@ -129,7 +135,16 @@ def load_digits(folder: Path | None) -> DataSet:
 
 def idx_folder(folder: Path | None) -> Path | None:
     """Where in ``folder`` IDX files lie, if any do."""
-    for place in () if folder is None else (folder, folder / "mnist", folder / "MNIST" / "raw"):
+    return _first_with_idx(folder, "", "mnist", "MNIST/raw")
+
+
+def fashion_folder(folder: Path | None) -> Path | None:
+    """Where in ``folder`` the files of Fashion-MNIST lie, if any do."""
+    return _first_with_idx(folder, "fashion-mnist", "FashionMNIST/raw")
+
+
+def _first_with_idx(folder: Path | None, *inside: str) -> Path | None:
+    for place in () if folder is None else (folder / name for name in inside):
         if any(_idx_path(place, name) for name in IDX_FILES):
             return place
     return None
@@ -268,5 +283,7 @@ def _name_of(folder: Path, train_images: Tensor) -> str:
         return EMBEDDED_NAME
     header = b"\x00\x00\x08\x03" + np.array(train_images.shape, ">u4").tobytes()
     digest = hashlib.md5(header + train_images.numpy().tobytes(), usedforsecurity=False)
-    is_mnist = digest.hexdigest() == IDX_FILES["train-images-idx3-ubyte"]
-    return "MNIST" if is_mnist else f"IDX files of {folder.resolve().name}"
+    for name, files in ("MNIST", IDX_FILES), ("Fashion-MNIST", FASHION_FILES):
+        if digest.hexdigest() == files["train-images-idx3-ubyte"]:
+            return name
+    return f"IDX files of {folder.resolve().name}"

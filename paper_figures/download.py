@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,12 @@ import torch
 
 from paper_figures.data import (
     CIFAR10_FILES,
+    FASHION_FILES,
     IDX_FILES,
     DataError,
     check_digest,
     cifar10_folder,
+    fashion_folder,
     idx_folder,
 )
 from paper_figures.nets import VGG19_FILE
@@ -32,6 +34,10 @@ from paper_figures.report import write_atomically
 MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+FASHION_MIRRORS = (
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
 )
 CIFAR10_MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
 CIFAR10_ARCHIVE = "cifar-10-binary.tar.gz"
@@ -45,12 +51,20 @@ TIMEOUT_SECONDS = 30
 
 def fetch_mnist(folder: Path) -> None:
     """MNIST's four files, into where others of them lie, or else into ``folder/mnist``."""
-    place = idx_folder(folder) or folder / "mnist"
-    for name, md5 in IDX_FILES.items():
+    _fetch_idx(idx_folder(folder) or folder / "mnist", IDX_FILES, MNIST_MIRRORS)
+
+
+def fetch_fashion(folder: Path) -> None:
+    """Fashion-MNIST's, into where others of them lie, or else into ``folder/fashion-mnist``."""
+    _fetch_idx(fashion_folder(folder) or folder / "fashion-mnist", FASHION_FILES, FASHION_MIRRORS)
+
+
+def _fetch_idx(place: Path, files: Mapping[str, str], mirrors: Sequence[str]) -> None:
+    for name, md5 in files.items():
         # The sum is that of the uncompressed file, as each compression has other bytes.
         check = partial(check_digest, algorithm="md5", expected=md5, uncompressed=True)
         if not (place / name).is_file():
-            fetch(place / f"{name}.gz", MNIST_MIRRORS, check)
+            fetch(place / f"{name}.gz", mirrors, check)
 
 
 def fetch_cifar10(folder: Path) -> None:
@@ -78,6 +92,7 @@ def fetch_vgg19(folder: Path) -> None:
 
 DATA_SETS: dict[str, Callable[[Path], None]] = {
     "mnist": fetch_mnist,
+    "fashion": fetch_fashion,
     "cifar10": fetch_cifar10,
     "vgg19": fetch_vgg19,
 }

@@ -33,6 +33,11 @@ def squared_error(output: Tensor, labels: Tensor) -> Tensor:
     return functional.mse_loss(output, targets.to(output.dtype))
 
 
+def half_squared_error(output: Tensor, labels: Tensor) -> Tensor:
+    """Half the sum of the squared errors against one-hot labels: output (batch, classes)."""
+    return 0.5 * (output - functional.one_hot(labels, output.shape[1])).square().sum()
+
+
 def cross_entropy(output: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy: output (batch, classes), labels (batch,)."""
     return functional.cross_entropy(output, labels)
@@ -202,6 +207,20 @@ def backprop_step(
     loss.backward()
     optimizer.step()
     return loss.item(), accuracy(output, batch.labels)
+
+
+def incremental_steps(
+    model: nn.Sequential, LossFun: LossFunction, batch: Batch, eta: float, n: int
+) -> Iterator[PCResult]:
+    """Strict's beliefs from the feed-forward pass, with updates in ``.grad`` after each of n steps.
+
+    Incremental predictive coding moves the weights after each.
+    """
+    v = None
+    for _ in range(n):
+        result = PCInfer(model, LossFun, batch.X, batch.labels, "Strict", eta, 1, v)
+        yield result
+        v = result.v
 
 
 def paired_batches(data: DataSet, setup: Setup, options: Options) -> Iterator[tuple[Batch, Batch]]:

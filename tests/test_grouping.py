@@ -143,7 +143,7 @@ class Functional(nn.Module):
         if x.dim() != 4:
             raise ValueError("images, please")
         x = F.relu(F.max_pool2d(self.conv(x), 2))
-        x = scale * F.relu_(self.fc1(x.view(x.size(0), -1))) + self.offset
+        x = scale * F.relu_(self.fc1(x.view(x.size(0), -1))) + self.offset + torch.arange(8)
         x = F.dropout(x, 0.3, training=self.training)
         return F.log_softmax(self.fc2(x), dim=1)
 
@@ -348,6 +348,26 @@ def test_layers_can_be_copied(name: str, copied: Callable[[Any], Any]) -> None:
     PCInfer(twin, F.cross_entropy, X, torch.zeros(len(X), dtype=torch.long), "Strict", n=2)
 
 
+class InPlaceOnView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.last = nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.view(-1, 2, 6)).transpose(1, 2)
+        return self.last(self.relu(x).reshape(-1, 12))
+
+
+def test_modules_that_write_into_views_of_their_input() -> None:
+    model, X = InPlaceOnView(), torch.randn(3, 12)
+    layers = group_layers(model, X)
+    assert kinds(layers)[1] == ["Between", "ReLU", "Between", "Linear"]
+    expected, before = model(X), X.clone()
+    result = PCInfer(layers, F.mse_loss, X, torch.zeros(3, 5), "Strict", n=3)
+    torch.testing.assert_close(result.vhat[-1], expected)
+    assert torch.equal(X, before)
+
+
 def test_functions_are_told_the_mode() -> None:
     layers = group_layers(Functional().eval(), IMAGES)
     assert torch.equal(layers(IMAGES), layers(IMAGES))
@@ -391,6 +411,11 @@ class Branching(AroundTwo):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         return self.second(x) if x.sum() > 0 else self.third(x)
+
+
+class Unequal(AroundTwo):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * torch.tensor(2.0 if self.training else 1.0))
 
 
 class Reading(AroundTwo):
@@ -461,10 +486,11 @@ ERRORS = [
         ValueError,
         r"branch on the values of tensors.* gt of sum of model\.first's output",
     ),
+    (Unequal(), ValueError, "could not be made a chain|another one each time"),
     (Reading(), ValueError, "could not be followed .*float"),
     (Writing(), ValueError, r"write into tensors in place.*tanh_ of model\.first's output"),
     (Cut(), ValueError, r"another the gradient of first\.weight"),
-    (Noisy(), ValueError, "draws random numbers"),
+    (Noisy(), ValueError, r"draw random numbers like the input \(torch.randn_like\)"),
     (Auxiliary(), ValueError, "same in train and in eval mode"),
     (TwoInputs(), ValueError, "could not be followed .*'y'"),
     (Pair(), ValueError, "must return a tensor"),

@@ -123,22 +123,29 @@ def test_a_missing_file_and_a_silent_address_are_reported(server: Server, tmp_pa
         download.fetch(tmp_path / "file", [server.url], check)
 
 
-def test_mnist_is_checked_by_its_uncompressed_content(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fetch", "sums", "mirrors", "place"),
+    [
+        (download.fetch_mnist, "IDX_FILES", "MNIST_MIRRORS", "mnist"),
+        (download.fetch_fashion, "FASHION_FILES", "FASHION_MIRRORS", "fashion-mnist"),
+    ],
+)
+def test_mnist_and_fashion_are_checked_by_their_uncompressed_content(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetch, sums, mirrors, place
 ):
     contents = {name: name.encode() for name in download.IDX_FILES}
-    sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setattr(download, "IDX_FILES", sums)
-    monkeypatch.setattr(download, "MNIST_MIRRORS", (server.url,))
+    expected = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    monkeypatch.setattr(download, sums, expected)
+    monkeypatch.setattr(download, mirrors, (server.url,))
     for name, content in contents.items():
         server.files[f"{name}.gz"] = gzip.compress(content, compresslevel=1)
-    download.fetch_mnist(tmp_path)
-    assert {path.name for path in (tmp_path / "mnist").iterdir()} == {f"{n}.gz" for n in contents}
+    fetch(tmp_path)
+    assert {path.name for path in (tmp_path / place).iterdir()} == {f"{n}.gz" for n in contents}
 
-    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
+    (tmp_path / place / "t10k-labels-idx1-ubyte.gz").unlink()
     server.files["t10k-labels-idx1-ubyte.gz"] = gzip.compress(b"something else")
     with pytest.raises(data.DataError, match="MD5 sum"):
-        download.fetch_mnist(tmp_path)
+        fetch(tmp_path)
 
 
 def test_cifar10_is_unpacked_and_the_archive_removed(

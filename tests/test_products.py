@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.cases import Case
-from tests.test_compiled import needs_compiler
+from tests.test_compiled import infer_compiled, needs_compiler
 
 products = pytest.importorskip("torch2pc.products", reason="this PyTorch has no compiler")
 
@@ -24,11 +24,11 @@ needs_both = pytest.mark.skipif(
 @needs_both
 @pytest.mark.parametrize("rows", [0, 1, 7])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_all_products_are_the_same(rows: int, transposed: bool, has_bias: bool) -> None:
+@pytest.mark.parametrize("bias_dim", [0, 1, 2])
+def test_all_products_are_the_same(rows: int, transposed: bool, bias_dim: int) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(rows, 5), torch.randn(3, 5).t() if transposed else torch.randn(5, 3)
-    bias = torch.randn(3) if has_bias else None
+    bias = [None, torch.randn(3), torch.randn(rows, 3)][bias_dim]
     expected = a.double() @ b.double() + (0 if bias is None else bias.double())
     ways = (
         products.by_mkl,
@@ -60,7 +60,7 @@ def test_the_faster_one_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> Non
         before = len(asked)
         products.product(torch.ones(2, 3), torch.ones(3, 4))
         assert len(asked) == before + 1
-        assert products.faster(torch.Size([2, 3]), torch.Size([3, 4]), (4, 1), False, 1) is quick
+        assert products.faster(torch.Size([2, 3]), torch.Size([3, 4]), (4, 1), 0, 1) is quick
     products.faster.cache_clear()
 
 
@@ -103,10 +103,19 @@ def test_compiled_steps_use_it_for_large_matrices(shapes: set[tuple[int, ...]]) 
     plain = case.infer("Strict")
     gradients = case.gradients()
     assert not shapes
-    found = case.infer("Strict", compile=True)
+    found = infer_compiled(case)
     torch.testing.assert_close(found.v, plain.v)
     torch.testing.assert_close(case.gradients(), gradients, rtol=1e-4, atol=1e-6)
     assert shapes == {(160, 140), (140, 160)}
+
+
+@needs_compiler
+@needs_both
+def test_a_matrix_that_is_added_is_part_of_the_product(shapes: set[tuple[int, ...]]) -> None:
+    a, b, c = torch.randn(6, 160), torch.randn(160, 140), torch.randn(6, 140)
+    run = torch.compile(lambda a, b, c: c + a @ b, options=products.fast_products())
+    torch.testing.assert_close(run(a, b, c), c + a @ b)
+    assert shapes == {(160, 140)}
 
 
 @needs_both
@@ -122,5 +131,6 @@ def test_no_choice_where_results_must_repeat() -> None:
 @pytest.mark.filterwarnings("error:compile=True")
 def test_steps_compile_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch2pc.products", None)
-    case = Case(nn.Sequential(nn.Linear(3, 2)), nn.MSELoss(), torch.ones(4, 3), torch.ones(4, 2))
-    torch.testing.assert_close(case.infer("Strict", compile=True).v, case.infer("Strict").v)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    case = Case(model, nn.MSELoss(), torch.ones(4, 3), torch.ones(4, 2))
+    torch.testing.assert_close(infer_compiled(case).v, case.infer("Strict").v)

@@ -23,7 +23,7 @@ __all__ = [
     "PCResult",
     "Record",
     "displacement_rule",
-    "group_layers",
     "follow",
     "follow_latent",
+    "group_layers",
 ]

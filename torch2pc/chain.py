@@ -275,7 +275,8 @@ def _follow(root: _Root, X: Tensor, name: str, opened: dict[nn.Module, bool]) ->
         for training in (True, False):
             for module in modules:
                 module.training = training
-            graphs.append(_trace(root, X, name, opened))
+            # Each time a root of its own, as constants are put there.
+            graphs.append(_trace(root if training else _Root(root.model), X, name, opened))
     finally:
         for module, training in modes:
             module.training = training
@@ -288,9 +289,8 @@ def _follow(root: _Root, X: Tensor, name: str, opened: dict[nn.Module, bool]) ->
 
 
 def _trace(root: _Root, X: Tensor, name: str, opened: dict[nn.Module, bool]) -> fx.Graph:
-    random = torch.get_rng_state()
     try:
-        graph = _Tracer(X, name, opened).trace(root)
+        return _Tracer(X, name, opened).trace(root)
     except NoChain:
         raise
     except Exception as error:
@@ -299,23 +299,15 @@ def _trace(root: _Root, X: Tensor, name: str, opened: dict[nn.Module, bool]) -> 
             f"{name} could not be followed ({type(error).__name__}: {line}): write it as an "
             "nn.Sequential, with a module for what cannot be recorded"
         ) from error
-    for node in graph.nodes:
-        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
-            _check_constant(random, name)
-    return graph
-
-
-def _check_constant(random: Tensor, name: str) -> None:
-    """A tensor made in the forward is recorded as a constant, which it is not if it was drawn."""
-    if not torch.equal(random, torch.get_rng_state()):
-        raise NoChain(
-            f"{name} makes a tensor in its forward that does not depend on the input, and draws "
-            "random numbers: draw them like the input (torch.randn_like), or in a module"
-        )
 
 
 def _tell_mode(graph: fx.Graph, node: fx.Node, other: fx.Node, name: str) -> None:
     """Let ``node`` see whether it is in train mode, where its arguments say so."""
+    if node.op == other.op == "get_attr" and not _equal(node.meta["value"], other.meta["value"]):
+        raise NoChain(
+            f"{name} must not make a tensor in its forward that is another one each time, unless it "
+            "depends on the input: draw random numbers like the input (torch.randn_like), or in a module"
+        )
     mode: list[fx.Node] = []
     differs = node.op != other.op or node.target != other.target
     leaves: list[Any] = []
@@ -341,6 +333,10 @@ def _tell_mode(graph: fx.Graph, node: fx.Node, other: fx.Node, name: str) -> Non
             f"{name} must do the same in train and in eval mode, but it does not: "
             f"{_what(node, name)} is other than {_what(other, name)}"
         )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
 
 
 def _pieces(graph: fx.Graph, root: nn.Module) -> list[Piece]:

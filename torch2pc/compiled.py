@@ -1,15 +1,18 @@
-"""Strict's steps as one function for ``torch.compile``, kept for as long as its model lives.
+"""Strict as a compiled call, kept for as long as its model lives.
 
-It computes what ``Relaxation.step`` computes, layer by layer, but for all layers in every step. What
-the layers do comes from their displacements: the operations are compiled in, and the tensors (weights,
-beliefs, dropout masks, targets, step sizes) are its inputs, so that new values of them do not compile
-it again. A call of it makes a few steps, as every call takes some time of its own.
+``torch.compile`` captures the layers and the loss and says, by its guards, when what was captured holds
+no more: the mode of a module, a hook, an attribute, a shape have changed. ``tracing.py`` makes the
+graphs of the call from that. Here they are run: the feed-forward pass, ``n`` steps, the updates.
+
+The call that compiles runs plainly itself, so that layers are held against their rules as always. So
+does, with a warning, a call that cannot be compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -17,18 +20,12 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad
 
-from torch2pc.checks import warn_caller
-from torch2pc.displacement import Displacement, Line
+from torch2pc.checks import check_vinit_entries, warn_caller
+from torch2pc.graph import in_belief_dtype, outside_autocast, own
+from torch2pc.layers import GLOBAL_HOOKS, HOOKS, Inference, Layer, Network, detached
 
-# Each model's functions, by what is compiled in. None for a model that torch.compile could not take.
-_compiled: WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]] | None] = WeakKeyDictionary()
 _warned: WeakSet[nn.Module] = WeakSet()
-
-# A call makes up to so many steps, fewer of deep models: what it evaluates has to be compiled first,
-# and the more that is, the less a call's own time counts.
-MOST_STEPS, MOST_LAYERS = 4, 80
 # For each model, the numbers that its losses held, by their names.
 _numbers: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[dict[str, float]]]] = (
     WeakKeyDictionary()
@@ -36,46 +33,260 @@ _numbers: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[dict[str, floa
 MOST_VALUES = 2
 
 
-def compiled_steps(model: nn.Module, program: Program) -> Callable[..., Any] | None:
-    """``steps`` of this program, compiled for this model; None if that has failed before."""
-    kept = _compiled.setdefault(model, {})
-    if kept is None:
-        return None
-    if program not in kept:
-        # Its own code object: what is compiled for a model is kept with the code, so it goes when
-        # the model does, and one model's shapes do not count against another's recompilations.
+class _Model:
+    """What is kept for one model: its captures, by what was asked, and why there can be none."""
 
-        def run(*arguments: Any) -> Any:
-            return steps(program, *arguments)
+    def __init__(self) -> None:
+        self.captures: dict[Any, Any] = {}
+        self.error: object = None
+        self.has_reason = False
 
-        code: CodeType = run.__code__.replace(co_name=f"steps_of_{id(model)}")
-        own = FunctionType(code, run.__globals__, closure=run.__closure__)
-        kept[program] = torch.compile(own, fullgraph=True, options=_options())
-    return kept[program]
+    def capture(self, asked: Any, *arguments: Any) -> Any:
+        """Run a call that is captured, or was before."""
+        from torch2pc.tracing import capture
 
-
-def _options() -> dict[str, Any]:
-    try:
-        # Not at the top, as it imports the compiler, and parts of it that another PyTorch may lack.
-        from torch2pc.products import fast_products
-    except ImportError:
-        return {}
-    return fast_products()
+        if asked not in self.captures:
+            # Its own code object: what is compiled for a model is kept with the code, so it goes
+            # when the model does, and one model's shapes do not count against another's
+            # recompilations.
+            code: CodeType = capture.__code__.replace(co_name=f"capture_{id(self)}")
+            own_code = FunctionType(code, capture.__globals__, closure=capture.__closure__)
+            self.captures[asked] = torch.compile(own_code, fullgraph=True, backend=_Captured)
+        return self.captures[asked](*arguments)
 
 
-def run_plainly(model: nn.Module, reason: object, for_good: bool = False) -> None:
-    """Say, the first time, that the model's relaxation runs without compilation.
+_models: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()
+_local = threading.local()
 
-    ``for_good``: nor is it tried again.
-    """
-    if for_good:
-        _compiled[model] = None
+
+class _PlainlyError(Exception):
+    """Raised in a captured call that is to be run plainly, before it has done anything."""
+
+
+class _Captured:
+    """What is run in the place of the captured graph: the whole of a call."""
+
+    def __init__(self, graph: Any, inputs: Sequence[Any]) -> None:
+        from torch2pc.tracing import Program
+
+        self.reason: object = None
+        self.is_new = True
+        try:
+            call = _local.call
+            self.program = Program(graph, call.asked, _options(call.network.X.device))
+        except torch._dynamo.exc.RestartAnalysis:
+            raise
+        except Exception as error:
+            self.reason = error
+
+    def __call__(self, *inputs: Any) -> list[Tensor]:
+        call = _local.call
+        call.captured = self
+        if self.reason is not None or self.is_new:
+            self.is_new = False
+            raise _PlainlyError
+        if any([inputs[k]._backward_hooks or not inputs[k].is_leaf for k in self.program.leaves]):
+            call.reason = "a parameter has a hook, or a graph of its own"
+            raise _PlainlyError
+        call.has_begun = True
+        with torch.no_grad(), outside_autocast(call.network.X.device):
+            return call.run(self.program, inputs)
+
+
+class Call:
+    """One call of Strict, to be run by compiled graphs."""
+
+    def __init__(
+        self,
+        network: Network,
+        eta: float | Tensor | str,
+        n: int,
+        vinit: Sequence[Any] | None = None,
+        update_at: str = "v",
+        *,
+        free_input: bool = False,
+        precision: Sequence[float] | None = None,
+        prior: Layer | None = None,
+    ) -> None:
+        self.network, self.eta, self.n, self.vinit = network, eta, n, vinit
+        self.update_at, self.free_input = update_at, free_input
+        self.precision, self.prior = precision, prior
+        self.captured: _Captured | None = None
+        self.inference: Inference | None = None
+        self.reason: object = None
+        self.has_begun = False
+
+    def infer(self) -> Inference | None:
+        """The result; None if the call is to be run plainly, and nothing has happened yet."""
+        network, model = self.network, self.network.model
+        L, lowest = len(network.layers), 1 if self.free_input else 2
+        losses = [network.loss, *([] if self.prior is None else [self.prior])]
+        functions = [loss.function for loss in losses]
+        self.reason = _hooked(network) or changing_number(model, functions)
+        if isinstance(self.eta, str):
+            self.reason = f'eta="{self.eta}" finds its step size as it runs'
+        if self.reason is not None or lowest > L:
+            return None
+        try:
+            from torch2pc.tracing import Asked
+        except ImportError as error:  # another PyTorch may lack what is imported there
+            self.reason = error
+            return None
+        kept = _models.get(model)
+        if kept is None:
+            kept = _models[model] = _Model()
+        if kept.error is not None:
+            self.reason = kept.error
+            return None
+        self.asked = Asked(
+            L,
+            lowest,
+            self.update_at == "vhat",
+            self.precision is not None,
+            self.prior is not None,
+            self.free_input,
+        )
+        before, _local.call = getattr(_local, "call", None), self
+        try:
+            kept.capture(
+                self.asked,
+                tuple([layer.function for layer in network.layers]),
+                (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
+                *(network.loss.function, None if self.prior is None else self.prior.function),
+                *(network.X, network.Y),
+            )
+        except _PlainlyError:
+            assert self.captured is not None
+            self.reason = self.reason or self.captured.reason
+        except Exception as error:
+            if self.has_begun:
+                raise
+            self.reason = kept.error = error
+        finally:
+            _local.call = before
+        return self.inference
+
+    def explain(self, uncovered: Sequence[str]) -> None:
+        """After a plain run: warn if it was none of the call's own choice, and learn from it.
+
+        ``uncovered`` are the reasons that the plain run has found.
+        """
+        model = self.network.model
+        kept = _models.get(model)
+        if uncovered and self.captured is not None:
+            self.captured.reason = uncovered[0]
+        if kept is not None and kept.error is not None:
+            if kept.has_reason and not uncovered:
+                kept.error = None  # what was in the way is gone
+            kept.has_reason = bool(uncovered)
+        reason = next(iter(uncovered), self.reason)
+        if reason is not None:
+            run_plainly(model, reason)
+
+    def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
+        """Feed forward, ``n`` steps, and the updates; returns what was to be captured."""
+        from torch2pc.tracing import find
+
+        network, L, lowest = self.network, program.asked.L, program.asked.lowest
+        is_graphed = network.X.device.type == "cuda"
+        if is_graphed:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        held = [*inputs, *program.feed_forward(inputs)]
+        vhat = [find(held, place) for place in program.vhat]
+        Loss, dLdy = find(held, program.Loss), find(held, program.dLdy)
+        delta = [torch.zeros_like(in_belief_dtype(x)) for x in vhat[:L]]
+        epsilon = [*[torch.zeros_like(x) for x in delta], in_belief_dtype(dLdy).clone()]
+        reached = L
+        if self.prior is not None or self.vinit is not None:
+            reached = lowest
+        if self.vinit is not None:
+            check_vinit_entries(self.vinit, vhat)
+            for l in range(1, L):
+                torch.sub(self.vinit[l].detach(), vhat[l], out=delta[l])
+        like = epsilon[L]
+        eta = self.eta if isinstance(self.eta, Tensor) else like.new_full((), self.eta)
+        pi: Sequence[Any] = [None] * (L + 1)
+        if self.precision is not None:
+            weights = [1.0, *self.precision, 1.0]
+            pi = torch.tensor(weights, dtype=like.dtype, device=like.device).unbind()
+        table = _reached_layers(L, like.device)
+        known = [*held, eta.to(like), *pi]
+        for _ in range(self.n):
+            reached = max(reached, lowest)
+            level = program.level_of[reached]
+            found = program.steps[level]([*known, *table[reached], *delta[level - 1 :]])
+            delta[level - 1 :], moved = found[: L - level + 1], found[L - level + 1 :]
+            epsilon[L + 1 - len(moved) :] = moved
+            reached -= 1
+        given = [*known, *table[0], *delta, *epsilon[1:]]
+        found = list(program.updates(given))
+        v = found[: L + 2 - lowest]
+        if lowest == 2:
+            v.insert(0, detached(network.X))
+        del found[: L + 2 - lowest]
+        if program.asked.takes_errors:
+            epsilon[1:] = found[:L]
+            del found[:L]
+        input_error = found.pop(0) if program.asks_input else None
+        found = own([*epsilon[1:], *found])
+        results = [find(held, place) for place in program.results]
+        if is_graphed:
+            # The next call's graphs write where these are.
+            vhat, v, found = _copies(vhat), [v[0], *_copies(v[1:])], _copies(found)
+            Loss, dLdy = _copies([Loss, dLdy])
+            results = [x if any(x is y for y in inputs) else x.clone() for x in results]
+            input_error = None if input_error is None else input_error.clone()
+        leaves = [inputs[k] for k in program.leaves]
+        errors: list[Tensor | None] = [input_error, *found[:L]]
+        updates = list(zip(leaves, found[L:], strict=True))
+        self.inference = Inference(vhat, Loss, dLdy, v, errors, updates)
+        return results
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in tensors]
+
+
+def run_plainly(model: nn.Module, reason: object) -> None:
+    """Say, the first time, that a model's calls run without compilation."""
     if model not in _warned:
         _warned.add(model)
         first_line = str(reason).strip().partition("\n")[0]
         warn_caller(
             f"compile=True: {type(model).__name__} runs without compilation, because {first_line}"
         )
+
+
+@lru_cache(maxsize=32)
+def _reached_layers(L: int, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """For each l, which of 0..L are at least l."""
+    layers = torch.arange(L + 1, device="cpu")
+    return [row.unbind() for row in (layers >= layers[:, None]).to(device)]
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    options = {"fallback_random": True, "size_asserts": False}
+    if device.type == "cuda":
+        # Each graph is launched at once, as torch.compile(mode="reduce-overhead") does it.
+        return {**options, "triton.cudagraphs": True}
+    try:
+        # Not at the top, as it imports parts of the compiler that another PyTorch may lack.
+        from torch2pc.products import fast_products
+    except ImportError:
+        return options
+    return {**options, **fast_products()}
+
+
+def _hooked(network: Network) -> str | None:
+    """Why a model cannot be captured: hooks on it that see more than a feed-forward pass."""
+    if any(getattr(network.model, name) for name in HOOKS) or any(GLOBAL_HOOKS):
+        return "the model itself has a hook"
+    for module in network.modules:
+        if module._backward_hooks or module._backward_pre_hooks:
+            return "a module has a backward hook"
+        if hasattr(type(module).forward, "displacement_rule"):
+            return f"{type(module).__name__} has a displacement_rule"
+    return None
 
 
 def changing_number(model: nn.Module, functions: Iterable[object]) -> str | None:
@@ -125,116 +336,3 @@ def _numbers_of(function: Any, depth: int = 3) -> Iterator[tuple[str, float]]:
             yield name, value
         elif depth and isinstance(value, FunctionType | MethodType | partial):
             yield from _numbers_of(value, depth - 1)
-
-
-class Program:
-    """What is compiled in: equal for calls that differ in tensors and step sizes alone."""
-
-    def __init__(
-        self,
-        displacements: Sequence[Displacement | None],
-        output_dtype: torch.dtype,
-        autocast: tuple[str, torch.dtype] | None,
-    ) -> None:
-        # For each layer its operations, None for a first layer whose input is clamped.
-        self.operations = [
-            None if found is None else [(*line[:2], *line[3:]) for line in found.lines]
-            for found in displacements
-        ]
-        self.results = [None if found is None else found.result for found in displacements]
-        self.output_dtype, self.autocast = output_dtype, autocast
-        keys = [None if found is None else found.key for found in displacements]
-        self._key = tuple(keys), output_dtype, autocast
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Program) and self._key == other._key
-
-    def displacement(self, l: int, tensors: Sequence[Sequence[Tensor]], like: Tensor) -> Any:
-        """Layer l's, with these tensors."""
-        operations = self.operations[l - 1]
-        assert operations is not None
-        lines = [
-            Line(rule, inputs, tuple(of_line), static, has_gradient)
-            for (rule, inputs, static, has_gradient), of_line in zip(
-                operations, tensors, strict=True
-            )
-        ]
-        return Displacement(lines, self.results[l - 1], like)
-
-
-def steps(
-    program: Program,
-    tensors: Sequence[Sequence[Sequence[Tensor]]],
-    LossFun: Callable[[Tensor, Any], Tensor],
-    prior: Callable[[list[Tensor]], Tensor] | None,
-    Y: Any,
-    vhat: Sequence[Tensor],
-    precision: Sequence[Tensor | None],
-    delta: list[Tensor],
-    eta: Tensor,
-    reached: Tensor,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """``delta`` after as many steps as ``eta`` has entries, and the errors of the last one.
-
-    ``tensors`` holds the constants of each line of each layer; a precision of None is 1. Step k has
-    the size ``eta[k]``, and ``reached[k, l]`` is 0 for a layer that no error has reached by then.
-    """
-    L = len(program.operations)
-    is_clamped = program.operations[0] is None
-    displacements: list[Any] = [
-        None
-        if program.operations[l] is None
-        else program.displacement(l + 1, of_layer, vhat[l + 1])
-        for l, of_layer in enumerate(tensors)
-    ]
-
-    def loss_at(y: Tensor) -> Tensor:
-        with nullcontext() if program.autocast is None else torch.autocast(*program.autocast):
-            return LossFun(y.to(program.output_dtype), Y).reshape(())
-
-    for k in range(len(eta)):
-        moved, epsilon = list(delta), [*delta, vhat[-1]]
-        if is_clamped:
-            epsilon[1] = -delta[1]
-        of_prior = None
-        if prior is not None:
-            of_prior = grad(prior)([v + d for v, d in zip(vhat, delta, strict=False)])
-        for l in range(2 if is_clamped else 1, L + 1):
-            d, saved = displacements[l - 1].forward(delta[l - 1])
-            if l < L:
-                epsilon[l] = reached[k, l] * (d - delta[l])
-            else:
-                epsilon[L] = grad(loss_at)(vhat[-1].to(d.dtype) + d)
-            arriving = displacements[l - 1].backward(saved, _weighted(epsilon[l], precision[l]))
-            descended = 0.0 if arriving is None else arriving
-            if of_prior is not None:
-                descended = descended + of_prior[l - 1]
-            if l > 1:
-                descended = descended - _weighted(epsilon[l - 1], precision[l - 1])
-            moved[l - 1] = delta[l - 1] - eta[k] * descended
-        delta = moved
-    return delta, epsilon
-
-
-@lru_cache(maxsize=8)
-def schedule(
-    n: int, eta: float, lowest: int, count: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """``eta`` and ``reached`` for each call that ``n`` steps take, with ``count`` beliefs.
-
-    Errors have reached layer ``lowest`` in the first step and climb down a layer in each. Steps of
-    size 0 come before it, so that all calls make the same number of steps, whatever ``n`` is.
-    """
-    in_a_call = max(1, min(MOST_STEPS, MOST_LAYERS // (count - 1)))
-    k = torch.arange(1 - (-n % in_a_call), n + 1, device="cpu")
-    etas = eta * (k > 0).double()
-    reached = torch.arange(count, device="cpu") > lowest - k[:, None]
-    parts = zip(etas.split(in_a_call), reached.split(in_a_call), strict=True)  # type: ignore[no-untyped-call]
-    return [(sizes.to(device, dtype), which.to(device, dtype)) for sizes, which in parts]
-
-
-def _weighted(error: Tensor, precision: Tensor | None) -> Tensor:
-    return error if precision is None else precision * error

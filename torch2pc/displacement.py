@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch2pc.graph import storage
 from torch2pc.rules import (
     COMPOSING,
     PREPARED,
@@ -264,7 +265,7 @@ class Recorder(Watch):
         # The version of each, as the operation that made it left it.
         self._versions: dict[int, int] = {id(x): x._version}
         self._new: list[Tensor] = []
-        self._storages = {_storage(x)}
+        self._storages = {storage(x)}
         self._reason: str | None = None
         self._suspended = False
 
@@ -310,7 +311,7 @@ class Recorder(Watch):
             expected = self._versions.get(id(tensor))
             if expected is None:
                 is_parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf
-                if not is_parameter and _storage(tensor) in self._storages:
+                if not is_parameter and storage(tensor) in self._storages:
                     raise Uncovered(f"{func} uses a tensor of the layer's under another name")
             elif tensor._version != expected:
                 raise Uncovered(f"{func} uses a tensor that was changed through another name")
@@ -332,10 +333,10 @@ class Recorder(Watch):
             raise Uncovered(f"{func} writes into one of its arguments")
         if written._is_view() or not written.is_floating_point():
             raise Uncovered(f"{func} writes into a part of a tensor")
-        storage = _storage(written)
+        its = storage(written)
         for k, (step, inputs, _) in enumerate(self.lines):
-            if any([_storage(tensor) == storage for tensor in step.tensors]):
-                kept = tuple([t.clone() if _storage(t) == storage else t for t in step.tensors])
+            if any([storage(tensor) == its for tensor in step.tensors]):
+                kept = tuple([t.clone() if storage(t) == its else t for t in step.tensors])
                 versions = [tensor._version for tensor in kept]
                 self.lines[k] = step._replace(tensors=kept), inputs, versions
         return written
@@ -404,7 +405,7 @@ class Recorder(Watch):
         self._versions[id(tensor)] = tensor._version
         self._new.append(tensor)
         self._tensors.append(tensor)
-        self._storages.add(_storage(tensor))
+        self._storages.add(storage(tensor))
 
     def __enter__(self) -> Recorder:
         self._outer, _local.recorder = getattr(_local, "recorder", None), self
@@ -442,7 +443,7 @@ class Recorder(Watch):
             self._versions[id(tensor)] = tensor._version
         if id(output) in self.place and output._version != self._versions[id(output)]:
             raise Uncovered("the output was changed through another name")
-        if id(output) not in self.place and _storage(output) in self._storages:
+        if id(output) not in self.place and storage(output) in self._storages:
             raise Uncovered("the output is a tensor of the layer's under another name")
         if any([tensor._backward_hooks for tensor in self._output_of]):
             raise Uncovered("a tensor has a backward hook")
@@ -505,13 +506,6 @@ def _tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += [entry for entry in value if isinstance(entry, Tensor)]
     return found
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except NotImplementedError:  # a sparse tensor
-        return id(tensor)
 
 
 class _Uncompiled:
@@ -593,6 +587,7 @@ def displacement_rule(
             recorder.note_module(rule, self, args[0], output)
             return output
 
+        forward.displacement_rule = rule  # type: ignore[attr-defined]
         kind.forward = forward
         return rule
 

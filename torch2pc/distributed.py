@@ -93,7 +93,7 @@ def PCInfer(
     **Layers that look at other examples.** BatchNorm in train mode normalises by its own shard, which
     gives another result than the whole batch: an error says so. ``nn.SyncBatchNorm`` normalises by all
     of them, but PyTorch has it on GPUs only; elsewhere use GroupNorm or LayerNorm, or BatchNorm in eval
-    mode. Dropout draws from each rank's own generator: seed them differently.
+    mode. Dropout draws from each rank's own generator: seed them differently. Buffers are each rank's own.
 
     Tested with gloo on the CPU. With nccl, gradients stay on the GPU and the few numbers go through a gloo
     group of the same ranks, made at the first call, so that no call waits for a GPU; that, and SyncBatchNorm,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import warn_caller
+from torch2pc.compiled import run_plainly
 from torch2pc.displacement import Displacement
 from torch2pc.error_based import ErrorRelaxation
 from torch2pc.layers import Inference, Network
@@ -60,7 +61,9 @@ def equilibrium(
 ) -> Inference:
     """Infer by at most ``n`` evaluations of F, from the errors of ``vinit`` or else from 0."""
     search = Search(network, vinit)
-    found = relax(search, n, compile, update_at, "Equilibrium", callback)
+    if compile:
+        run_plainly(network.model, "only Strict's iterations are compiled")
+    found = relax(search, n, update_at, "Equilibrium", callback)
     far = search.distance > FAR
     if 2 * int(far.sum()) > len(far) and network.model not in _warned:
         _warned.add(network.model)
@@ -107,9 +110,8 @@ class Search(ErrorRelaxation):
         """For each row the gradient's size at the last evaluation, in units of the errors."""
 
     @torch.no_grad()
-    def run(self, n: int, compile: bool = False) -> None:
+    def run(self, n: int) -> None:
         """Evaluate F at most ``n`` times. It waits for the device each time, to know when to stop."""
-        self._say_if_compiled(compile)
         if not self._shapes:
             return
         if self._vinit is not None:

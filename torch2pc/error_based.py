@@ -47,7 +47,9 @@ def error_based(
 ) -> Inference:
     """Infer by relaxing the errors ``n`` times, from those of ``vinit`` or else from 0."""
     relaxation = ErrorRelaxation(network, eta, vinit)
-    return relax(relaxation, n, compile, update_at, "ErrorBased", callback)
+    if compile:
+        run_plainly(network.model, "only Strict's iterations are compiled")
+    return relax(relaxation, n, update_at, "ErrorBased", callback)
 
 
 class ErrorRelaxation(Relaxation):
@@ -73,12 +75,8 @@ class ErrorRelaxation(Relaxation):
         # The outputs that the errors make.
         self.output = self.vhat[-1]
 
-    def _steps(self, n: int, compile: bool) -> None:
-        self._say_if_compiled(compile)
-        for k in range(1, n + 1):
-            self.step()
-            if self.after_step is not None:
-                self.after_step(k)
+    def _steps(self, n: int) -> None:
+        super()._steps(n)
         self._saved = None
 
     @torch.no_grad()
@@ -160,10 +158,6 @@ class ErrorRelaxation(Relaxation):
                 with self._outside_autocast():
                     g = self.network.layers[l].displacement.backward(saved, g)
             yield l, g
-
-    def _say_if_compiled(self, compile: bool) -> None:
-        if compile:
-            run_plainly(self.network.model, "only Strict's iterations are compiled")
 
     def _take_hidden_errors(self) -> None:
         """The errors of the beliefs as they are."""

@@ -109,6 +109,39 @@ def gradient(
     return list(found)
 
 
+def gradient_of_small(
+    prediction: Tensor, leaves: Sequence[Tensor], error: Tensor
+) -> list[Tensor | None]:
+    """``J^T error``, for errors of any size.
+
+    In deep networks they are so small that their products with small beliefs (those of inactive units)
+    fall below 1e-38, where processors are many times slower in float32. So they are multiplied by a
+    power of two first, and what comes of them is divided by it: nothing is rounded.
+    """
+    _, exponent = torch.frexp(torch.linalg.vector_norm(error, torch.inf))
+    exponent = exponent.clamp(-120, 0)
+    up, down = torch.pow(2.0, -exponent), torch.pow(2.0, exponent)
+    found = gradient([prediction], leaves, [(error * up).to(prediction.dtype)])
+    # In place where no two share memory: they are as large as the weights.
+    storages = [0 if x is None or x.is_sparse else storage(x) for x in found]
+    return [
+        x
+        if x is None
+        else x.mul_(down)
+        if where and storages.count(where) == 1 and 0 not in x.stride()
+        else x * down
+        for x, where in zip(found, storages, strict=True)
+    ]
+
+
+def storage(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # a sparse tensor
+        return id(tensor)
+
+
 def output_gradient(Loss: Tensor, output: Tensor, keep_graph: bool = False) -> Tensor:
     """dLdy, which there must be."""
     (dLdy,) = gradient([Loss], [output], keep_graph=keep_graph)

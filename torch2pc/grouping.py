@@ -169,6 +169,11 @@ def _layer(pieces: Sequence[Piece]) -> nn.Module:
             items += [piece.module for piece in run if piece.module is not None]
         else:
             items.append(_between(list(run)))
+    if any(getattr(part, "inplace", False) for item in items for part in item.modules()):
+        # What they write into may be a view of the layer's input.
+        for item in items:
+            if isinstance(item, Between):
+                item.inplace = True
     return items[0] if len(items) == 1 else nn.Sequential(*items)
 
 

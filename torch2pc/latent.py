@@ -17,6 +17,7 @@ from torch2pc.checks import (
     check_prior,
     check_tensor,
 )
+from torch2pc.compiled import Call
 from torch2pc.layers import Inference, Layer, Network
 from torch2pc.pcinfer import PCResult, infer
 from torch2pc.strict import Callback, Relaxation
@@ -39,7 +40,7 @@ def PCInferLatent(
     r"""Infer the latent causes of a batch and write the model's updates into ``.grad``.
 
     ``model`` is a decoder: it predicts the data ``Y``, clamped at its output, from a latent ``v_0``,
-    which is free. All beliefs descend the energy
+    which is free. All beliefs descend the energy::
 
         F(v_0..v_{L-1}) = LossFun(f_L(v_{L-1}), Y)
                           + 1/2 sum_{l=1}^{L-1} pi_l ||f_l(v_{l-1}) - v_l||^2 + prior(v)
@@ -109,10 +110,16 @@ def PCInferLatent(
 
     def relax(network: Network) -> Inference:
         of_beliefs = None if prior is None else Layer(prior, "prior", network.devices, model=model)
-        relaxation = Relaxation(network, eta, free_input=True, precision=pi, prior=of_beliefs)
+        more: Any = dict(free_input=True, precision=pi, prior=of_beliefs)
+        call = Call(network, eta, n, **more)
+        if compile and (found := call.infer()) is not None:
+            return found
+        relaxation = Relaxation(network, eta, **more)
+        if compile:
+            call.explain(relaxation.why_not_compiled())
         relaxation.call_back(callback)
         with network.replaying():
-            relaxation.run(n, compile)
+            relaxation.run(n)
             relaxation.take_errors()
             return relaxation.result()
 

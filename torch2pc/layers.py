@@ -125,7 +125,7 @@ class Layer:
                 f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}{advice}"
             )
         is_fresh = not output.is_leaf and not output._is_view()
-        return output if is_fresh else _own_output(output, given)
+        return output if is_fresh else own_output(output, given)
 
     def _wrote_input(self) -> RuntimeError:
         return RuntimeError(
@@ -239,6 +239,7 @@ class Network:
         modules = modules_in(model, LossFun) if modules is None else modules
         devices = devices_of(modules, X)
         self.model, self.X, self.Y, self.devices = model, X, Y, devices
+        self.modules = modules
         writes = _any_in_place(modules)
         self.layers = [
             Layer(item, l, devices, writes and _may_write_input(item), model=model)
@@ -310,14 +311,14 @@ class Network:
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``walk(x)`` in the place of the model's forward, between the hooks of the container."""
         model = self.model
-        tables = [getattr(model, name) for name in _HOOKS]
-        if not any(tables) and not any(_GLOBAL_HOOKS):
+        tables = [getattr(model, name) for name in HOOKS]
+        if not any(tables) and not any(GLOBAL_HOOKS):
             return walk(x)
         # What runs is a shallow copy, as another thread may call the model meanwhile. Its own hooks
         # are told that it is the model. It lives on, as backward hooks refer to it.
         self._stand_in = object.__new__(type(model))
         self._stand_in.__dict__.update(model.__dict__, forward=walk)
-        for name, table in zip(_HOOKS, tables, strict=True):
+        for name, table in zip(HOOKS, tables, strict=True):
             told = {i: partial(_of_module, hook, model) for i, hook in table.items()}
             self._stand_in.__dict__[name] = OrderedDict(told)
         output = self._stand_in._call_impl(x)  # type: ignore[no-untyped-call]
@@ -333,8 +334,8 @@ class Network:
         return generators_kept({s for function in self.functions for s in function.drawn_sources})
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
 
 
 def _of_module(hook: Callable[..., Any], module: nn.Module, _: Any, *arguments: Any) -> Any:
@@ -351,7 +352,7 @@ def _input_copy(X: Tensor) -> Tensor:
     return copy.requires_grad_() if X.requires_grad else copy
 
 
-def _own_output(output: Tensor, given: Any) -> Tensor:
+def own_output(output: Tensor, given: Any) -> Tensor:
     """A copy of ``output`` where it is a parameter or a buffer, or a view of one.
 
     The optimizer would change it later. A view of the input is fine: that is ours.

@@ -64,7 +64,7 @@ class _Rates(NamedTuple):
 class PCRNN(nn.Module):
     r"""Recurrent network whose hidden causes c select the sequence that it generates.
 
-    With `c` the causes, `h` the hidden state, `x_t` the target and `x_pred` the output, a step is
+    With `c` the causes, `h` the hidden state, `x_t` the target and `x_pred` the output, a step is::
 
         h_prior = (1 - 1/tau) h + (1/tau) (W_r tanh(h) + W_c c + b_r)
         x_pred  = W_o tanh(h_prior) + b_o

@@ -45,7 +45,7 @@ class PCResult(NamedTuple):
     """
 
     vhat: list[Tensor]
-    """Feed-forward values: ``vhat[0] = X``, ``vhat[l] = model[l-1](vhat[l-1])``."""
+    """Feed-forward values, ``vhat[0] = X`` and ``vhat[l] = model[l-1](vhat[l-1])``."""
     Loss: Tensor
     """``LossFun(vhat[L], Y)``, a scalar."""
     dLdy: Tensor

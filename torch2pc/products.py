@@ -23,21 +23,22 @@ SMALLEST = 128 * 128
 
 
 def by_mkl(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b, or a b + bias, for a of shape (m, k), b of shape (k, n) and bias of shape (n,)."""
+    """a b, or a b + bias, for a of shape (m, k), b of shape (k, n) and bias (n,) or (m, n)."""
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
 def by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same, rounded otherwise."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
-    return found
+    multiply = torch.ops.mkldnn._linear_pointwise
+    if bias is not None and bias.dim() == 2:
+        return multiply.binary(a, bias, b.t(), None, "add")
+    return multiply(a, b.t(), bias, "none", [], "")
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same, by the faster one."""
-    return faster(a.shape, b.shape, b.stride(), bias is not None, torch.get_num_threads())(
-        a, b, bias
-    )
+    bias_dim = 0 if bias is None else bias.dim()
+    return faster(a.shape, b.shape, b.stride(), bias_dim, torch.get_num_threads())(a, b, bias)
 
 
 @cache
@@ -45,13 +46,13 @@ def faster(
     shape_a: torch.Size,
     shape_b: torch.Size,
     stride_b: tuple[int, int],
-    has_bias: bool,
+    bias_dim: int,
     threads: int,
 ) -> Callable[..., Tensor]:
     """``by_mkl`` or ``by_onednn`` for matrices like these and as many threads as there are."""
     kind: Any = dict(dtype=torch.float32, device="cpu")
     a, b = torch.ones(shape_a, **kind), torch.empty_strided(shape_b, stride_b, **kind).fill_(1.0)
-    bias = torch.ones(shape_b[1], **kind) if has_bias else None
+    bias = torch.ones((shape_a[0], shape_b[1])[-bias_dim:], **kind) if bias_dim else None
     seconds = dict.fromkeys([by_mkl, by_onednn], float("inf"))
     for _ in range(10):
         for multiply in seconds:
@@ -81,12 +82,19 @@ class ReplaceProducts(CustomGraphPass):
                 bias, a, b = node.args
             else:
                 continue
-            is_row = bias is None or bias.meta["val"].dim() == 1
-            if is_row and _can_choose(a.meta["val"], b.meta["val"]):
+            if _is_whole(bias, node) and _can_choose(a.meta["val"], b.meta["val"]):
                 node.target, node.args = torch.ops.torch2pc.product.default, (a, b, bias)
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
+
+
+def _is_whole(bias: Any, node: Any) -> bool:
+    """Whether a bias is a row or a matrix of the product's shape, not a number to be spread."""
+    if bias is None:
+        return True
+    shape, whole = bias.meta["val"].shape, node.meta["val"].shape
+    return bool(shape == whole[1:] or shape == whole)
 
 
 def _can_choose(a: Tensor, b: Tensor) -> bool:

@@ -34,18 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_vinit_entries, warn_caller
-from torch2pc.compiled import (
-    Program,
-    changing_number,
-    compiled_steps,
-    run_plainly,
-    schedule,
-)
+from torch2pc.compiled import Call
 from torch2pc.graph import (
     Updates,
     add_updates,
     check_scalar,
     gradient,
+    gradient_of_small,
     in_belief_dtype,
     leaves_between,
     outside_autocast,
@@ -61,7 +56,6 @@ from torch2pc.step_size import (
     small_step,
 )
 
-
 # What PCInfer calls after each iteration, with its number, v and epsilon.
 Callback = Callable[[int, list[Tensor], list[Tensor | None]], object]
 
@@ -76,13 +70,18 @@ def strict(
     callback: Callback | None = None,
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
-    return relax(Relaxation(network, eta, vinit), n, compile, update_at, "Strict", callback)
+    call = Call(network, eta, n, vinit, update_at)
+    if compile and (found := call.infer()) is not None:
+        return found
+    relaxation = Relaxation(network, eta, vinit)
+    if compile:
+        call.explain(relaxation.why_not_compiled())
+    return relax(relaxation, n, update_at, "Strict", callback)
 
 
 def relax(
     relaxation: Relaxation,
     n: int,
-    compile: bool,
     update_at: str,
     ErrType: str,
     callback: Callback | None = None,
@@ -92,7 +91,7 @@ def relax(
         _warn_of_flat_items(relaxation.network, ErrType)
     relaxation.call_back(callback)
     with relaxation.network.replaying():
-        relaxation.run(n, compile)
+        relaxation.run(n)
         return relaxation.result(update_at)
 
 
@@ -217,29 +216,28 @@ class Relaxation:
             v[0] = detached(self.network.X)
         return v
 
-    def run(self, n: int, compile: bool = False) -> None:
-        """``n`` steps, compiled if that is asked for and can be done.
+    def run(self, n: int) -> None:
+        """``n`` steps.
 
         With an ``eta`` of ``"auto"``, made anew with a smaller one for as long as they raise the energy.
         """
         if not isinstance(self.eta, str):
-            self._steps(n, compile)
+            self._steps(n)
             return
         self.eta = self.safe_step()
         before = self._energy()
         slack = round_off(self.vhat[-1].dtype) * before.abs().sum()
-        self._steps(n, compile)
+        self._steps(n)
         for _ in range(MOST_TRIES):
             is_lower = self._energy().sum() <= before.sum() + slack
             if is_lower | ~before.sum().isfinite():
                 break
             self.eta *= SHRINK
             self._start()
-            self._steps(n, compile)
+            self._steps(n)
 
-    def _steps(self, n: int, compile: bool) -> None:
-        done = self._run_compiled(n) if compile else 0
-        for k in range(done + 1, n + 1):
+    def _steps(self, n: int) -> None:
+        for k in range(1, n + 1):
             self.step()
             if self.after_step is not None:
                 self.after_step(k)
@@ -303,7 +301,7 @@ class Relaxation:
         delta, L, first = self.delta, len(self.network.layers), self._lowest - 1
         errors = [torch.zeros_like(epsilon_l) for epsilon_l in self.epsilon]
         arriving = [torch.zeros_like(delta_l) for delta_l in delta]
-        if L < self._lowest:
+        if self._lowest > L:
             errors[L] = in_belief_dtype(self.dLdy)
         elif first == 1:
             torch.neg(delta[1], out=errors[1])
@@ -449,7 +447,7 @@ class Relaxation:
             error = self._weighted_error(l)
             # What was held against the layer is linear in the error, unless a hook looks at it.
             if l > 1 and layer.uncovered is None and not any([p._backward_hooks for p in leaves]):
-                found = _gradient_of_small(prediction, leaves, error)
+                found = gradient_of_small(prediction, leaves, error)
             else:
                 found = gradient([prediction], asked, [error.to(prediction.dtype)])
             if asks_input:
@@ -465,6 +463,15 @@ class Relaxation:
             _add_own_gradients(updates, self.prior.replay(beliefs), beliefs)
         return input_error, updates
 
+    def why_not_compiled(self) -> list[str]:
+        """What stands in the way of compiling a call like this one."""
+        moving = self.network.layers[self._lowest - 1 :]
+        reasons = [f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered]
+        for function in (self.network.loss, self.prior):
+            if function is not None and not function.is_pure:
+                reasons.append(f"{function.name} draws random numbers or changes its buffers")
+        return reasons
+
     def result(self, update_at: str = "v") -> Inference:
         """What was inferred, in tensors that share no memory; the updates at ``v`` or at ``vhat``."""
         v = self.v
@@ -479,60 +486,6 @@ class Relaxation:
             [input_error, *found[:L]],
             list(zip(updates, found[L:], strict=True)),
         )
-
-    def _run_compiled(self, n: int) -> int:
-        """Try to run ``n`` compiled steps; the number of steps that were done, 0 or n."""
-        network, like = self.network, self.epsilon[-1]
-        moving = network.layers[self._lowest - 1 :]
-        reason = next(
-            (f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered), None
-        )
-        losses = [network.loss, *([] if self.prior is None else [self.prior])]
-        for function in losses:
-            if not function.is_pure:
-                reason = f"{function.name} draws random numbers or changes its buffers"
-        if reason is None:
-            reason = changing_number(network.model, [loss.function for loss in losses])
-        if reason is not None:
-            run_plainly(network.model, reason)
-        if reason is not None or not moving:
-            return 0
-        device, autocast = network.X.device.type, None
-        if torch.is_autocast_enabled(device):
-            autocast = device, torch.get_autocast_dtype(device)
-        clamped: list[Any] = [None] * (self._lowest - 1)
-        displacements = [*clamped, *[layer.displacement for layer in moving]]
-        program = Program(displacements, self.vhat[-1].dtype, autocast)
-        run_steps = compiled_steps(network.model, program)
-        if run_steps is None:
-            return 0
-        arguments = (
-            [
-                [] if found is None else [line.tensors for line in found.lines]
-                for found in displacements
-            ],
-            network.loss.function,
-            None if self.prior is None else self.prior.function,
-            network.Y,
-            self.vhat,
-            [None if pi == 1 else like.new_full((), pi) for pi in self.precision],
-        )
-        delta, epsilon = self.delta, self.epsilon
-        with torch.no_grad(), self._outside_autocast():
-            for part in schedule(
-                n, float(self.eta), self._reached, len(epsilon), like.dtype, like.device
-            ):
-                try:
-                    delta, epsilon = run_steps(*arguments, delta, *part)
-                except Exception as error:
-                    if delta is not self.delta:
-                        raise
-                    # Whatever it was: the same steps without compilation say it plainly.
-                    run_plainly(network.model, error, for_good=True)
-                    return 0
-        self.delta[self._lowest - 1 :] = delta[self._lowest - 1 :]
-        self.epsilon[1:] = epsilon[1:]
-        return n
 
     def _weighted_error(self, l: int) -> Tensor:
         error = self.epsilon[l]
@@ -575,22 +528,6 @@ class Relaxation:
 def round_off(dtype: torch.dtype) -> float:
     """How much of an energy may be round-off, if the loss is computed in ``dtype``."""
     return min(256 * torch.finfo(dtype).eps, 0.1)
-
-
-def _gradient_of_small(
-    prediction: Tensor, leaves: Sequence[Tensor], error: Tensor
-) -> list[Tensor | None]:
-    """``J^T error``, for errors of any size.
-
-    In deep networks they are so small that their products with small beliefs (those of inactive units)
-    fall below 1e-38, where processors are many times slower in float32. So they are multiplied by a
-    power of two first, and what comes of them is divided by it: nothing is rounded.
-    """
-    _, exponent = torch.frexp(torch.linalg.vector_norm(error, torch.inf))
-    exponent = exponent.clamp(-120, 0)
-    up, down = torch.pow(2.0, -exponent), torch.pow(2.0, exponent)
-    found = gradient([prediction], leaves, [(error * up).to(prediction.dtype)])
-    return [None if of_leaf is None else of_leaf * down for of_leaf in found]
 
 
 def _add_own_gradients(

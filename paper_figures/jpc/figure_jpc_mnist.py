@@ -18,13 +18,12 @@ from collections.abc import Mapping
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from paper_figures.data import DataSet, load_digits
 from paper_figures.plotting import METHODS, panels
 from paper_figures.report import Number, Options, save, yes
-from paper_figures.training import Setup, backprop_step, test_accuracy
+from paper_figures.training import Setup, backprop_step, half_squared_error, test_accuracy
 from torch2pc import PCInfer
 
 DOWNLOADS = ("mnist",)
@@ -51,11 +50,6 @@ def jpc_net() -> nn.Sequential:
         nn.Sequential(nn.Linear(300, 300), nn.Tanh()),
         nn.Linear(300, 10),
     )
-
-
-def half_squared_error(output: Tensor, labels: Tensor) -> Tensor:
-    """Half the sum of the squared errors against one-hot labels: output (batch, classes)."""
-    return 0.5 * (output - functional.one_hot(labels, output.shape[1])).square().sum()
 
 
 def run(options: Options) -> list[Number]:

@@ -14,6 +14,7 @@ from torch2pc.rules.core import (
     Step,
     aten,
     base,
+    given_or_zero,
     if_finite,
     only_first_moves,
     prepares,
@@ -307,15 +308,15 @@ def _(call: Call) -> Step | None:
 def _attention(*given: Any) -> Tensor:
     # softmax(scale q k^T + mask) v, from the displacement of the scores on.
     *tensors, scale, kinds = given
-    moved = iter(tensors[: sum(kinds)])
-    q, k, v, scores, p = tensors[sum(kinds) :]
-    d_q, d_k, d_v = [
-        next(moved) if moves else torch.zeros_like(a)
-        for moves, a in zip(kinds, (q, k, v), strict=True)
-    ]
-    d_scores = (d_q @ (k + d_k).mT + q @ d_k.mT) * scale
-    d_p = SoftmaxMoved.apply(d_scores, scores, p)  # type: ignore[no-untyped-call]
-    return d_p @ (v + d_v) + p @ d_v
+    q, k, v, scores, p = tensors[-5:]
+    d_q, d_k, d_v = given_or_zero(tensors[:-5], kinds)
+    found = p @ d_v if kinds[2] else 0.0
+    if kinds[0] or kinds[1]:
+        d_scores = d_q @ (k + d_k).mT if kinds[0] else 0.0
+        d_scores = (d_scores + q @ d_k.mT if kinds[1] else d_scores) * scale
+        d_p = SoftmaxMoved.apply(d_scores, scores, p)  # type: ignore[no-untyped-call]
+        found = found + d_p @ (v + d_v)
+    return found  # type: ignore[return-value]
 
 
 ATTENTION = Rule(_attention)

@@ -15,6 +15,7 @@ from torch2pc.rules.core import (
     all_float,
     aten,
     base,
+    given_or_zero,
     if_finite,
     only_first_moves,
     prepares,
@@ -275,11 +276,9 @@ def _(call: Call) -> Step | None:
 def _where(*given: Any) -> Tensor:
     # Each of the condition and the two branches may move or not.
     *tensors, before, kinds = given
-    moved, it = tensors[: sum(kinds)], iter(tensors[: sum(kinds)])
-    condition, a, b = tensors[len(moved) :]
-    condition = next(it) if kinds[0] else condition
-    d = next(it) if kinds[1] else torch.zeros((), dtype=before.dtype, device=before.device)
-    other = next(it) if kinds[2] else torch.zeros((), dtype=before.dtype, device=before.device)
+    moved, (condition, a, b) = tensors[:-3], tensors[-3:]
+    new_condition, d, other = given_or_zero(moved, kinds)
+    condition = new_condition if kinds[0] else condition
     return select(condition, d, other, a, b, before)
 
 
