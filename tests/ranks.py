@@ -346,6 +346,7 @@ def errors() -> dict[str, Any]:
         told(f"raises in its forward, {ErrType}", model=failing("forward"), ErrType=ErrType)
     told("raises in its backward", model=failing("backward"))
     told("bad argument", eta="big" if rank == 1 else 0.1, ErrType="Strict")
+    told("step found", eta="auto", ErrType="Strict")
     told("ErrType", ErrType="Strict" if rank == 1 else "Exact")
     told("n", ErrType="Strict", n=4 + (rank == 1))
     told("width", model=lambda: network(7 + (rank == 1)))
