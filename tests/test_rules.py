@@ -11,7 +11,7 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mpmath import mpf
 from torch import Tensor, nn
@@ -118,6 +118,7 @@ pairs = st.lists(st.tuples(numbers | ordinary, numbers | ordinary), min_size=1, 
 )
 @pytest.mark.parametrize("name", POINTWISE)
 @given(pairs=pairs)
+@example(pairs=[(0.0, 0.0095), (0.0, 0.095), (0.3, 0.24), (1e-4, -0.24)])  # the ends of series
 def test_a_function_of_one_number(
     name: str, dtype: torch.dtype, tolerance: float, pairs: list[tuple[float, float]]
 ) -> None:
@@ -344,6 +345,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "masked_fill": (lambda: Function(lambda x: x.masked_fill(torch.arange(6) > 2, 2.0)), VECTOR),
     "ratio": (lambda: Function(lambda x: torch.arange(1.0, 7.0) / (x * x + 1)), VECTOR),
     "numbers": (lambda: Function(lambda x: 3 - (2 / (x.exp() + 1) - 1) / 4 * 5), VECTOR),
+    "transposed": (lambda: Function(lambda x: x.t() * x.sum()), VECTOR),
     "matrix on the left": (lambda: Function(lambda x: torch.ones(3, 4).tril().to(x) @ x), VECTOR),
     "matrices on the left": (
         lambda: Function(lambda x: torch.ones(2, 3, 5).tril().to(x) @ x),

@@ -300,6 +300,20 @@ def test_a_generator_of_the_users_own_is_rewound(branches: bool) -> None:
     assert torch.equal(after[0], torch.rand(1, generator=once, dtype=torch.float64))
 
 
+def test_a_generator_that_a_loss_holds_is_rewound() -> None:
+    generator = torch.Generator()
+
+    def LossFun(yhat: Tensor, Y: Tensor) -> Tensor:
+        return (yhat * torch.rand(yhat.shape, generator=generator).double() - Y).square().mean()
+
+    case, found = case_with()._replace(LossFun=LossFun), []
+    for n in (1, 7):
+        generator.manual_seed(3)
+        result = case.infer("Strict", n=n)  # would warn otherwise
+        found.append((result.Loss, torch.rand(1, generator=generator)))
+    assert_close(found[0], found[1], tolerance=0)
+
+
 class Mask(nn.Module):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
