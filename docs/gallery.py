@@ -12,6 +12,7 @@ ORDER = [
     "from_torch2pc",
     "convolutions",
     "transformer",
+    "incremental",
     "unsupervised",
     "rao_ballard",
     "memory_retrieval",
