@@ -36,7 +36,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         folder: Path = tmp_path_factory.mktemp(work)
         return ranks.run(work, {"two": 2, "three": 3}[work], folder)
 
-    return lambda work: list(done(work))
+    def of_each_rank(work: str) -> list[Any]:
+        results = list(done(work))
+        for result in results:
+            assert isinstance(result, dict), result
+        return results
+
+    return of_each_rank
 
 
 @pytest.mark.parametrize("count", ["two", "three"])

@@ -36,7 +36,7 @@ from torch2pc.layers import Layer, Network
 from torch2pc.outlook import ClosedForm, Outlook, largest_stable, spectrum
 from torch2pc.pcinfer import check_ErrType
 from torch2pc.record import Record
-from torch2pc.state import Snapshot, generators_in, generators_kept, modules_in
+from torch2pc.state import Snapshot, Source, generators_in, generators_kept, modules_in
 from torch2pc.strict import Relaxation, round_off
 
 
@@ -204,7 +204,11 @@ def _unchanged(
     modules = modules_in(model, LossFun, prior)
     check_modules(modules_in(model, *[f for f in (LossFun, prior) if isinstance(f, nn.Module)]))
     network = Network(model, LossFun, X, Y, modules)
-    sources = [*network.devices, *generators_in(LossFun, modules), *generators_in(prior, [])]
+    sources: list[Source] = [
+        *network.devices,
+        *generators_in(LossFun, modules),
+        *generators_in(prior, []),
+    ]
     with generators_kept(sources), _state_kept(Snapshot(modules, network.devices)):
         return walk(network)
 
@@ -277,6 +281,10 @@ class _Looking:
         # Where the beliefs were in the last two rows.
         self._delta: list[list[Tensor]] = []
         self.errors: list[Tensor] = []
+        # Where F was lowest, and in which row.
+        self._F, self.row_of_lowest = self._zero, self._zero
+        self.lowest: list[Tensor] = []
+        self._start: Any = None
 
     @torch.no_grad()
     def __call__(self, k: int) -> None:
@@ -472,7 +480,7 @@ def _products(
 
 def _parts(rows: Tensor, L: int) -> tuple[Tensor, ...]:
     """Views of a row's parts: energies, weighted errors, gradients, arriving, moves and updates."""
-    return rows.split([L + 1, L, L, L, L, 3 * L], dim=1)
+    return torch.split(rows, [L + 1, L, L, L, L, 3 * L], dim=1)
 
 
 def _record(
@@ -492,7 +500,7 @@ def _record(
     scale = torch.maximum(weighted, arriving)
     whole = torch.maximum(weighted.sum(1), arriving.sum(1))
     scale[:, 0] = whole  # the latent has no error of its own
-    product, square, of_backprop = updates.unflatten(1, (L, 3)).unbind(2)
+    product, square, of_backprop = updates.reshape(-1, L, 3).unbind(2)
     none = torch.full((len(rows), 1), torch.nan, dtype=rows.dtype)
     zero = torch.zeros_like(none)
     cosine = product / (square * of_backprop).sqrt()
