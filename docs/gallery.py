@@ -13,6 +13,7 @@ ORDER = [
     "convolutions",
     "transformer",
     "incremental",
+    "follow",
     "unsupervised",
     "rao_ballard",
     "memory_retrieval",
