@@ -53,7 +53,7 @@ class Record:
     moves: Tensor
     """How far belief l was moved in iteration k, ``||v_l(k) - v_l(k-1)||``."""
     gradient: Tensor
-    """The length of F's gradient in the variables of layer l: v_l, or epsilon_l."""
+    """The length of F's gradient in the variables of layer l, which are v_l, or epsilon_l."""
     distance: Tensor
     """``(n + 1,)``: the distance from equilibrium, from 0 to 2; 1 at the start from ``vhat``."""
     distances: Tensor
