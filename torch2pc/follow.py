@@ -33,7 +33,7 @@ from torch2pc.error_based import ErrorRelaxation
 from torch2pc.fixed_pred import AUTO_ETA, error_factors
 from torch2pc.graph import add_updates, gradient, leaves_between
 from torch2pc.layers import Layer, Network
-from torch2pc.outlook import ClosedForm, Outlook, largest_stable, spectrum
+from torch2pc.outlook import ClosedForm, Outlook, largest_stable, spectrum, wide
 from torch2pc.pcinfer import check_ErrType
 from torch2pc.record import Record
 from torch2pc.state import Snapshot, Source, generators_in, generators_kept, modules_in
@@ -358,17 +358,12 @@ class _Looking:
 
 def _square(x: Tensor) -> Tensor:
     x = x.to_dense() if x.is_sparse else x
-    return torch.linalg.vector_norm(x, dtype=_wide(x)).square()
+    return torch.linalg.vector_norm(x, dtype=wide(x)).square()
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
     x, y = (z.to_dense() if z.is_sparse else z for z in (x, y))
-    return (x.to(_wide(x)) * y.to(_wide(y))).sum()
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """Squares of small float32 numbers are none; on Apple's GPUs there is nothing wider."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
+    return (x.to(wide(x)) * y.to(wide(y))).sum()
 
 
 def _backpropagate(
@@ -399,10 +394,10 @@ def _resolved(errors: Sequence[Tensor], v: Sequence[Tensor]) -> list[float]:
     """What of epsilon_l, for l = 1..L-1, is left in float32 if it is taken as a difference."""
     shares = []
     for epsilon_l, v_l in zip(errors[1:-1], v[1:-1], strict=True):
-        wide = _wide(epsilon_l)
-        epsilon, belief = epsilon_l.to(wide), v_l.to(wide)
+        dtype = wide(epsilon_l)
+        epsilon, belief = epsilon_l.to(dtype), v_l.to(dtype)
         difference = (belief + epsilon).float() - belief.float()
-        size, lost = epsilon.norm(), (difference.to(wide) - epsilon).norm()
+        size, lost = epsilon.norm(), (difference.to(dtype) - epsilon).norm()
         shares.append(torch.where(size > 0, 1 - lost / size, 1.0).clamp(min=0))
     if not shares:
         return []

@@ -41,6 +41,7 @@ def draw(record: Record, figure: Figure) -> None:
         if panel is not axes[0]:
             panel.set_xlim(0, max(record.n, 1))
         panel.title.set_fontsize(9)
+        panel.xaxis.label.set_fontsize(9)
         panel.tick_params(labelsize=8)
     if 1 < record.L <= MOST_IN_LEGEND:
         handles, labels = axes[5].get_legend_handles_labels()
@@ -53,14 +54,14 @@ def draw(record: Record, figure: Figure) -> None:
 
 def _draw_map(record: Record, axes: Axes, figure: Figure, hidden: list[int]) -> None:
     axes.set_title("energy of each layer")
-    energies = record.energies[:, 1:-1].T.numpy()
-    seen = energies[np.isfinite(energies) & (energies > 0)]
+    energies = _drawable(record.energies[:, 1:-1].T.numpy(), True)
+    seen = energies[np.isfinite(energies)]
     if not len(seen):
         axes.text(0.5, 0.5, "no energy", ha="center", va="center", transform=axes.transAxes)
         return
     # What is less than a hundred-millionth of the largest would make all the rest look alike.
     norm = LogNorm(max(seen.min(), 1e-8 * seen.max()), max(seen.max(), seen.min() * 1.0001))
-    shown = np.ma.masked_invalid(np.where(energies > 0, energies, np.nan))
+    shown = np.ma.masked_invalid(energies)
     scale = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
     edges = (-0.5, record.n + 0.5, hidden[0] - 0.5, hidden[-1] + 0.5)
     image = axes.imshow(shown, aspect="auto", origin="lower", extent=edges, norm=norm, cmap=scale)
@@ -90,7 +91,7 @@ def _draw_energy(record: Record, axes: Axes) -> None:
     axes.plot(_drawable(loss), color="#0072B2", ls="--", label="loss")
     if bool(record.prior.any()):
         axes.plot(record.prior.numpy(), color="0.4", ls=":", label="prior")
-    if record.rises_at is not None and np.isfinite(F).any():
+    if record.rises_at is not None and np.isfinite(_drawable(F)).any():
         top, bottom = np.nanmax(_drawable(F)), np.nanmin(_drawable(F))
         if bottom > 0 and top > 100 * bottom:
             axes.set_yscale("log")
@@ -114,9 +115,9 @@ def _draw_distance(record: Record, axes: Axes, hidden: list[int]) -> None:
 
 
 def _drawable(values: Numbers, is_log: bool = False) -> Numbers:
-    """The values with a gap where they are none, or 0 on a logarithmic axis."""
-    seen = np.isfinite(values) & (values > 0) if is_log else np.isfinite(values)
-    return np.where(seen, values, np.nan)
+    """The values with a gap where there is none, or it is 0 on a logarithmic axis, or enormous."""
+    seen = np.abs(values) < 1e100
+    return np.where(seen & (values > 0) if is_log else seen, values, np.nan)
 
 
 def _colour(l: int, L: int) -> tuple[float, ...]:
