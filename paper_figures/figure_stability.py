@@ -248,14 +248,16 @@ def _column_norms(module: nn.Linear) -> Tensor:
 
 
 def blew_up(losses: Sequence[float]) -> bool:
-    """Whether the loss, once it has been low, rose above a third of what it was at first.
+    """Whether the loss rose to three times its lowest, and above a third of what it was at first.
 
-    So does one that is not finite, or that never was low. The means of ten steps in a row are
+    So does one that is not finite, or that never fell by a tenth. The means of ten steps in a row are
     compared.
     """
     means = [statistics.fmean(losses[k : k + 10]) for k in range(len(losses) - 9)]
     lowest = min(range(len(means)), key=lambda k: (not math.isfinite(means[k]), means[k]))
-    return not all(mean <= losses[0] / 3 for mean in means[lowest:])
+    bound = max(losses[0] / 3, 3 * means[lowest])
+    learns = means[lowest] <= 0.9 * losses[0]
+    return not (learns and all(mean <= bound for mean in means[lowest:]))
 
 
 def is_lost(losses: Sequence[float]) -> bool:

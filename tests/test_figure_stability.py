@@ -53,6 +53,7 @@ def test_modules_after_the_last_parameters_stay_with_them() -> None:
         ([2.3] + [0.2] * 30 + [0.9] * 10, True),
         ([2.3] + [0.2] * 30 + [0.9] * 10 + [0.2] * 10, True),
         ([2.3] * 50, True),
+        ([2.3] + [0.7] * 30 + [0.9] * 10, False),  # slow
         ([2.3] + [0.2] * 30 + [math.nan], True),
         ([math.nan] * 20, True),
     ],
