@@ -42,7 +42,7 @@ class _Model:
         self.has_reason = False
 
     def capture(self, asked: Any, *arguments: Any) -> Any:
-        """Run a call that is captured, or was before."""
+        """Run a call that is captured, or was before; ``asked`` tells apart what no guard does."""
         from torch2pc.tracing import capture
 
         if asked not in self.captures:
@@ -149,7 +149,7 @@ class Call:
         before, _local.call = getattr(_local, "call", None), self
         try:
             kept.capture(
-                self.asked,
+                (self.asked, _forward_hooks(network)),
                 tuple([layer.function for layer in network.layers]),
                 (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
                 *(network.loss.function, None if self.prior is None else self.prior.function),
@@ -265,7 +265,8 @@ def _reached_layers(L: int, device: torch.device) -> list[tuple[Tensor, ...]]:
 
 
 def _options(device: torch.device) -> dict[str, Any]:
-    options = {"fallback_random": True, "size_asserts": False}
+    # Graphs from the disk may have been compiled with another choice of products.
+    options = {"fallback_random": True, "size_asserts": False, "fx_graph_cache": False}
     if device.type == "cuda":
         # Each graph is launched at once, as torch.compile(mode="reduce-overhead") does it.
         return {**options, "triton.cudagraphs": True}
@@ -275,6 +276,17 @@ def _options(device: torch.device) -> dict[str, Any]:
     except ImportError:
         return options
     return {**options, **fast_products()}
+
+
+def _forward_hooks(network: Network) -> tuple[Any, ...]:
+    """The hooks that are captured with the modules, for which torch.compile has no guards."""
+    return tuple(
+        [
+            (k, *module._forward_pre_hooks, None, *module._forward_hooks)
+            for k, module in enumerate(network.modules)
+            if module._forward_pre_hooks or module._forward_hooks
+        ]
+    )
 
 
 def _hooked(network: Network) -> str | None:
