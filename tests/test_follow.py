@@ -22,7 +22,7 @@ from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
 from torch2pc.displacement import Displacement
 
 # The reference starts anew for each row.
-few = settings(max_examples=20)
+few = settings(max_examples=12)
 steps = st.integers(1, 5)
 etas = st.floats(0.01, 0.3)
 

@@ -72,9 +72,9 @@ def follow(
     would be left in float32 if they were computed as differences of predictions and beliefs.
 
     ``.grad``, parameters, buffers, training flags and random generators are afterwards as they were
-    before, and the forward hooks of modules fire more often than in a call. It takes about four times
-    as long as the call, and the Hessian as long as some 60 iterations of it, independently of ``n``. With
-    a number for ``eta`` it waits for the device only at the end.
+    before; the forward hooks of modules fire more often than in a call. An iteration takes about five
+    times as long as one of the call, and the end as long as some 100 to 200, whatever ``n`` is. With a
+    number for ``eta`` it waits for the device only at the end (but for Equilibrium, which always does).
 
     What the rows are for each ``ErrType``:
 
