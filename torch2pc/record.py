@@ -180,7 +180,7 @@ class Record:
             return [f"{said}, nor is its Hessian finite where F was lowest."]
         return [
             f"{said}, though eta = {eta:.3g} is below {limit:.2g}, the largest stable where F was "
-            "lowest: it curves more elsewhere. A smaller eta would not overshoot."
+            "lowest: F is not smooth, or curves more elsewhere. A smaller eta overshoots less."
         ]
 
     def _of_convergence(self) -> list[str]:
