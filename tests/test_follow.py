@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tests import reference
 from tests.cases import ERR_TYPES, Case, assert_close, cases, random_beliefs, squared_error
-from torch2pc import PCInferLatent, Record, follow, follow_latent
+from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
 from torch2pc.displacement import Displacement
 
 # The reference starts anew for each row.
