@@ -12,6 +12,8 @@ from pathlib import Path
 # The profiler announces each start and stop otherwise; read when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
+import torch
+
 from benchmarks import largest, memory, scaling, speed
 from benchmarks.nets import NETWORKS
 from benchmarks.report import Options
@@ -34,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     networks = asked.networks or (list(QUICK) if asked.quick else list(NETWORKS))
     threads = asked.threads or ([1] if asked.quick else [1, 2])
     seconds = asked.seconds or (2.0 if asked.quick else 12.0)
-    options = Options(asked.out, networks, threads, seconds, asked.quick)
+    kinds = asked.device or ["cpu", "cuda"]
+    if asked.device == ["cuda"] and not torch.cuda.is_available():
+        print("--device cuda: PyTorch finds no GPU here", file=sys.stderr)
+        return 2
+    options = Options(asked.out, networks, threads, seconds, asked.quick, kinds)
     for name in asked.only or PARTS:
         print(f"\n{name}", flush=True)
         PARTS[name](options)
@@ -50,6 +56,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="these parts only")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="these only")
+    parser.add_argument(
+        "--device", nargs="+", choices=["cpu", "cuda"], help="default: the CPU and any GPU"
+    )
     parser.add_argument(
         "--threads",
         nargs="+",

@@ -43,8 +43,19 @@ METHOD = (
     "compiled) within the rounds. The first step, in which the JAX packages and compile=True "
     "compile, is reported apart. pcx and fabricpc (JAX, jitted) start from the feed-forward pass, "
     "as Strict does; pcn-torch and torch-pc predict the input from latents that start at random, "
-    "with layers of the same sizes, and compute the energy in every step of inference."
+    "with layers of the same sizes, and compute the energy in every step of inference. All of them "
+    "subtract predictions from beliefs; torch2pc iterates displacements, whose errors have no such "
+    "round-off."
 )
+# What each package's step computes, beside its time.
+COMPUTES = {
+    "torch2pc": "displacements from the feed-forward pass; errors and updates right in every layer",
+    "torch2pc, compile=True": "the same, as one compiled call",
+    "pcx": "beliefs from the feed-forward pass, gradients of the energy; jitted and unrolled",
+    "fabricpc": "beliefs from the feed-forward pass, on a graph of nodes; jitted",
+    "pcn-torch": "beliefs from random ones, which predict the input; no biases",
+    "torch-pc": "beliefs from random ones, which predict the input",
+}
 
 
 class Peer:
@@ -196,12 +207,21 @@ def started(name: str, interpreter: str, threads: int) -> Iterator[Peer]:
 
 
 def rows_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["network", "device", "package", "version", "ms", "x torch2pc", "first step (s)"]
+    header = [
+        "network",
+        "device",
+        "package",
+        "version",
+        "ms",
+        "x torch2pc",
+        "first step (s)",
+        "computes",
+    ]
     lines = []
     for row in rows:
         start = [row["network"], row["device"], row["package"]]
         if "error" in row:
-            lines.append([*start, row["version"], "fails", row["error"], ""])
+            lines.append([*start, row["version"], "fails", row["error"], "", ""])
             continue
         basis = ", ".join(f"{name} {version}" for name, version in row["rests on"].items())
         lines.append(
@@ -211,6 +231,7 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['milliseconds']:.2f}",
                 f"{row['ratio']:.2f}",
                 f"{row['first step (s)']:.2f}",
+                COMPUTES.get(row["package"], ""),
             ]
         )
     return table(header, lines)

@@ -33,11 +33,14 @@ class Options:
     threads: Sequence[int]
     seconds: float
     quick: bool = False
+    kinds: Sequence[str] = ("cpu", "cuda")
 
     def devices(self) -> list[tuple[torch.device, int]]:
         """The devices to measure on, each with the number of CPU threads."""
-        found = [(torch.device("cpu"), count) for count in self.threads]
-        if torch.cuda.is_available():
+        found = []
+        if "cpu" in self.kinds:
+            found += [(torch.device("cpu"), count) for count in self.threads]
+        if "cuda" in self.kinds and torch.cuda.is_available():
             found.append((torch.device("cuda"), max(self.threads)))
         return found
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.steps import Step
@@ -79,6 +81,29 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done all that it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Launches(NamedTuple):
+    """What one call of a step starts on a GPU: how many kernels, and their seconds together."""
+
+    count: int
+    seconds: float
+
+
+def launches(step: Step) -> Launches:
+    """Of one call of ``step``, from a profile; kernels of a CUDA graph count one by one."""
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    return kernels(profiled.events() or [])
+
+
+def kernels(events: Iterable[Any]) -> Launches:
+    """Those of a profile's events that ran on the GPU, copies and fills among them."""
+    found = [event for event in events if event.device_type == DeviceType.CUDA]
+    return Launches(len(found), sum(event.device_time_total for event in found) / 1e6)
 
 
 @contextmanager

@@ -33,6 +33,13 @@ extensions = [
 ]
 exclude_patterns = ["_short_examples", "build"]
 nitpicky = True
+nitpick_ignore = [
+    # What a Record keeps for its own use, and types of packages that have no inventory here.
+    ("py:class", "torch2pc.outlook.Spectrum"),
+    ("py:class", "torch2pc.outlook.ClosedForm"),
+    ("py:class", "Figure"),
+    ("py:class", "torch.distributed.distributed_c10d.ProcessGroup"),
+]
 
 # Pages.
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

@@ -12,6 +12,8 @@ ORDER = [
     "from_torch2pc",
     "convolutions",
     "transformer",
+    "incremental",
+    "follow",
     "unsupervised",
     "rao_ballard",
     "memory_retrieval",

@@ -135,8 +135,8 @@ plt.show()
 # %%
 # Compilation
 # -----------
-# ``compile=True`` runs Strict's iterations through ``torch.compile``: some seconds at the first call, less
-# time at each later one. Parameters, X, Y and eta are inputs of what is compiled, so that neither an
+# ``compile=True`` compiles Strict's whole call, by ``torch.compile``: 10 to 60 s at the first call, less
+# time at each later one. Parameters, X, Y, eta and n are inputs of what is compiled, so that neither an
 # optimizer's step nor another eta compiles anew. It needs a C++ compiler on the CPU.
 
 

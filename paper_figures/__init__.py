@@ -1,7 +1,7 @@
 """Figures of predictive coding's papers drawn with torch2pc: ``python -m paper_figures``.
 
 Each paper has its folder: `rosenbaum`, whose figures 1 to 7 the library reproduces, and with them
-`rao_ballard`, `memory`, `jpc` and `unsupervised`. Each figure is one file there, named
+`rao_ballard`, `memory`, `jpc`, `unsupervised` and `pcx`. Each figure is one file there, named
 ``figure_NAME.py``; nothing lists them, so adding the file adds the figure, which ``--figure NAME``
 draws. It reads like the figure's caption and has
 
@@ -17,7 +17,7 @@ draws. It reads like the figure's caption and has
 Shared by all, beside the folders: `data` and `letters` (files into tensors), `download`, `nets` (the
 networks), `training` (predictive coding against backprop), `plain` (Strict iterated as it is written
 and as it was published), `decoders` and `maps` (what two figures have in common), `plotting` (how
-panels look) and `report` (numbers and files).
+panels look), `runs` (finished trainings, kept in a file) and `report` (numbers and files).
 
 Source of the settings and of the numbers called the paper's, where a figure names no other:
 R. Rosenbaum, *On the relationship between predictive coding and backpropagation*, PLOS ONE 17(3)

@@ -20,7 +20,6 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-import random
 import resource
 import signal
 import sys
@@ -45,6 +44,7 @@ OTHER_TESTS = ("test_paper_figures", "test_figure", "test_letters", "test_benchm
 OTHER_TESTS += ("test_architectures", "test_tools", "test_mutants")
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 GIBIBYTE = 2**30
+KILLED = {"killed": True}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,15 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     tests = Tests(asked.out)
     tests.measure()
-    sample = draw(asked.count, asked.seed)
     known, equivalent = Known(asked.out / "results.json"), read_equivalent()
+    if asked.again:
+        sample = [m for m in all_mutants() if not known.results.get(m.key, KILLED)["killed"]]
+    else:
+        sample = [m for m in draw(asked.count, asked.seed) if m.key not in known.results]
     for mutant in tqdm(sample, unit="mutant", smoothing=0.05):
-        found = known.results.get(mutant.key)
-        if mutant.key not in equivalent and (
-            found is None or (asked.again and not found["killed"])
-        ):
+        if mutant.key not in equivalent:
             known.add(mutant, tests.run(mutant, asked.seconds))
-    report(sample, known, equivalent)
+    report(known, equivalent)
     return 0
 
 
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="run so many seconds of tests on a mutant at most (default: 30)",
     )
     parser.add_argument(
-        "--again", action="store_true", help="run the tests on those again that survived before"
+        "--again", action="store_true", help="instead of a sample, try those that survived again"
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "mutants", help="default: build/mutants"
@@ -91,6 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def preload() -> None:
     """Import once what every process needs, but not torch2pc, and start no threads, for forks' sake."""
     os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # it does not know of the change
     import torch
     import torch._dynamo
 
@@ -109,8 +110,12 @@ def all_mutants() -> list[Mutant]:
 
 
 def draw(count: int, seed: int) -> list[Mutant]:
-    """A sample of all mutants, or all of them where there are fewer."""
-    return random.Random(seed).sample(all_mutants(), min(count, len(all_mutants())))
+    """A random sample, most of which stays the same when the code is changed."""
+
+    def place(mutant: Mutant) -> str:
+        return hashlib.sha256(f"{seed} {mutant.key}".encode()).hexdigest()
+
+    return sorted(all_mutants(), key=place)[:count]
 
 
 def read_equivalent() -> dict[str, str]:
@@ -358,21 +363,20 @@ def forked(body: Callable[[], int], seconds: float) -> int | None:
     return None
 
 
-def report(sample: Sequence[Mutant], known: Known, equivalent: dict[str, str]) -> None:
+def report(known: Known, equivalent: dict[str, str]) -> None:
     """Print the mutants that survived, and the score; also what is listed, but is there no more."""
-    gone = equivalent.keys() - {mutant.key for mutant in all_mutants()}
-    for key in sorted(gone):
+    for key in sorted(equivalent.keys() - {mutant.key for mutant in all_mutants()}):
         print(f"\nin {EQUIVALENT.name}, but not in the code:\n{key}")
-    counted = [mutant for mutant in sample if mutant.key not in equivalent]
-    survived = [mutant for mutant in counted if not known.results[mutant.key]["killed"]]
+    tried = [m for m in all_mutants() if m.key in known.results and m.key not in equivalent]
+    survived = [m for m in tried if not known.results[m.key]["killed"]]
     for mutant in survived:
         tests = known.results[mutant.key]["tests"]
         print(f"\n{mutant.path}:{mutant.line} {mutant.function} ({tests} tests)")
         print(f"- {mutant.before}\n+ {mutant.after}")
-    killed = len(counted) - len(survived)
+    killed = len(tried) - len(survived)
     print(
-        f"\n{killed} of {len(counted)} mutants were killed ({killed / max(1, len(counted)):.1%}); "
-        f"{len(sample) - len(counted)} more are listed as equivalent."
+        f"\nOf {len(tried)} mutants that were tried so far, {killed} were killed "
+        f"({killed / max(1, len(tried)):.1%})."
     )
 
 

@@ -292,4 +292,5 @@ def _of_role(parent: ast.AST, field: str, child: ast.AST) -> Iterator[ast.AST]:
 
 
 def _names(node: ast.AST) -> set[str]:
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    names = [getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node)]
+    return {name for name in names if name}

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -225,7 +226,7 @@ def test_memory_of_a_net_that_is_all_weights() -> None:
         # The gradients; those of the step before are freed by zero_grad. Scaling makes no copy.
         assert weights <= peaks[what] < 1.6 * weights, what
     assert 2 * weights <= peaks["Exact, old gradients there"] < 2.6 * weights
-    assert peaks["beliefs"] == 4 * (200 + 200 + 10)
+    assert peaks["results"] == 4 * (2 * 200 + 3 * (200 + 200 + 10))
     assert gradients(case) == [None] * 6
 
 
@@ -298,8 +299,8 @@ def test_the_memory_table_is_what_was_measured(tiny: Options) -> None:
     (peaks,) = record["megabytes"]
     values = {(row["what"], row["of"]): row["value"] for row in record["rows"]}
     assert values["Exact", "BP"] == pytest.approx(peaks["Exact"] / peaks["BP"])
-    assert values["Strict, n=20", "BP + beliefs"] == pytest.approx(
-        peaks["Strict, n=20"] / (peaks["BP"] + peaks["beliefs"])
+    assert values["Strict, n=20", "BP + results"] == pytest.approx(
+        peaks["Strict, n=20"] / (peaks["BP"] + peaks["results"])
     )
 
 
@@ -344,3 +345,43 @@ def test_peers_are_timed_in_their_own_process(monkeypatch: pytest.MonkeyPatch) -
     assert ours["rests on"] == {"torch": torch.__version__}
     assert other["error"] == "the process ended"
     assert "the process ended" in peers.rows_table([ours, other])
+
+
+def test_kernels_are_those_that_ran_on_the_gpu() -> None:
+    def event(device: str, microseconds: float) -> SimpleNamespace:
+        kind = torch.autograd.DeviceType
+        return SimpleNamespace(
+            device_type=kind.CUDA if device == "cuda" else kind.CPU,
+            device_time_total=microseconds,
+        )
+
+    found = timing.kernels([event("cpu", 50.0), event("cuda", 3.0), event("cuda", 4.0)])
+    assert found == timing.Launches(2, pytest.approx(7e-6))
+
+
+def test_launches_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "launches", lambda step: timing.Launches(10, 0.5))
+    names = ["Strict, n=20", "Strict, n=20, compile=True"]
+    times = timing.Times({name: np.array([0.6, 0.6, 0.7]) for name in names})
+    rows = [Row("net", "cuda", **row) for row in speed.launch_rows(dict.fromkeys(names), times)]
+    values = {(row.what, row.of): (row.value, row.bar) for row in rows}
+    for name, bar in zip(names, (None, 1.3), strict=True):
+        assert values[name, "kernel launches"] == (10.0, None)
+        assert values[name, "sum of its kernels"] == (pytest.approx(1.2), bar)
+
+
+@pytest.mark.parametrize(("kinds", "cpu", "gpu"), [(["cpu"], 2, 0), (["cuda"], 0, 1)])
+def test_the_devices_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kinds: list[str], cpu: int, gpu: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices = Options(tmp_path, [], [1, 2], 0.0, kinds=kinds).devices()
+    types = [device.type for device, _ in devices]
+    assert (types.count("cpu"), types.count("cuda")) == (cpu, gpu)
+
+
+def test_no_gpu_no_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert main(["--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err

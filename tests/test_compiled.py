@@ -277,3 +277,90 @@ def test_the_other_algorithms_have_nothing_to_compile() -> None:
     for ErrType in ("Exact", "FixedPred"):
         case.infer(ErrType, compile=True)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize(
+    ("L", "lowest", "expected"),
+    [
+        (2, 2, [2]),
+        (3, 2, [2, 3]),
+        (8, 2, [2, 3, 4, 5, 6, 7, 8]),
+        (20, 2, [2, 6, 13, 20]),
+        (20, 1, [1, 6, 13, 20]),
+        (100, 2, [2, 100]),
+    ],
+)
+def test_where_compiled_steps_begin(L: int, lowest: int, expected: list[int]) -> None:
+    tracing = pytest.importorskip("torch2pc.tracing", reason="this PyTorch has no compiler")
+    assert tracing.levels(L, lowest) == expected
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True", "ignore:The error hardly reaches")
+def test_layers_that_no_error_has_reached_stay_where_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step may begin below the layers that errors have reached, as in deep models."""
+    monkeypatch.setattr("torch2pc.tracing.levels", lambda L, lowest: [lowest, L - 1])
+    items = [nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1)) for _ in range(4)]
+    model = nn.Sequential(*items, nn.Linear(3, 2)).double()
+    case = Case(model, nn.MSELoss(), torch.randn(4, 3).double(), torch.randn(4, 2).double())
+    for n in (1, 3, 9):
+        plain, gradients = case.infer("Strict", n=n), case.gradients()
+        found = infer_compiled(case, again=n > 1, n=n)
+        assert_close(list(found), list(plain))
+        assert_close(case.gradients(), gradients)
+        for one, other in zip(found.epsilon[1:], plain.epsilon[1:], strict=True):
+            assert one is not None and other is not None
+            assert bool(one.any()) == bool(other.any())
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_what_changes_in_the_model_is_noticed() -> None:
+    case = small_case()
+    case.model.insert(1, nn.BatchNorm1d(5).double())
+    infer_compiled(case)
+    doubled: list[object] = []
+
+    def double(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        doubled.append(module)
+        return 2 * output
+
+    changes: list[Callable[[], object]] = [
+        case.model.eval,
+        lambda: case.model.load_state_dict({k: v + 1 for k, v in case.model.state_dict().items()}),
+        lambda: case.model[0].register_forward_hook(double),
+        lambda: case.model[-1].weight.requires_grad_(False),
+    ]
+    for change in changes:
+        change()
+        twin = copy.deepcopy(case)
+        plain, gradients = twin.infer("Strict"), twin.gradients()
+        found = infer_compiled(case)
+        assert_close(list(found), list(plain))
+        assert_close(case.gradients(), gradients)
+    assert doubled
+
+
+@needs_compiler
+def test_a_hook_on_a_parameter_sees_its_gradients() -> None:
+    case = small_case()
+    infer_compiled(case)
+    seen: list[Tensor] = []
+    case.model[0][0].weight.register_hook(seen.append)
+    plain = case.infer("Strict")
+    count = len(seen)
+    with pytest.warns(UserWarning, match="because a parameter has a hook"):
+        found = case.infer("Strict", compile=True)
+    assert_close(list(found), list(plain))
+    assert len(seen) == 2 * count > 0
+
+
+def test_hooks_that_cannot_be_captured_are_named() -> None:
+    case = small_case()
+    case.model[2].register_full_backward_hook(lambda *args: None)
+    plain = case.infer("Strict")
+    with pytest.warns(UserWarning, match=r"model\[2\] .*: a module has a backward hook"):
+        found = case.infer("Strict", compile=True)
+    assert_close(list(found), list(plain))

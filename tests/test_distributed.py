@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import ranks
+from tests.cases import ERR_TYPES
 from torch2pc.distributed import PCInfer
 from torch2pc.exchange import Exchange
 from torch2pc.reductions import read_count, read_reduction
@@ -36,7 +37,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         folder: Path = tmp_path_factory.mktemp(work)
         return ranks.run(work, {"two": 2, "three": 3}[work], folder)
 
-    return lambda work: list(done(work))
+    def of_each_rank(work: str) -> list[Any]:
+        results = list(done(work))
+        for result in results:
+            assert isinstance(result, dict), result
+        return results
+
+    return of_each_rank
 
 
 @pytest.mark.parametrize("count", ["two", "three"])
@@ -70,11 +77,9 @@ FAILED = ("PeerFailed", "raised an error on rank 1 .* nothing was changed on ran
 PURPOSE = ("ArithmeticError", "on purpose")
 # Name: what the others and what rank 1 is told (its class, and what the message matches).
 TOLD: dict[str, tuple[Any, Any]] = {
-    "raises in its forward, Exact": (FAILED, PURPOSE),
-    "raises in its forward, FixedPred": (FAILED, PURPOSE),
-    "raises in its forward, Strict": (FAILED, PURPOSE),
+    **{f"raises in its forward, {ErrType}": (FAILED, PURPOSE) for ErrType in ERR_TYPES},
     "raises in its backward": (FAILED, PURPOSE),
-    "bad argument": (FAILED, ("TypeError", "eta must be a finite number, got str")),
+    "bad argument": (FAILED, ("ValueError", "eta must be a finite number or .*, got 'big'")),
     "count": (("TypeError", "count must be a number, got str"),) * 2,
     "empty shard": (
         FAILED,
@@ -92,6 +97,7 @@ TOLD: dict[str, tuple[Any, Any]] = {
                 "ValueError",
                 "ErrType must be .* got Exact on rank 0 and Strict on rank 1",
             ),
+            "step found": ("ValueError", "eta must be a number here, got 'auto'"),
             "n": ("ValueError", "n must be the same on all ranks, got 4 on rank 0 and 5 on rank 1"),
             "width": (
                 "ValueError",

@@ -231,6 +231,23 @@ def test_without_a_gradient_it_stays_at_the_feed_forward_pass() -> None:
     assert_close(result.v, result.vhat, tolerance=0)
 
 
+@pytest.mark.parametrize("scale", [300.0, 1000.0])
+def test_examples_whose_errors_are_tiny_do_not_spoil_it(scale: float) -> None:
+    """Cross-entropy's gradients of what is sure are so small that float32 cannot square them."""
+    case = trained(steps=0)
+    with torch.no_grad():
+        case.model[-1][1].weight.mul_(scale)
+        case.model[-1][1].bias.zero_()
+    Y = case.model(case.X).argmax(1)
+    single = Case(case.model.float(), nn.CrossEntropyLoss(), case.X.float(), Y)
+    result = single.infer("Equilibrium")
+    sizes = result.epsilon[1].abs().amax(1)
+    assert sizes.min() < 1e-19
+    assert all(e.isfinite().all() for e in result.epsilon[1:])
+    assert all(g.isfinite().all() for g in single.gradients().values())
+    assert not result.distance.isnan().any()
+
+
 def test_says_how_far_it_came_and_keeps_saying_so_when_saved() -> None:
     result = trained().infer("Equilibrium", n=9)
     _, _, _, v, epsilon = result

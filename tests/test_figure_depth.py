@@ -134,9 +134,10 @@ def test_stopped_it_draws_what_there_is_and_goes_on_later(
         return {"accuracy": 90.0 + len(training.method) / 10}
 
     monkeypatch.setattr(depth, "train", train)
-    monkeypatch.setattr(depth, "layers_of", lambda *_: {})
-    plan = replace(depth.plan_of(QUICK), passes=(1,))
-    monkeypatch.setattr(depth, "plan_of", lambda _: plan)
+    method = depth.FEW[1]
+    monkeypatch.setattr(depth, "seconds_at", lambda *_: {method: 0.1})
+    monkeypatch.setattr(depth, "layers_of", lambda *_: {method: {"length": [1], "cosine": [1]}})
+    monkeypatch.setattr(depth, "distances", lambda *_: dict.fromkeys(depth.RELAXATIONS, [1] * 3))
     options = replace(QUICK, out=tmp_path)
     depth.run(options)
     record = json.loads((tmp_path / "figure_depth.json").read_text())

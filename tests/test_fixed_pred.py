@@ -164,3 +164,16 @@ def test_what_the_warning_advises_brings_half_of_the_gradient_to_layer_1(
     for ErrType, least in [("FixedPred", 0.5), ("Strict", 0.01)]:
         case.infer(ErrType, **options)
         assert case.model[0].weight.grad.norm() >= least * of_backward.norm()
+
+
+def test_sparse_gradients_are_weighed_once() -> None:
+    """Their values are those of the error that arrives at the embedding."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(9, 4, sparse=sparse)
+        model = nn.Sequential(embedding, nn.Linear(4, 3)).double()
+        X, Y = torch.randint(9, (7,)), torch.randint(3, (7,))
+        epsilon = PCInfer(model, nn.CrossEntropyLoss(), X, Y, "FixedPred", n=3).epsilon
+        found.append([epsilon[1], embedding.weight.grad.to_dense()])
+    assert_close(found[1], found[0])

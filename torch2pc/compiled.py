@@ -42,7 +42,7 @@ class _Model:
         self.has_reason = False
 
     def capture(self, asked: Any, *arguments: Any) -> Any:
-        """Run a call that is captured, or was before."""
+        """Run a call that is captured, or was before; ``asked`` tells apart what no guard does."""
         from torch2pc.tracing import capture
 
         if asked not in self.captures:
@@ -72,7 +72,8 @@ class _Captured:
         self.reason: object = None
         self.is_new = True
         try:
-            self.program = Program(graph, _local.call.asked, _options())
+            call = _local.call
+            self.program = Program(graph, call.asked, _options(call.network.X.device))
         except torch._dynamo.exc.RestartAnalysis:
             raise
         except Exception as error:
@@ -148,7 +149,7 @@ class Call:
         before, _local.call = getattr(_local, "call", None), self
         try:
             kept.capture(
-                self.asked,
+                (self.asked, _forward_hooks(network)),
                 tuple([layer.function for layer in network.layers]),
                 (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
                 *(network.loss.function, None if self.prior is None else self.prior.function),
@@ -187,6 +188,9 @@ class Call:
         from torch2pc.tracing import find
 
         network, L, lowest = self.network, program.asked.L, program.asked.lowest
+        is_graphed = network.X.device.type == "cuda"
+        if is_graphed:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         held = [*inputs, *program.feed_forward(inputs)]
         vhat = [find(held, place) for place in program.vhat]
         Loss, dLdy = find(held, program.Loss), find(held, program.dLdy)
@@ -201,19 +205,20 @@ class Call:
                 torch.sub(self.vinit[l].detach(), vhat[l], out=delta[l])
         like = epsilon[L]
         eta = self.eta if isinstance(self.eta, Tensor) else like.new_full((), self.eta)
-        pi = None
+        pi: Sequence[Any] = [None] * (L + 1)
         if self.precision is not None:
-            pi = torch.tensor([1.0, *self.precision, 1.0], dtype=like.dtype, device=like.device)
+            weights = [1.0, *self.precision, 1.0]
+            pi = torch.tensor(weights, dtype=like.dtype, device=like.device).unbind()
         table = _reached_layers(L, like.device)
-        known = [*held, eta.to(like), pi]
+        known = [*held, eta.to(like), *pi]
         for _ in range(self.n):
             reached = max(reached, lowest)
             level = program.level_of[reached]
-            found = program.steps[level]([*known, table[reached], *delta[level - 1 :]])
+            found = program.steps[level]([*known, *table[reached], *delta[level - 1 :]])
             delta[level - 1 :], moved = found[: L - level + 1], found[L - level + 1 :]
             epsilon[L + 1 - len(moved) :] = moved
             reached -= 1
-        given = [*known, table[0], *delta, *epsilon[1:]]
+        given = [*known, *table[0], *delta, *epsilon[1:]]
         found = list(program.updates(given))
         v = found[: L + 2 - lowest]
         if lowest == 2:
@@ -224,16 +229,22 @@ class Call:
             del found[:L]
         input_error = found.pop(0) if program.asks_input else None
         found = own([*epsilon[1:], *found])
+        results = [find(held, place) for place in program.results]
+        if is_graphed:
+            # The next call's graphs write where these are.
+            vhat, v, found = _copies(vhat), [v[0], *_copies(v[1:])], _copies(found)
+            Loss, dLdy = _copies([Loss, dLdy])
+            results = [x if any(x is y for y in inputs) else x.clone() for x in results]
+            input_error = None if input_error is None else input_error.clone()
         leaves = [inputs[k] for k in program.leaves]
-        self.inference = Inference(
-            vhat,
-            Loss,
-            dLdy,
-            v,
-            [input_error, *found[:L]],
-            list(zip(leaves, found[L:], strict=True)),
-        )
-        return [find(held, place) for place in program.results]
+        errors: list[Tensor | None] = [input_error, *found[:L]]
+        updates = list(zip(leaves, found[L:], strict=True))
+        self.inference = Inference(vhat, Loss, dLdy, v, errors, updates)
+        return results
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in tensors]
 
 
 def run_plainly(model: nn.Module, reason: object) -> None:
@@ -247,20 +258,35 @@ def run_plainly(model: nn.Module, reason: object) -> None:
 
 
 @lru_cache(maxsize=32)
-def _reached_layers(L: int, device: torch.device) -> tuple[Tensor, ...]:
+def _reached_layers(L: int, device: torch.device) -> list[tuple[Tensor, ...]]:
     """For each l, which of 0..L are at least l."""
     layers = torch.arange(L + 1, device="cpu")
-    return (layers >= layers[:, None]).to(device).unbind()
+    return [row.unbind() for row in (layers >= layers[:, None]).to(device)]
 
 
-def _options() -> dict[str, Any]:
-    options = {"fallback_random": True, "size_asserts": False}
+def _options(device: torch.device) -> dict[str, Any]:
+    # Graphs from the disk may have been compiled with another choice of products.
+    options = {"fallback_random": True, "size_asserts": False, "fx_graph_cache": False}
+    if device.type == "cuda":
+        # Each graph is launched at once, as torch.compile(mode="reduce-overhead") does it.
+        return {**options, "triton.cudagraphs": True}
     try:
         # Not at the top, as it imports parts of the compiler that another PyTorch may lack.
         from torch2pc.products import fast_products
     except ImportError:
         return options
     return {**options, **fast_products()}
+
+
+def _forward_hooks(network: Network) -> tuple[Any, ...]:
+    """The hooks that are captured with the modules, for which torch.compile has no guards."""
+    return tuple(
+        [
+            (k, *module._forward_pre_hooks, None, *module._forward_hooks)
+            for k, module in enumerate(network.modules)
+            if module._forward_pre_hooks or module._forward_hooks
+        ]
+    )
 
 
 def _hooked(network: Network) -> str | None:

@@ -54,13 +54,13 @@ def PCInfer(
     the same on all. No average is taken, and no DistributedDataParallel is needed.
 
     **Why sums, and a weighted loss.** Beliefs and errors are separate for each example, so that with a
-    loss that sums over the batch, ``Loss = sum_r Loss_r``, the energy is the sum of the shards':
+    loss that sums over the batch, ``Loss = sum_r Loss_r``, the energy is the sum of the shards'::
 
         F(v) = sum_r F_r(v_r),    F_r(v_r) = Loss_r + 1/2 sum_l ||epsilon_l||^2
 
     (the second sum over the examples of rank r). Each shard's beliefs descend their own ``F_r``, as they
     would in the whole batch, and the updates, being derivatives of F, are the sums of the shards' ones.
-    With a mean over the N examples of the batch, of which rank r has ``B_r``,
+    With a mean over the N examples of the batch, of which rank r has ``B_r``::
 
         Loss = sum_r (B_r / N) Loss_r,    F_r(v_r) = (B_r / N) Loss_r + 1/2 sum_l ||epsilon_l||^2
 

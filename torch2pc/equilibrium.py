@@ -121,11 +121,12 @@ class Search(ErrorRelaxation):
         lowest = self._energy().sum(), at.epsilon
         history, step = History(), -at.gradient
         for self.evaluations in range(1, n + 1):
-            arriving = at.epsilon - at.gradient
-            scale = torch.maximum(norm(at.epsilon), norm(arriving))
-            off = norm(at.gradient)
-            self.distance = torch.where(off == 0, off, off / scale)
-            goes_on = ~(off <= self._eps**0.5 * scale)
+            # Squares of small errors would underflow: all is measured in units of the row's largest.
+            unit = largest(at.epsilon, at.gradient)
+            errors, gradient = at.epsilon / unit, at.gradient / unit
+            size, off = torch.maximum(norm(errors), norm(errors - gradient)), norm(gradient)
+            self.distance = torch.where(off == 0, off, off / size)
+            goes_on = ~(off <= self._eps**0.5 * size)
             if not bool(goes_on.any()):
                 break
             step = torch.where(goes_on[:, None], step, 0.0)
@@ -134,9 +135,9 @@ class Search(ErrorRelaxation):
             trial = self._evaluate(at.epsilon + step, with_gradient=not is_last)
             if bool((F := self._energy().sum()) < lowest[0]):
                 lowest = F, trial.epsilon
-            slope, (rise, terms) = dot(at.gradient, step), self._rise(at, trial)
+            slope, (rise, terms) = dot(gradient, step / unit), self._rise(at, trial, unit)
             falls = rise <= LEAST_FALL * slope + 4 * self._eps * terms
-            falls |= ~slope.isfinite()  # nor would any other step
+            falls |= ~off.isfinite()  # no other step would do
             before, at = at, trial.where(falls, at)
             if self.after_step is not None:
                 self._move_to(at.epsilon)
@@ -223,16 +224,19 @@ class Search(ErrorRelaxation):
             gradient = epsilon - self._joined(arriving)
         return Point(epsilon, gradient, y)
 
-    def _rise(self, at: Point, trial: Point) -> tuple[Tensor, Tensor]:
-        """By how much F is higher at ``trial``, for each row, and the size of what that is a sum of."""
-        step, mean = trial.epsilon - at.epsilon, (trial.epsilon + at.epsilon) / 2
+    def _rise(self, at: Point, trial: Point, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much F is higher at ``trial``, for each row, and the size of what that is a sum of.
+
+        Both are in squares of ``unit``.
+        """
+        step, mean = (trial.epsilon - at.epsilon) / unit, (trial.epsilon + at.epsilon) / (2 * unit)
         rise, terms = dot(step, mean), norm(step) * norm(mean)
-        d = trial.y - at.y
+        y, d = norm(at.y / unit), trial.y - at.y
         for place, weight in NODES:
             _, e = self._loss_and_gradient((at.y + place * d).reshape(self.output.shape))
-            e = e.reshape(self._rows, -1)
-            rise = rise + weight * dot(e, d)
-            terms = terms + weight * norm(e) * norm(at.y)  # as y is rounded, d is off by that of y
+            e = e.reshape(self._rows, -1) / unit
+            rise = rise + weight * dot(e, d / unit)
+            terms = terms + weight * norm(e) * y  # as y is rounded, d is off by that of y
         return rise, terms
 
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -258,8 +262,11 @@ class History:
 
     def add(self, step: Tensor, change: Tensor) -> None:
         """A step, and by how much the gradient is different at its end."""
+        # Only their ratio matters, and products of small steps would underflow.
+        unit = largest(step)
+        step, change = step / unit, change / unit
         curvature, square = dot(step, change), dot(step, step)
-        counts = curvature > LEAST_CURVATURE * square
+        counts = (curvature > LEAST_CURVATURE * square) & curvature.isfinite()
         change = torch.where(counts[:, None], change, 0.0)
         self._pairs.append((step, change, torch.where(counts, 1 / curvature, 0.0)))
 
@@ -273,6 +280,13 @@ class History:
         for (step, change, weight), share in zip(self._pairs, reversed(shares), strict=True):
             q = q + (share - weight * dot(change, q))[:, None] * step
         return q
+
+
+def largest(*tensors: Tensor) -> Tensor:
+    """The largest entry of each row, as a column; 1 for rows of zeros."""
+    sizes = [torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True) for x in tensors]
+    size = sizes[0] if len(sizes) == 1 else torch.maximum(*sizes)
+    return torch.where(size > 0, size, 1.0)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

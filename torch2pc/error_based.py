@@ -117,7 +117,7 @@ class ErrorRelaxation(Relaxation):
         for l, g_l in self.arriving():
             if g_l is not None:
                 found[l - 1] = g_l.to(found[l - 1])
-        self.climb()
+        self._saved = None
         gradient = [e - g_l for e, g_l in zip(self.free, found, strict=True)]
         return Here(list(self.epsilon), self._Loss_here, None, gradient, found)
 

@@ -33,10 +33,10 @@ from torch2pc.error_based import ErrorRelaxation
 from torch2pc.fixed_pred import AUTO_ETA, error_factors
 from torch2pc.graph import add_updates, gradient, leaves_between
 from torch2pc.layers import Layer, Network
-from torch2pc.outlook import ClosedForm, Outlook, largest_stable, spectrum
+from torch2pc.outlook import ClosedForm, Outlook, largest_stable, spectrum, wide
 from torch2pc.pcinfer import check_ErrType
 from torch2pc.record import Record
-from torch2pc.state import Snapshot, generators_in, generators_kept, modules_in
+from torch2pc.state import Snapshot, Source, generators_in, generators_kept, modules_in
 from torch2pc.strict import Relaxation, round_off
 
 
@@ -72,9 +72,9 @@ def follow(
     would be left in float32 if they were computed as differences of predictions and beliefs.
 
     ``.grad``, parameters, buffers, training flags and random generators are afterwards as they were
-    before, and the forward hooks of modules fire more often than in a call. It takes about four times
-    as long as the call, and the Hessian as long as some 60 iterations of it, independently of ``n``. With
-    a number for ``eta`` it waits for the device only at the end.
+    before; the forward hooks of modules fire more often than in a call. An iteration takes about five
+    times as long as one of the call, and the end as long as some 100 to 200, whatever ``n`` is. With a
+    number for ``eta`` it waits for the device only at the end (but for Equilibrium, which always does).
 
     What the rows are for each ``ErrType``:
 
@@ -204,7 +204,11 @@ def _unchanged(
     modules = modules_in(model, LossFun, prior)
     check_modules(modules_in(model, *[f for f in (LossFun, prior) if isinstance(f, nn.Module)]))
     network = Network(model, LossFun, X, Y, modules)
-    sources = [*network.devices, *generators_in(LossFun, modules), *generators_in(prior, [])]
+    sources: list[Source] = [
+        *network.devices,
+        *generators_in(LossFun, modules),
+        *generators_in(prior, []),
+    ]
     with generators_kept(sources), _state_kept(Snapshot(modules, network.devices)):
         return walk(network)
 
@@ -277,6 +281,10 @@ class _Looking:
         # Where the beliefs were in the last two rows.
         self._delta: list[list[Tensor]] = []
         self.errors: list[Tensor] = []
+        # Where F was lowest, and in which row.
+        self._F, self.row_of_lowest = self._zero, self._zero
+        self.lowest: list[Tensor] = []
+        self._start: Any = None
 
     @torch.no_grad()
     def __call__(self, k: int) -> None:
@@ -289,7 +297,8 @@ class _Looking:
         relaxation, L, zero = self._relaxation, len(self._relaxation.network.layers), self._zero
         here = relaxation.here()
         self.errors = here.errors
-        pi, clamped = relaxation.precision, [zero] * (L - len(here.gradient))
+        pi, first = relaxation.precision, L - len(here.gradient)
+        clamped = [zero] * first
         squares = list(enumerate(map(_square, here.errors[1:L]), start=1))
         prior = zero if here.prior is None else here.prior
         energies = [prior, *[0.5 * pi[l] * square for l, square in squares], here.Loss]
@@ -298,8 +307,8 @@ class _Looking:
         arriving = [*clamped, *map(_square, here.arriving)]
         moves = [zero] * L
         if k > 0:
-            pairs = zip(relaxation.delta, self._delta[-1], strict=True)
-            moves = [_square(now - before) for now, before in pairs]
+            pairs = zip(relaxation.delta[first:], self._delta[-1], strict=True)
+            moves = [*clamped, *[_square(now - before) for now, before in pairs]]
         updates = self._of_updates() if k > 0 else [zero] * (3 * L)
         row = [*energies, *weighted, *gradients, *arriving, *moves, *updates]
         self._rows.append([number.to(zero) for number in row])
@@ -314,7 +323,7 @@ class _Looking:
             self.row_of_lowest = torch.where(is_lower, float(k), self.row_of_lowest)
             pairs = zip(free, self.lowest, strict=True)
             self.lowest = [torch.where(is_lower.to(x.device), x, kept) for x, kept in pairs]
-        delta = [delta_l.clone() for delta_l in relaxation.delta]
+        delta = [delta_l.clone() for delta_l in relaxation.delta[first:]]
         self._delta = [*self._delta[-1:], delta]
         if k == 0:
             self._start = self._F, self.lowest, self.row_of_lowest, self._delta
@@ -350,17 +359,12 @@ class _Looking:
 
 def _square(x: Tensor) -> Tensor:
     x = x.to_dense() if x.is_sparse else x
-    return torch.linalg.vector_norm(x, dtype=_wide(x)).square()
+    return torch.linalg.vector_norm(x, dtype=wide(x)).square()
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
     x, y = (z.to_dense() if z.is_sparse else z for z in (x, y))
-    return (x.to(_wide(x)) * y.to(_wide(y))).sum()
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """Squares of small float32 numbers are none; on Apple's GPUs there is nothing wider."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
+    return (x.to(wide(x)) * y.to(wide(y))).sum()
 
 
 def _backpropagate(
@@ -391,10 +395,10 @@ def _resolved(errors: Sequence[Tensor], v: Sequence[Tensor]) -> list[float]:
     """What of epsilon_l, for l = 1..L-1, is left in float32 if it is taken as a difference."""
     shares = []
     for epsilon_l, v_l in zip(errors[1:-1], v[1:-1], strict=True):
-        wide = _wide(epsilon_l)
-        epsilon, belief = epsilon_l.to(wide), v_l.to(wide)
+        dtype = wide(epsilon_l)
+        epsilon, belief = epsilon_l.to(dtype), v_l.to(dtype)
         difference = (belief + epsilon).float() - belief.float()
-        size, lost = epsilon.norm(), (difference.to(wide) - epsilon).norm()
+        size, lost = epsilon.norm(), (difference.to(dtype) - epsilon).norm()
         shares.append(torch.where(size > 0, 1 - lost / size, 1.0).clamp(min=0))
     if not shares:
         return []
@@ -472,7 +476,7 @@ def _products(
 
 def _parts(rows: Tensor, L: int) -> tuple[Tensor, ...]:
     """Views of a row's parts: energies, weighted errors, gradients, arriving, moves and updates."""
-    return rows.split([L + 1, L, L, L, L, 3 * L], dim=1)
+    return torch.split(rows, [L + 1, L, L, L, L, 3 * L], dim=1)
 
 
 def _record(
@@ -492,7 +496,7 @@ def _record(
     scale = torch.maximum(weighted, arriving)
     whole = torch.maximum(weighted.sum(1), arriving.sum(1))
     scale[:, 0] = whole  # the latent has no error of its own
-    product, square, of_backprop = updates.unflatten(1, (L, 3)).unbind(2)
+    product, square, of_backprop = updates.reshape(-1, L, 3).unbind(2)
     none = torch.full((len(rows), 1), torch.nan, dtype=rows.dtype)
     zero = torch.zeros_like(none)
     cosine = product / (square * of_backprop).sqrt()

@@ -281,12 +281,14 @@ def own(tensors: list[Tensor]) -> list[Tensor]:
     """The same values, each tensor with memory of its own (copied only where it is shared)."""
     strided = [tensor for tensor in tensors if not tensor.is_sparse]
     starts = set(map(Tensor.data_ptr, strided))
-    if len(starts) == len(strided) and all(map(Tensor.is_contiguous, strided)):
+    if len(starts) == len(tensors) and all(map(Tensor.is_contiguous, strided)):
         return tensors
     starts.clear()
     result = []
     for tensor in tensors:
-        if not tensor.is_sparse:
+        if tensor.is_sparse:
+            tensor = tensor.clone()  # its values may be those of the error that it came of
+        else:
             if tensor.data_ptr() in starts or 0 in tensor.stride():
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
             starts.add(tensor.data_ptr())

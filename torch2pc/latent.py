@@ -64,7 +64,7 @@ def PCInferLatent(
         prior: a callable from the list ``[v_0, ..., v_{L-1}]`` to a scalar energy. If it has
             parameters, they get their gradient too.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches.
-        compile: run the iterations through ``torch.compile``, as in ``PCInfer``.
+        compile: run it as a compiled call, as in ``PCInfer``.
         callback: called after each iteration, as in ``PCInfer``; ``v[0]`` is the latent.
 
     Returns:

@@ -9,7 +9,9 @@ the weights w_i of a quadrature (G. Golub and G. Meurant, 1994) for the gradient
     ||(1 - eta H)^j g||^2  =  ||g||^2 sum_i w_i (1 - eta theta_i)^(2j)
 
 which is exact where F is quadratic and j less than the number of nodes, and for larger j it is right in
-so far as the nodes lie where the eigenvalues do.
+so far as the nodes lie where the eigenvalues do. Where F is not smooth, as in networks of ReLUs, the
+descent may rattle between the pieces and not come nearer. So some steps are made, and if they do
+not lead where they should, nothing is foretold.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from torch2pc.strict import Relaxation
 
 # Products with the Hessian from each of the two vectors.
 PASSES = 16
+# Steps that are made to see whether what is foretold comes true, and by how much it may not.
+TRIED, LEAST_OFF, SHARE_OFF = PASSES - 1, 0.1, 0.2
 # Further than this nothing is foretold.
 FARTHEST = 10**6
 
@@ -39,7 +43,7 @@ class Spectrum:
     weight: tuple[float, ...]
     row: int
 
-    def distance(self, known: Sequence[float], k: int, eta: float) -> float:
+    def distance(self, known: Sequence[float] | dict[int, float], k: int, eta: float) -> float:
         """The distance from equilibrium at iteration k, if it went on with the step size ``eta``."""
         logs = [
             2 * (k - self.row) * math.log(max(abs(1 - eta * theta), 1e-300)) for theta in self.theta
@@ -65,7 +69,7 @@ class ClosedForm:
 
     squares: tuple[float, ...]
 
-    def distance(self, known: Sequence[float], k: int, eta: float) -> float:
+    def distance(self, known: Sequence[float] | dict[int, float], k: int, eta: float) -> float:
         """The distance from equilibrium after k iterations with ``eta``."""
         c = error_factors(eta, k, len(self.squares) + 1)[::-1]
         here = sum([s * c_l**2 for s, c_l in zip(self.squares, c, strict=False)])
@@ -120,7 +124,25 @@ def spectrum(relaxation: Relaxation, at: Sequence[Tensor], row: int) -> Spectrum
     if T is None:
         return None
     theta, vectors = torch.linalg.eigh(T)
-    return Spectrum(tuple(theta.tolist()), tuple(vectors[0].square().tolist()), row)
+    found = Spectrum(tuple(theta.tolist()), tuple(vectors[0].square().tolist()), row)
+    return found if _comes_true(found, relaxation, at, float(relaxation.eta)) else None
+
+
+def _comes_true(found: Spectrum, relaxation: Relaxation, at: Sequence[Tensor], eta: float) -> bool:
+    """Whether the gradient is as long after some steps from ``at`` as it should be."""
+    relaxation.stand_at([x.clone() for x in at])
+    start = g = relaxation.here().gradient
+    for _ in range(TRIED):
+        pairs = zip(relaxation.free, g, strict=True)
+        relaxation.stand_at([x - eta * g_i for x, g_i in pairs])
+        g = relaxation.here().gradient
+    lengths = torch.stack([_length(start), _length(g)]).tolist()
+    known = {found.row: 1.0}
+    foretold = found.distance(known, found.row + TRIED, eta)
+    if not (lengths[0] > 0 and lengths[1] > 0 and foretold > 0):
+        return lengths[0] == lengths[1] == 0
+    decay = math.log(foretold)
+    return abs(math.log(lengths[1] / lengths[0]) - decay) <= LEAST_OFF + SHARE_OFF * abs(decay)
 
 
 def _hessian(relaxation: Relaxation, at: Sequence[Tensor]) -> Product:
@@ -144,6 +166,11 @@ def _hessian(relaxation: Relaxation, at: Sequence[Tensor]) -> Product:
     return product
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """What to sum squares in: those of small float32 numbers are 0. Apple's GPUs have nothing wider."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def _length(tensors: Sequence[Tensor]) -> Tensor:
-    lengths = [torch.linalg.vector_norm(x.float() if x.dtype.itemsize < 4 else x) for x in tensors]
+    lengths = [torch.linalg.vector_norm(x, dtype=wide(x)) for x in tensors]
     return torch.linalg.vector_norm(torch.stack([length.to(lengths[0]) for length in lengths]))

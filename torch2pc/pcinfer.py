@@ -219,13 +219,16 @@ def PCInfer(
             Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches; parameters
             that the call does not reach keep theirs.
-        compile: run Strict's iterations through ``torch.compile``, which takes up to a minute at
-            the first call for a model, and then about two thirds of the time for small networks.
-            The second batch size compiles it once more, for all sizes but 1, which is compiled by
-            itself. Where it cannot be done (a layer whose operations cannot be followed, a loss that
-            is random, changes buffers, or holds a Python number with a third value: hold it in a
-            tensor; ErrorBased and Equilibrium) a warning says so once. Exact and FixedPred have
-            nothing to compile.
+        compile: run Strict as a compiled call, from the feed-forward pass to the updates, through
+            ``torch.compile``, which takes 10 to 60 s at the first call for a model. That call runs
+            plainly itself; the ones after it are faster the smaller the layers are. Other weights,
+            batches, ``eta``, ``n`` and ``vinit`` compile nothing anew; another mode of a module or
+            ``update_at`` does, and so does the second batch size, for all sizes but 1, which is
+            compiled by itself. Where it cannot be done (a layer whose operations cannot be
+            followed, a module with a backward hook or a ``displacement_rule``, a hook of the
+            model itself, a loss that is random, changes buffers, or holds a Python number with a
+            third value: hold it in a tensor; ``eta="auto"``; ErrorBased and Equilibrium) a warning says
+            so once. Exact and FixedPred take one forward and one backward pass, and are not compiled.
         update_at: where the updates of the relaxations are taken, ``"v"`` or ``"vhat"``. At v they
             descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as
             when the paper appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has

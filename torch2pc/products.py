@@ -1,4 +1,4 @@
-"""Matrix products of compiled steps on a CPU: by MKL or by oneDNN, whichever is faster there.
+"""Matrix products of compiled calls on a CPU: by MKL or by oneDNN, whichever is faster there.
 
 PyTorch leaves products of float32 matrices to MKL, which on some processors takes twice as long as
 oneDNN does. Both come with PyTorch. Which one is faster is measured, once for each size. To import

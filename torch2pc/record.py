@@ -53,7 +53,7 @@ class Record:
     moves: Tensor
     """How far belief l was moved in iteration k, ``||v_l(k) - v_l(k-1)||``."""
     gradient: Tensor
-    """The length of F's gradient in the variables of layer l: v_l, or epsilon_l."""
+    """The length of F's gradient in the variables of layer l, which are v_l, or epsilon_l."""
     distance: Tensor
     """``(n + 1,)``: the distance from equilibrium, from 0 to 2; 1 at the start from ``vhat``."""
     distances: Tensor
@@ -141,7 +141,11 @@ class Record:
         chosen = self.eta if eta is None else eta
         if not 0 < chosen < self.stable_eta:
             return None
-        return self.outlook.iterations_to(self.distance.tolist(), distance, chosen, self.eta)
+        known = self.distance.tolist()
+        found = self.outlook.iterations_to(known, distance, chosen, self.eta)
+        # It has been there, and is not where it should be.
+        was_there = chosen == self.eta and found is not None and found <= self.n
+        return None if was_there and not known[-1] <= distance else found
 
     # ------------------------------------------------------------------------------------ in words
 
@@ -176,7 +180,7 @@ class Record:
             return [f"{said}, nor is its Hessian finite where F was lowest."]
         return [
             f"{said}, though eta = {eta:.3g} is below {limit:.2g}, the largest stable where F was "
-            "lowest: it curves more elsewhere. A smaller eta would not overshoot."
+            "lowest: F is not smooth, or curves more elsewhere. A smaller eta overshoots less."
         ]
 
     def _of_convergence(self) -> list[str]:
@@ -199,7 +203,9 @@ class Record:
         if better is not None:
             advice.append(f"n = {better[1]} with eta = {better[0]}")
         if not advice:
-            return [f"{said}, and eta = {self.eta:.3g} leads no nearer."]
+            if self.eta == 0:
+                return [f"{said}, and steps of 0 lead no nearer."]
+            return [f"{said}; what n it takes cannot be foretold from here."]
         about = "" if self.ErrType == "FixedPred" else "about "
         return [f"{said}; 1 % takes {about}{' or '.join(advice)}."]
 

@@ -201,9 +201,14 @@ class Buffers:
                     module._buffers = entries
             with chained_to(first):
                 _remove_others(module, {name for name, *_ in table})
-            for name, _, value, buffer in table:
+            for name, version, value, buffer in table:
                 with chained_to(first):
-                    if buffer is not None and value is not None:
+                    # One that was not written may be part of a graph that is still to be walked.
+                    if (
+                        buffer is not None
+                        and value is not None
+                        and _written(module, buffer, version, value)
+                    ):
                         _put_back(buffer, value)
                 with chained_to(first):
                     _enter(module, name, buffer)

@@ -168,6 +168,7 @@ class Relaxation:
         prior: Layer | None = None,
     ) -> None:
         self.network, self.eta = network, eta
+        self._final: list[Tensor] | None = None
         self.vhat, self.Loss, self.dLdy = network.record(free_input)
         self._Loss_here = self.Loss
         # precision[l] weighs the error of layer l; that of the output is in the loss.
@@ -209,6 +210,8 @@ class Relaxation:
     @property
     def v(self) -> list[Tensor]:
         """The beliefs, v = vhat + delta."""
+        if self._final is not None:
+            return self._final
         moved = zip(self.vhat, self.delta, strict=False)
         v = [vhat_l + delta_l for vhat_l, delta_l in moved]
         v.append(in_belief_dtype(self.vhat[-1]).clone())
@@ -473,8 +476,17 @@ class Relaxation:
         return reasons
 
     def result(self, update_at: str = "v") -> Inference:
-        """What was inferred, in tensors that share no memory; the updates at ``v`` or at ``vhat``."""
-        v = self.v
+        """What was inferred, in tensors that share no memory; the updates at ``v`` or at ``vhat``.
+
+        The beliefs take the place of their displacements, so that no step can follow.
+        """
+        for layer in self.network.layers:
+            layer.__dict__.pop("displacement", None)
+        for l in range(self._lowest - 1, len(self.delta)):
+            torch.add(self.vhat[l], self.delta[l], out=self.delta[l])
+        v = self._final = [*self.delta, in_belief_dtype(self.vhat[-1]).clone()]
+        if self._lowest > 1:
+            v[0] = detached(self.network.X)
         input_error, updates = self.updates(v if update_at == "v" else self.vhat)
         L = len(self.network.layers)
         found = own([*self.epsilon[1:], *updates.values()])

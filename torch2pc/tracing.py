@@ -320,8 +320,9 @@ class Program:
         held = self._held.tensors
         delta = [in_belief_dtype(torch.empty_like(x)) for x in like[:L]]
         epsilon = [in_belief_dtype(torch.empty_like(x)) for x in like[1:]]
-        is_reached = delta[-1].new_empty(L + 1, dtype=torch.bool)
-        numbers = [delta[-1].new_empty(()), delta[-1].new_empty(L + 1), is_reached]
+        # One tensor for each layer, and not one for all: what is done in two layers is one kernel then.
+        numbers = [delta[-1].new_empty(()) for _ in range(L + 2)]
+        numbers += [torch.empty_like(x, dtype=torch.bool) for x in numbers[1:]]
         self.steps: dict[int, Graphed] = {}
         starts = [asked.lowest] if asked.has_prior else levels(L, asked.lowest)
         # Whether a step evaluates layers that no error has reached, whose errors are 0.
@@ -333,6 +334,11 @@ class Program:
         self.updates = self._compiled(make_fx(self._updates)(*given), given)
 
     def _compiled(self, graph: fx.GraphModule, given: Sequence[Any]) -> Graphed:
+        # What only autograd knew apart is the same; then much is used no more.
+        for node in graph.graph.nodes:
+            if node.target in (aten.detach.default, aten.alias.default):
+                node.replace_all_uses_with(node.args[0])
+        graph.graph.eliminate_dead_code()
         # Numbers are kept: sizes are expressed by them.
         unused = [
             k
@@ -422,7 +428,7 @@ class Program:
     def _step(self, level: int, *given: Any) -> list[Tensor]:
         """The beliefs of layers ``level - 1`` and above after a step, and the errors of it."""
         asked, L = self.asked, self.asked.L
-        held, (eta, pi, is_reached, *rest) = self._divided(given)
+        held, eta, pi, is_reached, rest = self._divided(given)
         inputs = self._inputs_of(held)
         delta = dict(zip(range(level - 1, L), rest, strict=True))
         epsilon: dict[int, Tensor] = {}
@@ -450,7 +456,7 @@ class Program:
     def _updates(self, *given: Any) -> list[Tensor]:
         """The beliefs, the errors where they are taken at the end, the input's error, the updates."""
         asked, L = self.asked, self.asked.L
-        held, (_, pi, _, *rest) = self._divided(given)
+        held, _, pi, _, rest = self._divided(given)
         inputs, delta = self._inputs_of(held), rest[:L]
         epsilon: list[Any] = [None, *rest[L:]]
         vhat = [find(held, place) for place in self.vhat]
@@ -509,9 +515,11 @@ class Program:
 
     # Parts of these.
 
-    def _divided(self, given: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-        count = len(self._held.tensors)
-        return given[:count], given[count:]
+    def _divided(self, given: Sequence[Any]) -> tuple[Any, Any, Any, Any, Any]:
+        """What is held, eta, the precisions, which layers are reached, and the state."""
+        a, L = len(self._held.tensors), self.asked.L
+        b, c = a + L + 2, a + 2 * L + 3
+        return given[:a], given[a], given[a + 1 : b], given[b:c], given[c:]
 
     def _inputs_of(self, held: Sequence[Any]) -> list[Any]:
         """The inputs as they were before the call."""
@@ -538,7 +546,7 @@ class Program:
         ]
         return Displacement(lines, result, find(held, self.vhat[l]))
 
-    def _weighted(self, error: Tensor, pi: Tensor, l: int) -> Tensor:
+    def _weighted(self, error: Tensor, pi: Sequence[Tensor], l: int) -> Tensor:
         return error * pi[l] if self.asked.is_weighted else error
 
     def _output_error(self, held: Sequence[Any], inputs: Sequence[Any], d: Tensor) -> Tensor:

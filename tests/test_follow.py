@@ -1,0 +1,778 @@
+"""follow against the plain algorithms, and what it foretells against what happens."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests import reference
+from tests.cases import ERR_TYPES, Case, assert_close, cases, random_beliefs, squared_error
+from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
+from torch2pc.displacement import Displacement
+
+# The reference starts anew for each row.
+few = settings(max_examples=12)
+steps = st.integers(1, 5)
+etas = st.floats(0.01, 0.3)
+
+
+def follow_case(case: Case, ErrType: str, **options: Any) -> Record:
+    return follow(case.model, case.LossFun, case.X, case.Y, ErrType, **options)
+
+
+def half_square(x: Tensor) -> Tensor:
+    return 0.5 * x.square().sum()
+
+
+def same(found: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    """As assert_close; one layer has nothing hidden."""
+    assert found.shape == expected.shape
+    if expected.numel():
+        assert_close(found, expected, tolerance)
+
+
+def column(numbers: list[Any]) -> Tensor:
+    return torch.tensor([float(x) for x in numbers], dtype=torch.float64)
+
+
+def gradients_of(function: Callable[[list[Tensor]], Tensor], at: list[Tensor]) -> list[Tensor]:
+    moving = [x.detach().requires_grad_() for x in at]
+    return list(
+        torch.autograd.grad(function(moving), moving, allow_unused=True, materialize_grads=True)
+    )
+
+
+def check_updates(record: Record, case: Case, updates: list[dict[nn.Parameter, Tensor]]) -> None:
+    """``updates[k-1]``, those after k iterations, against backpropagation's, layer by layer."""
+    of_backprop = reference.exact(*case).updates
+    for k, found in enumerate(updates, start=1):
+        for l, layer in enumerate(case.model, start=1):
+            parameters = [p for p in layer.parameters() if p in of_backprop]
+            if not parameters:
+                assert record.cosine[k, l].isnan() and record.size[k, l].isnan()
+                continue
+            u = torch.cat([found[p].flatten() for p in parameters])
+            g = torch.cat([of_backprop[p].flatten() for p in parameters])
+            if g.norm() < 1e-12:
+                continue
+            same(record.size[k, l], u.norm() / g.norm(), 1e-8)
+            if u.norm() > 1e-9 * g.norm():
+                cosine = torch.dot(u, g) / (u.norm() * g.norm())
+                assert abs(record.cosine[k, l] - cosine) < 1e-7
+
+
+def check_distance(
+    record: Record, k: int, gradient: list[Tensor], errors: list[Tensor], sign: int
+) -> None:
+    """The tables of gradients against those of layers 1..L-1, F's gradient and errors there."""
+    L = record.L
+    if L == 1:
+        assert record.distance[k] == 0
+        return
+    arriving = [e + sign * g for e, g in zip(errors, gradient, strict=True)]
+    lengths = [[x.norm() for x in of] for of in (gradient, errors, arriving)]
+    whole = [torch.stack([*of, torch.zeros(()).double()]).norm() for of in lengths]
+    same(record.gradient[k, 1:L], column(lengths[0]), 1e-8)
+    if max(whole[1:]) > 1e-9:
+        same(record.distance[k], whole[0] / max(whole[1:]), 1e-8)
+    for l, (off, *sizes) in enumerate(zip(*lengths, strict=True), start=1):
+        if max(sizes) > 1e-9:
+            same(record.distances[k, l], off / max(sizes), 1e-8)
+
+
+@given(case=cases(), eta=etas, n=steps, vinit=st.booleans(), at=st.sampled_from(["v", "vhat"]))
+@few
+def test_strict(case: Case, eta: float, n: int, vinit: bool, at: str) -> None:
+    beliefs = random_beliefs(case) if vinit else None
+    record = follow_case(case, "Strict", eta=eta, n=n, vinit=beliefs, update_at=at)
+    L = len(case.model)
+    assert (record.n, record.L, record.eta) == (n, L, eta)
+    ends = [reference.strict(*case, eta, k, beliefs, at) for k in range(1, n + 1)]
+    vhat = reference.feed_forward(case.model, case.X)
+    path = [[case.X, *beliefs[1:L], vhat[L]] if beliefs else vhat, *[end.v for end in ends]]
+
+    for k, v in enumerate(path):
+        predictions = [f(v_l).detach() for f, v_l in zip(case.model, v, strict=False)]
+        errors = [predictions[l - 1] - v[l] for l in range(1, L)]
+        loss = case.LossFun(predictions[-1], case.Y).detach()
+        same(record.energies[k], column([0, *map(half_square, errors), loss]))
+        same(record.F[k], reference.energy(case.model, case.LossFun, case.Y, v))
+
+        def F(hidden: list[Tensor], v: list[Tensor] = v) -> Tensor:
+            v = [v[0], *hidden, v[-1]]
+            return reference.latent_energy(
+                case.model, case.LossFun, case.Y, v, [1.0] * (L - 1), None
+            )
+
+        check_distance(record, k, gradients_of(F, v[1:L]) if L > 1 else [], errors, 1)
+        if k > 0:
+            moves = [(a - b).norm() for a, b in zip(v, path[k - 1], strict=True)]
+            same(record.moves[k], column(moves))
+    check_updates(record, case, [end.updates for end in ends])
+
+
+@given(case=cases(), eta=etas, n=steps, vinit=st.booleans())
+@few
+def test_error_based(case: Case, eta: float, n: int, vinit: bool) -> None:
+    beliefs = random_beliefs(case) if vinit else None
+    record = follow_case(case, "ErrorBased", eta=eta, n=n, vinit=beliefs)
+    L = len(case.model)
+    ends = [reference.error_based(*case, eta, k, beliefs) for k in range(1, n + 1)]
+    start = reference.at_errors(*case, reference.errors_of(case.model, case.X, beliefs))
+    before: list[Tensor] = []
+    for k, (_, _, _, v, epsilon, _) in enumerate([start, *ends]):
+        errors = epsilon[1:L]
+        F = reference.energy_of_errors(*case, [None, *errors]).detach()
+        same(record.F[k], F)
+        same(record.energies[k, 1:L], column([half_square(e) for e in errors]))
+        if L > 1:
+            gradient = gradients_of(
+                lambda free: reference.energy_of_errors(*case, [None, *free]), errors
+            )
+            check_distance(record, k, gradient, errors, -1)
+        if k > 0:
+            moves = [(a - b).norm() for a, b in zip(v[:L], before[:L], strict=True)]
+            same(record.moves[k, :L], column(moves), 1e-8)
+        before = v
+    check_updates(record, case, [end.updates for end in ends])
+
+
+@given(case=cases(), eta=etas, n=steps)
+@few
+def test_fixed_pred(case: Case, eta: float, n: int) -> None:
+    record = follow_case(case, "FixedPred", eta=eta, n=n)
+    L = len(case.model)
+    ends = [reference.fixed_pred(*case, eta, k) for k in range(1, n + 1)]
+    vhat = reference.feed_forward(case.model, case.X)
+    path = [vhat, *[end.v for end in ends]]
+    for k, v in enumerate(path):
+        errors = [vhat[l] - v[l] for l in range(1, L)]
+        same(record.energies[k, 1:L], column([half_square(e) for e in errors]))
+        above = [*errors, ends[0].dLdy]
+        arriving = [reference.input_vjp(case.model[l], vhat[l], above[l]) for l in range(1, L)]
+        off = [a - e for a, e in zip(arriving, errors, strict=True)]
+        check_distance(record, k, off, errors, 1)
+        if k > 0:
+            moves = [(a - b).norm() for a, b in zip(v, path[k - 1], strict=True)]
+            same(record.moves[k], column(moves), 1e-8)
+    same(record.loss, column([ends[0].Loss] * (n + 1)))
+    assert record.rises_at is None  # nothing descends
+    check_updates(record, case, [end.updates for end in ends])
+
+
+@given(case=cases())
+@few
+def test_exact(case: Case) -> None:
+    record = follow_case(case, "Exact")
+    expected = reference.exact(*case)
+    assert record.n == 1 and record.eta is None and record.stable_eta is None
+    energies = [half_square(e) for e in expected.epsilon[1:-1]]
+    same(record.energies[1], column([0, *energies, expected.Loss]))
+    assert record.distance[1] == 0
+    check_updates(record, case, [expected.updates])
+
+
+@given(case=cases(smooth=True), n=st.integers(1, 6), vinit=st.booleans())
+@few
+def test_equilibrium(case: Case, n: int, vinit: bool) -> None:
+    """Row k is what PCInfer returns for n=k; it ends as PCInfer does."""
+    beliefs = random_beliefs(case) if vinit else None
+    record = follow_case(case, "Equilibrium", n=n, vinit=beliefs)
+    updates = []
+    for k in range(1, record.n + 1):
+        end = case.infer("Equilibrium", n=k, vinit=beliefs)
+        same(record.energies[k, 1:-1], end.energy)
+        updates.append({p: p.grad for p in case.model.parameters() if p.grad is not None})
+    case.infer("Equilibrium", n=n, vinit=beliefs)
+    check_updates(record, case, updates)
+    assert record.eta is None and record.rises_at is None
+
+
+def quadratic(v: list[Tensor]) -> Tensor:
+    return torch.stack([0.1 * (l + 1) * v_l.square().sum() for l, v_l in enumerate(v)]).sum()
+
+
+@given(
+    case=cases(),
+    eta=st.floats(0.01, 0.2),
+    n=steps,
+    pi=st.floats(0.1, 3),
+    prior=st.sampled_from([None, quadratic]),
+)
+@few
+def test_latent(case: Case, eta: float, n: int, pi: float, prior: Any) -> None:
+    model, LossFun, Xinit, Y = case
+    L = len(model)
+    pis = [pi / (l + 1) for l in range(L - 1)]
+    record = follow_latent(model, LossFun, Y, Xinit, eta, n, precision=pis, prior=prior)
+    before, updates = None, []
+    for k in range(n + 1):
+        v = reference.latent(model, LossFun, Y, Xinit, eta, k, pis, prior)
+
+        def F(v: list[Tensor]) -> Tensor:
+            return reference.latent_energy(model, LossFun, Y, v, pis, prior)
+
+        errors = [model[l - 1](v[l - 1]).detach() - v[l] for l in range(1, L)]
+        hidden = [p * half_square(e) for p, e in zip(pis, errors, strict=True)]
+        loss = LossFun(model[-1](v[-1]), Y).detach()
+        energies = column([0 if prior is None else prior(v), *hidden, loss])
+        same(record.energies[k], energies)
+        same(record.F[k], F(v).detach())
+        gradient = gradients_of(F, v)
+        same(record.gradient[k, :L], column([g.norm() for g in gradient]), 1e-8)
+        weighted = [torch.zeros_like(v[0]), *[p * e for p, e in zip(pis, errors, strict=True)]]
+        sizes = [
+            torch.cat([x.flatten() for x in of]).norm()
+            for of in (weighted, [e + g for e, g in zip(weighted, gradient, strict=True)])
+        ]
+        if max(sizes) > 1e-9:
+            off = torch.cat([g.flatten() for g in gradient]).norm()
+            same(record.distance[k], off / max(sizes), 1e-8)
+        if k > 0:
+            moves = [(a - b).norm() for a, b in zip(v, before, strict=True)]
+            same(record.moves[k, :L], column(moves), 1e-8)
+            PCInferLatent(model, LossFun, Y, Xinit, eta, k, precision=pis, prior=prior)
+            updates.append({p: p.grad for p in model.parameters() if p.grad is not None})
+        before = v
+    check_updates(record, case, updates)
+
+
+# ------------------------------------------------------------------------ what it foretells
+
+
+def network(kind: str, seed: int, width: int = 6, depth: int = 4) -> Case:
+    torch.manual_seed(seed)
+    items: list[nn.Module] = [nn.Linear(5, width)]
+    for _ in range(depth - 1):
+        linear = nn.Linear(width, width)
+        with torch.no_grad():
+            linear.weight.mul_(1.7)
+        kinds = {"linear": [], "tanh": [nn.Tanh()], "relu": [nn.ReLU()], "gelu": [nn.GELU()]}
+        items.append(nn.Sequential(*kinds[kind], linear))
+    model = nn.Sequential(*items).double()
+    return Case(model, squared_error, torch.randn(8, 5).double(), torch.randn(8, width).double())
+
+
+def of_latent(v: list[Tensor]) -> Tensor:
+    return 0.1 * v[0].square().sum()
+
+
+def follower(case: Case, ErrType: str) -> Callable[..., Record]:
+    """follow or follow_latent, of eta and n alone."""
+    if ErrType != "Latent":
+        return lambda eta, n: follow_case(case, ErrType, eta=eta, n=n)
+    model, LossFun, X, Y = case
+    return lambda eta, n: follow_latent(model, LossFun, Y, X, eta, n, prior=of_latent)
+
+
+STEPPING = ["Strict", "ErrorBased", "Latent"]
+
+
+@pytest.mark.parametrize("ErrType", STEPPING)
+@pytest.mark.parametrize("kind", ["linear", "tanh"])
+def test_the_largest_stable_eta_is_two_over_the_hessians_largest_eigenvalue(
+    ErrType: str, kind: str
+) -> None:
+    case = network(kind, seed=0)
+    record = follower(case, ErrType)(0.1, 150)
+    L = record.L
+    if ErrType == "ErrorBased":
+        at = case.infer("ErrorBased", eta=0.1, n=150).epsilon[1:-1]
+    elif ErrType == "Strict":
+        at = case.infer("Strict", eta=0.1, n=150).v[1:-1]
+    else:
+        model, LossFun, X, Y = case
+        at = PCInferLatent(model, LossFun, Y, X, 0.1, 150, prior=of_latent).v[:-1]
+    shapes = [x.shape for x in at]
+
+    def F(flat: Tensor) -> Tensor:
+        parts = flat.split([shape.numel() for shape in shapes])
+        free = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        if ErrType == "ErrorBased":
+            return reference.energy_of_errors(*case, [None, *free])
+        v = free if ErrType == "Latent" else [case.X, *free]
+        chosen = of_latent if ErrType == "Latent" else None
+        ones = [1.0] * (L - 1)
+        return reference.latent_energy(case.model, case.LossFun, case.Y, v, ones, chosen)
+
+    H = torch.autograd.functional.hessian(F, torch.cat([x.flatten() for x in at]))
+    limit = 2 / torch.linalg.eigvalsh(H)[-1].item()
+    assert limit <= record.stable_eta * (1 + 1e-6)  # an estimate of lambda from below
+    assert record.stable_eta < 1.03 * limit
+
+
+@pytest.mark.parametrize("ErrType", STEPPING)
+def test_above_the_largest_stable_eta_F_grows_and_below_it_falls(ErrType: str) -> None:
+    run = follower(network("linear", seed=0), ErrType)
+    settled = run(0.1, 100)
+    limit, lowest, start = settled.stable_eta, settled.F[-1], settled.F[0]
+    below, above = run(0.97 * limit, 100), run(1.03 * limit, 200)
+    assert below.rises_at is None
+    assert below.F[-1] - lowest < 0.02 * (start - lowest)
+    assert above.rises_at is not None
+    assert above.F[-1] > start
+    # The record of the unstable run knows the limit by itself.
+    assert 0.99 * limit < above.stable_eta < 1.01 * limit
+    assert f"above the largest stable {limit:.2g}: F rises from" in above.verdict[0]
+
+
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+@pytest.mark.parametrize("kind", ["tanh", "gelu"])
+def test_near_the_equilibrium_of_a_nonlinear_network_too(ErrType: str, kind: str) -> None:
+    """Further away it may come to rest in a cycle, or find a flatter place."""
+    case = network(kind, seed=1)
+    settled = case.infer("Equilibrium", n=200)
+    limit = follow_case(case, ErrType, eta=1e-3, n=1, vinit=settled.v).stable_eta
+    near = [v_l + 1e-4 * torch.randn_like(v_l) for v_l in settled.v]
+    below = follow_case(case, ErrType, eta=0.97 * limit, n=60, vinit=near)
+    above = follow_case(case, ErrType, eta=1.03 * limit, n=120, vinit=near)
+    assert below.rises_at is None
+    assert below.distance[-1] < 0.5 * below.distance[0]
+    rises = above.rises_at
+    assert rises is not None
+    grown = above.gradient.norm(dim=1)
+    assert grown[-1] > 20 * grown[rises]
+
+
+@pytest.mark.parametrize("ErrType", [*STEPPING, "FixedPred"])
+@pytest.mark.parametrize("kind", ["linear", "tanh"])
+def test_the_n_that_is_foretold_is_the_n_that_is_needed(ErrType: str, kind: str) -> None:
+    run = follower(network(kind, seed=1), ErrType)
+    eta = 0.1 if ErrType == "FixedPred" else 0.4 * run(0.1, 40).stable_eta
+    found = run(eta, 300).n_reached
+    early = run(eta, max(2, found // 3))
+    assert not early.converged
+    foretold = early.n_needed
+    tolerance = 0 if ErrType == "FixedPred" else 0.15
+    assert abs(foretold - found) <= 1 + tolerance * found, (foretold, found)
+    assert f"n = {foretold} with this eta" in early.verdict[0]
+
+
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_where_units_switch_no_n_is_foretold_that_is_not_enough(ErrType: str, seed: int) -> None:
+    """Between the pieces of a network of ReLUs the descent rattles, and comes no nearer."""
+    run = follower(network("relu", seed), ErrType)
+    record = run(0.15, 60)
+    if (foretold := record.n_needed) is not None:
+        assert run(0.15, 2 * foretold).converged
+    else:
+        assert "1 % takes" not in str(record)
+
+
+# ----------------------------------------------------------------------- what a call leaves alone
+
+
+class Noisy(nn.Module):
+    """Draws from a generator of its own, and counts in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        noise = torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
+        return x + 0.1 * noise
+
+
+def eventful_case() -> Case:
+    """With everything that a call may change: dropout, running statistics, a generator, tied weights."""
+    tied = nn.Linear(6, 6)
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)),
+        nn.Sequential(nn.ReLU(inplace=True), tied, nn.Dropout(0.3)),
+        Noisy(),
+        nn.Sequential(nn.Tanh(), tied),
+        nn.Linear(6, 3),
+    ).double()
+    return Case(model, nn.CrossEntropyLoss(), torch.randn(7, 5).double(), torch.randint(3, (7,)))
+
+
+def state(case: Case) -> tuple[Any, ...]:
+    """All that a call might change: tensors themselves, their values and their versions."""
+    named = [*case.model.named_parameters(), *case.model.named_buffers()]
+    return (
+        torch.get_rng_state().tolist(),
+        case.model[2].generator.get_state().tolist(),
+        [(name, id(x), x.detach().clone().flatten().tolist()) for name, x in named],
+        [
+            (id(p.grad), None if p.grad is None else p.grad.tolist())
+            for p in case.model.parameters()
+        ],
+        [p._version for p in case.model.parameters()],
+        [module.training for module in case.model.modules()],
+        (case.X.grad, case.X._version, case.X.tolist(), case.Y.tolist()),
+    )
+
+
+def follow_all(case: Case, ErrType: str, **options: Any) -> Record:
+    if ErrType != "Latent":
+        return follow_case(case, ErrType, **options)
+    prior = options.pop("prior", None)
+    return follow_latent(
+        case.model, case.LossFun, case.Y, case.X.detach(), 0.1, options.get("n", 4), prior=prior
+    )
+
+
+@pytest.mark.parametrize("ErrType", [*ERR_TYPES, "Latent"])
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_call_changes_nothing(ErrType: str, grads: bool) -> None:
+    case = eventful_case()
+    case.X.requires_grad_()
+    if grads:
+        case.LossFun(case.model(case.X.detach()), case.Y).backward()
+    before = state(case)
+    with torch.no_grad() if grads else torch.enable_grad():
+        first = follow_all(case, ErrType, n=4)
+    assert state(case) == before
+    again = follow_all(case, ErrType, n=4)
+    assert state(case) == before
+    assert torch.equal(first.energies, again.energies)
+
+
+@pytest.mark.parametrize("ErrType", ["FixedPred", "Strict", "Latent"])
+def test_a_call_that_raises_changes_nothing(ErrType: str) -> None:
+    case = eventful_case()
+    failing = case._replace(LossFun=lambda y, Y: y.sum(dim=1))
+    before = state(case)
+    with pytest.raises(ValueError, match="LossFun must return a scalar"):
+        follow_all(failing, ErrType, n=2)
+    assert state(case) == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_that_was_there_before_can_still_be_walked(training: bool) -> None:
+    """In eval mode the running statistics are part of it."""
+    case = eventful_case()
+    case.model.train(training)
+    Loss = case.LossFun(case.model(case.X), case.Y)
+    if training:
+        case.model.eval()
+    follow_case(case, "Strict", n=2)
+    Loss.backward()
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+def test_it_is_the_same_inference_with_the_same_random_numbers(ErrType: str) -> None:
+    case = eventful_case()
+    case.infer(ErrType, n=4)  # nothing is warned of twice
+    torch.manual_seed(5)
+    twin = copy.deepcopy(case.model[2].generator.get_state())
+    record = follow_case(case, ErrType, n=4)
+    torch.manual_seed(5)
+    case.model[2].generator.set_state(twin)
+    result = case.infer(ErrType, n=4)
+    updates = {p: p.grad for p in case.model.parameters()}
+    torch.manual_seed(5)
+    case.model[2].generator.set_state(twin)
+    case.infer("Exact")
+    for l, layer in enumerate(case.model, start=1):
+        parameters = list(layer.parameters())
+        if parameters:
+            u = torch.cat([updates[p].flatten() for p in parameters])
+            g = torch.cat([p.grad.flatten() for p in parameters])
+            same(record.size[-1, l], u.norm() / g.norm(), 1e-8)
+    if ErrType in ("Exact", "ErrorBased", "Equilibrium"):
+        same(record.energies[-1, 1:-1], result.energy)
+    same(record.loss[0], result.Loss)
+
+
+def test_eta_auto_is_the_step_that_the_call_takes() -> None:
+    case = network("tanh", 0)
+    for ErrType in ("Strict", "ErrorBased"):
+        record = follow_case(case, ErrType, eta="auto", n=5)
+        assert 0.3 * record.stable_eta < record.eta < record.stable_eta
+        steps = follow_case(case, ErrType, eta=record.eta, n=5)
+        assert torch.equal(record.energies, steps.energies)
+        assert torch.equal(record.moves, steps.moves)
+
+
+def test_where_auto_starts_anew_the_record_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = network("linear", 0)
+    limit = follow_case(case, "Strict", n=10).stable_eta
+    monkeypatch.setattr("torch2pc.strict.safe_step", lambda *_: 3 * limit)
+    ks: list[int] = []
+    case.infer("Strict", eta="auto", n=20, callback=lambda k, *_: ks.append(k))
+    assert ks == [*range(1, 21)] * 2  # the second time with a quarter of it
+    record = follow_case(case, "Strict", eta="auto", n=20)
+    assert record.n == 20 and record.eta == 0.75 * limit and record.rises_at is None
+    again = follow_case(case, "Strict", eta=record.eta, n=20)
+    for name in ("energies", "moves", "distances", "size"):
+        assert_close(getattr(record, name).nan_to_num(), getattr(again, name).nan_to_num(), 1e-12)
+    assert record.stable_eta == again.stable_eta and record.outlook == again.outlook
+
+
+def test_the_cost_is_linear_in_n(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = network("tanh", 0)
+    follow_case(case, "Strict", n=1)  # a layer's displacement is checked the first time
+    evaluated = [0]
+    forward = Displacement.forward
+
+    def counted(self: Displacement, delta: Tensor) -> object:
+        evaluated[0] += 1
+        return forward(self, delta)
+
+    monkeypatch.setattr(Displacement, "forward", counted)
+    counts = []
+    for n in (0, 10, 20, 30):
+        evaluated[0] = 0
+        follow_case(case, "Strict", eta=0.05, n=n + 10)
+        counts.append(evaluated[0])
+    assert counts[3] - counts[2] == counts[2] - counts[1] == counts[1] - counts[0] <= 10 * 3 * 2
+
+
+@pytest.mark.parametrize("eta", [0.1, 5.0])
+def test_it_waits_for_the_device_only_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, eta: float
+) -> None:
+    """Of what reads a tensor's value, as much for 30 iterations as for 3."""
+    case = network("tanh", 0)
+    follow_case(case, "Strict", n=2)
+    reads = [0]
+    for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__", "nonzero"):
+        plain = getattr(Tensor, name)
+
+        def counted(self: Tensor, *args: Any, plain: Any = plain, **options: Any) -> Any:
+            reads[0] += 1
+            return plain(self, *args, **options)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    counts = []
+    for n in (3, 30):
+        reads[0] = 0
+        follow_case(case, "Strict", n=n, eta=eta)
+        counts.append(reads[0])
+    assert counts[0] == counts[1] > 0
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        (dict(model=nn.Linear(2, 2)), TypeError, "model must be an nn.Sequential"),
+        (dict(LossFun="mse"), TypeError, "LossFun must be a callable"),
+        (dict(X=[[1.0]]), TypeError, "X must be a torch.Tensor"),
+        (dict(ErrType="strict"), ValueError, "ErrType must be one of"),
+        (dict(eta="fast"), ValueError, "eta must be a finite number"),
+        (dict(eta=float("nan")), ValueError, "eta must be a finite number"),
+        (dict(n=0), ValueError, "n must be an int >= 1, got 0"),
+        (dict(n=2.0), TypeError, "n must be an int >= 1, got float"),
+        (dict(vinit=[None]), ValueError, "vinit must have"),
+        (dict(update_at="x"), ValueError, "update_at must be"),
+    ],
+)
+def test_bad_arguments(given: dict[str, Any], error: type[Exception], match: str) -> None:
+    case = network("tanh", 0)
+    arguments = {**case._asdict(), "ErrType": "Strict", **given}
+    with pytest.raises(error, match=match):
+        follow(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        (dict(model=nn.Sequential()), ValueError, "model must have at least one layer"),
+        (dict(Xinit=torch.ones(2, 5).long()), TypeError, "Xinit must be a floating-point tensor"),
+        (dict(precision=-1), ValueError, "precision of layer 1"),
+        (dict(prior=3), TypeError, "prior must be a callable"),
+        (dict(n=None), TypeError, "n must be an int >= 1"),
+        (dict(eta=None), TypeError, "eta must be"),
+    ],
+)
+def test_bad_arguments_of_follow_latent(
+    given: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    model, LossFun, X, Y = network("tanh", 0)
+    arguments = dict(model=model, LossFun=LossFun, Y=Y, Xinit=X, eta=0.1, n=3)
+    with pytest.raises(error, match=match):
+        follow_latent(**{**arguments, **given})
+
+
+def test_a_transform_is_refused() -> None:
+    case = network("tanh", 0)
+
+    def inside(x: Tensor) -> Tensor:
+        return follow(case.model, case.LossFun, x, case.Y, "Strict").F[-1]
+
+    with pytest.raises(RuntimeError, match="transform"):
+        torch.func.grad(inside)(case.X)
+
+
+# ---------------------------------------------------------------------------------- what it says
+
+
+def test_the_advice_on_eta_makes_F_fall() -> None:
+    for ErrType in STEPPING:
+        run = follower(network("tanh", 1), ErrType)
+        record = run(1.5 * run(0.05, 100).stable_eta, 30)
+        (advised,) = [said.split("try eta = ")[1] for said in record.verdict if "try eta" in said]
+        better = run(float(advised.rstrip(".")), 30)
+        assert better.rises_at is None
+        assert not any("try" in said for said in better.verdict)
+
+
+def test_the_advice_on_n_and_eta_converges() -> None:
+    case = network("tanh", 1)
+    record = follow_case(case, "Strict", eta=0.03, n=60)
+    (said,) = [said for said in record.verdict if said.startswith("Not converged")]
+    n, eta = said.split("or n = ")[1].rstrip(".").split(" with eta = ")
+    better = follow_case(case, "Strict", eta=float(eta), n=int(n))
+    assert better.distance[-1] < 0.015
+    assert int(n) < record.n_needed / 3
+
+
+def test_no_advice_that_the_record_does_not_support() -> None:
+    case = network("linear", 0)
+    settled = follow_case(case, "Strict", eta=0.1, n=200)
+    assert settled.converged and settled.n_needed == settled.n_reached < 200
+    assert settled.verdict[0].startswith("Converged")
+    assert not any(word in str(settled) for word in ("try", "Not converged", "rises"))
+    exact = follow_case(case, "Exact")
+    assert exact.verdict == [
+        "The errors are the gradients of the loss: there is nothing to choose."
+    ]
+    one = follow(nn.Sequential(nn.Linear(5, 6)).double(), *case[1:], "Strict")
+    assert "One layer" in one.verdict[0] and one.stable_eta is None
+    # Steps of nothing, or backwards, lead nowhere, so that no n is foretold.
+    still = follow_case(case, "Strict", eta=0.0, n=5)
+    assert still.n_needed is None and not still.moves.any()
+    backwards = follow_case(case, "Strict", eta=-0.05, n=5)
+    assert "below 0" in backwards.verdict[0] and backwards.rises_at is not None
+    # Layers that nothing has reached are named.
+    short = follow_case(case, "Strict", eta=0.1, n=2)
+    assert "No error has reached layers 1 and 2: they do not learn." in short.verdict
+    assert short.size[-1, 1] == short.size[-1, 2] == 0 < short.size[-1, 3]
+
+
+def test_integer_inputs_and_sparse_gradients() -> None:
+    embedding = nn.Embedding(9, 4, sparse=True)
+    model = nn.Sequential(embedding, nn.Sequential(nn.Tanh(), nn.Linear(4, 3))).double()
+    X, Y = torch.randint(9, (7,)), torch.randint(3, (7,))
+    for ErrType in ERR_TYPES:
+        record = follow(model, nn.CrossEntropyLoss(), X, Y, ErrType, n=3)
+        PCInfer(model, nn.CrossEntropyLoss(), X, Y, ErrType, n=3)
+        found = embedding.weight.grad.to_dense()
+        PCInfer(model, nn.CrossEntropyLoss(), X, Y, "Exact")
+        same(record.size[-1, 1], found.norm() / embedding.weight.grad.to_dense().norm(), 1e-8)
+
+
+def test_what_is_not_finite_is_said() -> None:
+    record = follow_case(network("linear", 0), "Strict", eta=50.0, n=600)
+    assert not record.F[-1].isfinite()
+    assert "above the largest stable" in record.verdict[0]
+    assert record.stable_eta < 1 and record.n_needed is None
+    assert str(record) and record._repr_html_()
+
+
+def test_a_loss_that_starts_at_its_minimum() -> None:
+    case = network("tanh", 0)
+    still = case._replace(Y=case.model(case.X).detach())
+    for ErrType in [*ERR_TYPES, "Latent"]:
+        record = follow_all(still, ErrType, n=3)
+        assert not record.distance.any() and not record.energies[:, 1:].any()
+        assert str(record)
+
+
+def test_what_float32_would_leave_is_what_the_plain_iteration_loses() -> None:
+    """Plain Strict in float32 against float64, layer by layer."""
+    torch.manual_seed(0)
+    items = [nn.Linear(8, 8), *[nn.Sequential(nn.Tanh(), nn.Linear(8, 8)) for _ in range(5)]]
+    model = nn.Sequential(*items).double()
+    case = Case(model, nn.MSELoss(), torch.randn(32, 8).double(), torch.randn(32, 8).double())
+    record = follow_case(case, "Strict", n=12)
+    single = Case(copy.deepcopy(model).float(), case.LossFun, case.X.float(), case.Y.float())
+    precise, plain = reference.strict(*case, 0.1, 12), reference.strict(*single, 0.1, 12)
+    lost = [
+        ((b.double() - a).norm() / a.norm()).item()
+        for a, b in zip(precise.epsilon[1:-1], plain.epsilon[1:-1], strict=True)
+    ]
+    foretold = [1 - share for share in record.resolved[1:-1]]
+    assert lost[0] > 0.02 and lost[-1] < 1e-4
+    for of_plain, of_record in zip(lost, foretold, strict=True):
+        # One rounding, where the iteration makes many.
+        assert of_record / 2 < of_plain < 30 * of_record or of_plain > 1
+
+
+class Branching(nn.Linear):
+    """Its operations depend on a value, so that its errors are differences."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+def test_layers_whose_errors_float32_does_not_resolve_are_named() -> None:
+    torch.manual_seed(0)
+    middle = [Branching(8, 8) for _ in range(8)]
+    model = nn.Sequential(nn.Linear(8, 8), *middle, nn.Linear(8, 8))
+    X, Y = 30 * torch.randn(32, 8), torch.randn(32, 8)
+    record = follow(model, lambda y, Y: 1e-3 * (y - Y).square().mean(), X, Y, "Strict", n=12)
+    assert record.differences == list(range(2, 10))
+    assert any("are computed as differences" in said for said in record.verdict)
+
+
+def test_summary_dict_pickle_and_notebook(capsys: pytest.CaptureFixture[str]) -> None:
+    record = follow_case(network("tanh", 0), "Strict", n=8)
+    record.summary()
+    assert capsys.readouterr().out == f"{record}\n"
+    assert str(record).startswith("Strict, eta = 0.1, n = 8, 4 layers\nlayer")
+    assert all(len(line) < 130 for line in str(record).splitlines())
+    assert "Record of Strict" in repr(record)
+    numbers = record.to_dict()
+    assert all(type(x) is float for x in numbers.values())
+    assert numbers["F"] == record.F[-1] and numbers["cosine/2"] == record.cosine[-1, 2]
+    loaded = pickle.loads(pickle.dumps(record))
+    assert str(loaded) == str(record) and loaded.to_dict() == numbers
+    shown = record._repr_html_()
+    assert shown.count("<tr>") == 5 and "data:image/png;base64," in shown
+
+
+@pytest.mark.parametrize(
+    ("ErrType", "eta"), [*[(ErrType, 0.1) for ErrType in [*ERR_TYPES, "Latent"]], ("Strict", 50.0)]
+)
+def test_plots(ErrType: str, eta: float) -> None:
+    from matplotlib.figure import Figure
+
+    case = network("tanh", 0)
+    record = (
+        follower(case, "Latent")(eta, 9)
+        if ErrType == "Latent"
+        else (follow_case(case, ErrType, eta=eta, n=9))
+    )
+    figure = Figure(layout="constrained")
+    assert record.plot(figure) is figure
+    figure.savefig(io.BytesIO())
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert len(panels) == 6
+    lines = {axes.get_title(): axes.get_lines() for axes in panels}
+    drawn = lines["energy of each layer"]
+    assert len(drawn) in (0, 3)
+    shown = lines["size of the update / backprop's"]
+    assert len(shown) == 1 + 4  # and the line at 1
+    F = [line for line in lines.get("F, and the loss", []) if line.get_label() == "F"]
+    assert len(F) == (ErrType not in ("Exact", "FixedPred"))
+
+
+def test_matplotlib_is_not_imported_before_a_plot_is_drawn() -> None:
+    program = (
+        "import sys, torch, torch2pc as t\n"
+        "m, X = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), torch.ones(1, 2)\n"
+        "r = t.follow(m, torch.nn.MSELoss(), X, X, 'Strict', n=2)\n"
+        "str(r), r.to_dict()\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
