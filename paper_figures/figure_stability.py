@@ -253,11 +253,16 @@ def blew_up(losses: Sequence[float]) -> bool:
     So does one that is not finite, or that never fell by a tenth. The means of ten steps in a row are
     compared.
     """
-    means = [statistics.fmean(losses[k : k + 10]) for k in range(len(losses) - 9)]
+    means = means_of_ten(losses)
     lowest = min(range(len(means)), key=lambda k: (not math.isfinite(means[k]), means[k]))
     bound = max(losses[0] / 3, 3 * means[lowest])
     learns = means[lowest] <= 0.9 * losses[0]
     return not (learns and all(mean <= bound for mean in means[lowest:]))
+
+
+def means_of_ten(losses: Sequence[float]) -> list[float]:
+    """The means of each ten steps in a row."""
+    return [statistics.fmean(losses[k : k + 10]) for k in range(len(losses) - 9)]
 
 
 def is_lost(losses: Sequence[float]) -> bool:
@@ -446,15 +451,14 @@ def draw(plan: Plan, runs: Runs, data: DataSet) -> Figure:
     for method in METHODS:
         found = runs[plan.followed(method)]
         style = _style(method, label=method)
-        loss.plot(found["loss"], **{**style, "linewidth": 0.8})
+        loss.plot(means_of_ten(found["loss"]), **style)
         steps = range(0, EVERY * len(found["growth"]), EVERY)
         growth.plot(steps, found["growth"], **style)
     shown = f"{plan.shown}, cross-entropy, lr {plan.cured_lr[0]:g}"
-    loss.set(xlabel="training step", ylabel="loss", yscale="log", title=shown)
+    loss.set(xlabel="training step", ylabel="loss (mean of 10 steps)", yscale="log", title=shown)
     growth.set(
         xlabel="training step",
         ylabel="inactive units: growth of |W_j|",
-        yscale="log",
         title=shown,
     )
     draw_optimizers(optimizers, plan, runs)
@@ -468,6 +472,15 @@ def draw(plan: Plan, runs: Runs, data: DataSet) -> Figure:
     handles, labels = loss.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+def accuracies_shown(plan: Plan, runs: Runs) -> tuple[float, float]:
+    """The range of accuracies of panels C and E to H, which they share."""
+    swept = itertools.product(plan.activations, plan.lr, METHODS)
+    found = _accuracies(runs, itertools.starmap(plan.swept_at, swept))
+    optimized = itertools.product(METHODS, OPTIMIZERS)
+    found += _accuracies(runs, itertools.starmap(plan.optimized, optimized))
+    return min(found) - 2, max(found) + 2
 
 
 def draw_optimizers(axes: Axes, plan: Plan, runs: Runs) -> None:
@@ -485,7 +498,7 @@ def draw_optimizers(axes: Axes, plan: Plan, runs: Runs) -> None:
     axes.set(
         xlabel="Adam at lr 2e-3, by its eps",
         ylabel="test accuracy (%)",
-        ylim=(0, 100),
+        ylim=accuracies_shown(plan, runs),
         title=f"{plan.swept}, cross-entropy",
     )
 
@@ -504,9 +517,9 @@ def draw_leads(axes: Axes, plan: Plan, runs: Runs) -> None:
     names = [f"{name}, {SHORT[loss]}, {lr:g}" for name, loss, lr in place]
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yscale("symlog", linthresh=5)
-    axes.set_yticks([-50, -10, -5, 0, 5], ["-50", "-10", "-5", "0", "5"])
+    axes.set_yticks([-50, -10, -5, 0, 5, 10], ["-50", "-10", "-5", "0", "5", "10"])
     seeds = "seed" if plan.seeds == 1 else "seeds"
-    axes.set(ylabel="above backprop (points)", title=f"{plan.seeds} {seeds}")
+    axes.set(ylabel="above backprop (points)", title=f"{plan.seeds} {seeds}", ylim=(-100, 20))
 
 
 def draw_swept(axes: Axes, activation: str, plan: Plan, runs: Runs) -> None:
@@ -518,12 +531,12 @@ def draw_swept(axes: Axes, activation: str, plan: Plan, runs: Runs) -> None:
     axes.set(
         xlabel="learning rate (Adam)",
         ylabel="test accuracy (%)",
-        ylim=(0, 100),
+        ylim=accuracies_shown(plan, runs),
         title=f"{activation}, {plan.swept}, cross-entropy",
     )
 
 
-def _accuracies(runs: Runs, trainings: Sequence[Training]) -> list[float]:
+def _accuracies(runs: Runs, trainings: Iterable[Training]) -> list[float]:
     return [100 * runs[training]["accuracy"] for training in trainings]
 
 
