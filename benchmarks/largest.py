@@ -6,7 +6,8 @@ So with P bytes of parameters, B of outputs and S of prepared tensors, both for 
 
     Strict = (2 + optimizer) P + batch (4 B + S) + one layer's evaluation
 
-(layer 1, whose input is clamped, is prepared with nothing). Parts of a batch can be taken one after the
+(layer 1, whose input is clamped, is prepared with nothing). That is an upper bound: where parameters outweigh
+the beliefs, the updates take the place of what is no longer needed by then. Parts of a batch can be taken one after the
 other, so that ``batch`` is a choice, down to 1.
 """
 
@@ -115,7 +116,7 @@ def middle_layer(family: Family, width: int, batch: int) -> Layer:
     X = torch.randn(batch, *family.shape(width))
     network = Network(model, loss, X, torch.zeros_like(X))
     with network.replaying():
-        vhat, _, _ = network.record()
+        vhat, _, _ = network.record(free_input=False)
     displacement = network.layers[1].displacement
     assert isinstance(displacement, Displacement)
     held = {*map(storage, model.parameters()), *map(storage, vhat)}

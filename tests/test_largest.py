@@ -19,7 +19,7 @@ from torch2pc import PCInfer
 
 @pytest.mark.parametrize("family", FAMILIES[:2], ids=lambda family: family.name.partition(":")[0])
 def test_formula_is_what_is_measured(family: largest.Family) -> None:
-    assert 0.9 < measured(family, 8) < 1.1
+    assert 0.7 < measured(family, 8) < 1.1
 
 
 def test_sizes_of_a_layer() -> None:

@@ -285,13 +285,13 @@ def accuracy_after_training(ErrType: str, autocast: bool, seed: int, steps: int 
 
 @pytest.mark.parametrize("ErrType", ["FixedPred", "Strict"])
 def test_bfloat16_autocast_learns_as_well_as_float32(ErrType: str) -> None:
-    """In the mean of four seeds: one moves by a point or two, with backpropagation too."""
+    """In the mean of two seeds: one moves by a point or two, with backpropagation too."""
     of_float32, of_bfloat16 = (
-        sum(accuracy_after_training(ErrType, autocast, seed) for seed in range(4)) / 4
+        sum(accuracy_after_training(ErrType, autocast, seed) for seed in range(2)) / 2
         for autocast in (False, True)
     )
     assert of_float32 > 80
-    assert abs(of_bfloat16 - of_float32) < 1
+    assert abs(of_bfloat16 - of_float32) < 2
 
 
 def updates_of_each_layer(model: nn.Sequential, ErrType: str, kind: str) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -498,16 +497,10 @@ def test_latent_energies_fall(case: Case, weight: float | None) -> None:
 # Compiled.
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("error:compile=True")
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "cl"))),
-    reason="torch.compile needs a C++ compiler",
-)
-def test_compiled_it_is_the_same() -> None:
+def test_compiled_it_runs_plainly_and_says_so() -> None:
     case = steep_case()
-    for options in [dict(n=5), dict(n=20), dict(vinit=random_beliefs(case))]:
-        plain, gradients = case.infer("Strict", eta="auto", **options), case.gradients()
-        found = case.infer("Strict", eta="auto", compile=True, **options)
-        assert_close(list(found), list(plain))
-        assert_close(case.gradients(), gradients)
+    plain, gradients = case.infer("Strict", eta="auto", n=5), case.gradients()
+    with pytest.warns(UserWarning, match='eta="auto" finds its step size as it runs'):
+        found = case.infer("Strict", eta="auto", n=5, compile=True)
+    assert_close(list(found), list(plain))
+    assert_close(case.gradients(), gradients)
