@@ -42,7 +42,7 @@ class _Model:
         self.has_reason = False
 
     def capture(self, asked: Any, *arguments: Any) -> Any:
-        """Run a call that is captured, or was before; ``asked`` tells apart what no guard does."""
+        """Run a call that is captured, or was before."""
         from torch2pc.tracing import capture
 
         if asked not in self.captures:
@@ -149,7 +149,7 @@ class Call:
         before, _local.call = getattr(_local, "call", None), self
         try:
             kept.capture(
-                (self.asked, _forward_hooks(network)),
+                self.asked,
                 tuple([layer.function for layer in network.layers]),
                 (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
                 *(network.loss.function, None if self.prior is None else self.prior.function),
@@ -278,17 +278,6 @@ def _options(device: torch.device) -> dict[str, Any]:
     return {**options, **fast_products()}
 
 
-def _forward_hooks(network: Network) -> tuple[Any, ...]:
-    """The hooks that are captured with the modules, for which torch.compile has no guards."""
-    return tuple(
-        [
-            (k, *module._forward_pre_hooks, None, *module._forward_hooks)
-            for k, module in enumerate(network.modules)
-            if module._forward_pre_hooks or module._forward_hooks
-        ]
-    )
-
-
 def _hooked(network: Network) -> str | None:
     """Why a model cannot be captured: hooks on it that see more than a feed-forward pass."""
     if any(getattr(network.model, name) for name in HOOKS) or any(GLOBAL_HOOKS):
@@ -296,6 +285,9 @@ def _hooked(network: Network) -> str | None:
     for module in network.modules:
         if module._backward_hooks or module._backward_pre_hooks:
             return "a module has a backward hook"
+        # torch.compile has no guards for these, and may lose what they write into lists.
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a forward hook is registered on {type(module).__name__}"
         if hasattr(type(module).forward, "displacement_rule"):
             return f"{type(module).__name__} has a displacement_rule"
     return None
