@@ -7,8 +7,8 @@ So with P bytes of parameters, B of outputs and S of prepared tensors, both for 
     Strict = (2 + optimizer) P + batch (4 B + S) + one layer's evaluation
 
 (layer 1, whose input is clamped, is prepared with nothing). That is an upper bound: where parameters outweigh
-the beliefs, the updates take the place of what is no longer needed by then. Parts of a batch can be taken one after the
-other, so that ``batch`` is a choice, down to 1.
+the beliefs, the updates take the place of what is no longer needed by then. Parts of a batch can be taken
+one after the other, so that ``batch`` is a choice, down to 1.
 """
 
 from __future__ import annotations
