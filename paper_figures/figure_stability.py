@@ -39,13 +39,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import torch2pc
 from paper_figures.data import DataSet, load_digits
 from paper_figures.nets import mnist_net
 from paper_figures.plotting import letter, panels
-from paper_figures.report import Number, Options, save, write_atomically
+from paper_figures.report import Number, Options, save
+from paper_figures.runs import Runs
 from paper_figures.training import (
     backprop_step,
     cross_entropy,
@@ -272,34 +272,6 @@ def is_lost(losses: Sequence[float]) -> bool:
     return len(losses) > 20 and statistics.fmean(losses[-10:]) > 3 * losses[0]
 
 
-class Runs:
-    """The trainings that are finished, kept in a file from one command to the next."""
-
-    def __init__(self, data: DataSet, options: Options) -> None:
-        self._data, self._options = data, options
-        self._path = options.out / "figure_stability_runs.json"
-        self._found: dict[str, Any] = {}
-        if self._path.is_file():
-            self._found = json.loads(self._path.read_text("utf-8"))
-
-    def __getitem__(self, training: Training) -> dict[str, Any]:
-        return self._found[training.key(self._data.name)]
-
-    def finish(self, trainings: Iterable[Training]) -> None:
-        """Do those of the trainings that are not done yet."""
-        todo = [
-            training
-            for training in dict.fromkeys(trainings)
-            if training.key(self._data.name) not in self._found
-        ]
-        for training in tqdm(todo, "figure stability", unit="training"):
-            found = train(training, self._data, self._options)
-            self._found[training.key(self._data.name)] = found
-            self._options.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self._found)  # NaN and infinity as Python writes them
-            write_atomically(self._path, lambda path, text=text: path.write_text(text, "utf-8"))
-
-
 @dataclass(frozen=True)
 class Plan:
     """What is trained: all of it, or the short version."""
@@ -381,7 +353,7 @@ def plan_of(options: Options) -> Plan:
 
 def run(options: Options) -> list[Number]:
     data, plan = load_digits(options.data), plan_of(options)
-    runs = Runs(data, options)
+    runs = Runs("figure_stability", train, data, options)
     runs.finish(plan.all())
     numbers = numbers_of(plan, runs)
     save(
@@ -401,7 +373,7 @@ def run(options: Options) -> list[Number]:
     return numbers
 
 
-def numbers_of(plan: Plan, runs: Runs) -> list[Number]:
+def numbers_of(plan: Plan, runs: Runs[Training]) -> list[Number]:
     """What the two cures promise, and what there is without them."""
     numbers = []
     for method in (*CURES, CUT_ALONE):
@@ -420,12 +392,16 @@ def numbers_of(plan: Plan, runs: Runs) -> list[Number]:
     return numbers
 
 
-def mean_leads(plan: Plan, runs: Runs, method: str) -> dict[tuple[str, str, float], float]:
+def mean_leads(
+    plan: Plan, runs: Runs[Training], method: str
+) -> dict[tuple[str, str, float], float]:
     """By network, loss and lr: the accuracy above backprop's in points, the mean of all seeds."""
     return {place: statistics.fmean(values) for place, values in leads(plan, runs, method).items()}
 
 
-def leads(plan: Plan, runs: Runs, method: str) -> dict[tuple[str, str, float], list[float]]:
+def leads(
+    plan: Plan, runs: Runs[Training], method: str
+) -> dict[tuple[str, str, float], list[float]]:
     """The same for each seed."""
     found: dict[tuple[str, str, float], list[float]] = {}
     for training, lead in leads_of(plan, runs, method):
@@ -433,7 +409,7 @@ def leads(plan: Plan, runs: Runs, method: str) -> dict[tuple[str, str, float], l
     return found
 
 
-def leads_of(plan: Plan, runs: Runs, method: str) -> Iterator[tuple[Training, float]]:
+def leads_of(plan: Plan, runs: Runs[Training], method: str) -> Iterator[tuple[Training, float]]:
     """Each training of a method, and how far it ends above backprop's."""
     for training in plan.cured():
         if training.method == method:
@@ -441,7 +417,7 @@ def leads_of(plan: Plan, runs: Runs, method: str) -> Iterator[tuple[Training, fl
             yield training, 100 * (runs[training]["accuracy"] - runs[backprop]["accuracy"])
 
 
-def draw(plan: Plan, runs: Runs, data: DataSet) -> Figure:
+def draw(plan: Plan, runs: Runs[Training], data: DataSet) -> Figure:
     title = (
         f"Strict (η = 0.1 or auto, n = {N}) with updates at v and at vhat, cut after and before the "
         f"activation\n{data.described(plan.steps, BATCH_SIZE)}"
@@ -474,7 +450,7 @@ def draw(plan: Plan, runs: Runs, data: DataSet) -> Figure:
     return figure
 
 
-def accuracies_shown(plan: Plan, runs: Runs) -> tuple[float, float]:
+def accuracies_shown(plan: Plan, runs: Runs[Training]) -> tuple[float, float]:
     """The range of accuracies of panels C and E to H, which they share."""
     swept = itertools.product(plan.activations, plan.lr, METHODS)
     found = _accuracies(runs, itertools.starmap(plan.swept_at, swept))
@@ -483,7 +459,7 @@ def accuracies_shown(plan: Plan, runs: Runs) -> tuple[float, float]:
     return min(found) - 2, max(found) + 2
 
 
-def draw_optimizers(axes: Axes, plan: Plan, runs: Runs) -> None:
+def draw_optimizers(axes: Axes, plan: Plan, runs: Runs[Training]) -> None:
     """Panel C: a point for each method, in a row for each optimizer."""
     for offset, method in enumerate(METHODS):
         trainings = [plan.optimized(method, optimizer) for optimizer in OPTIMIZERS]
@@ -503,7 +479,7 @@ def draw_optimizers(axes: Axes, plan: Plan, runs: Runs) -> None:
     )
 
 
-def draw_leads(axes: Axes, plan: Plan, runs: Runs) -> None:
+def draw_leads(axes: Axes, plan: Plan, runs: Runs[Training]) -> None:
     """Panel D: a point for each network, loss, learning rate and seed; crosses blew up."""
     place = {where: x for x, where in enumerate(leads(plan, runs, CURES[0]))}
     for offset, method in enumerate((*CURES, CUT_ALONE)):
@@ -522,7 +498,7 @@ def draw_leads(axes: Axes, plan: Plan, runs: Runs) -> None:
     axes.set(ylabel="above backprop (points)", title=f"{plan.seeds} {seeds}", ylim=(-100, 20))
 
 
-def draw_swept(axes: Axes, activation: str, plan: Plan, runs: Runs) -> None:
+def draw_swept(axes: Axes, activation: str, plan: Plan, runs: Runs[Training]) -> None:
     """Panels E to H."""
     for method in METHODS:
         trainings = [plan.swept_at(activation, lr, method) for lr in plan.lr]
@@ -536,7 +512,7 @@ def draw_swept(axes: Axes, activation: str, plan: Plan, runs: Runs) -> None:
     )
 
 
-def _accuracies(runs: Runs, trainings: Iterable[Training]) -> list[float]:
+def _accuracies(runs: Runs[Training], trainings: Iterable[Training]) -> list[float]:
     return [100 * runs[training]["accuracy"] for training in trainings]
 
 

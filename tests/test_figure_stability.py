@@ -115,10 +115,10 @@ def test_finished_trainings_are_kept_and_not_repeated(
         stability.Training("3x300", "cross-entropy", 1e-3, "at vhat", seed) for seed in (0, 1, 0, 2)
     ]
     with pytest.raises(KeyboardInterrupt):
-        stability.Runs(data, options).finish(asked)
+        stability.Runs("figure_stability", stability.train, data, options).finish(asked)
     assert done == asked[:2]
     done.clear()
-    runs = stability.Runs(data, options)
+    runs = stability.Runs("figure_stability", stability.train, data, options)
     runs.finish(asked)
     assert done == asked[3:]
     assert [path.name for path in tmp_path.iterdir()] == ["figure_stability_runs.json"]

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from torch2pc.layers import HOOKS
+
 
 class NoChain(ValueError):
     """The model cannot be cut into layers; the message says what is in the way."""
@@ -218,9 +220,6 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        raise NotImplementedError("call_module decides")
-
     def _is_opened(self, m: nn.Module, x: Any) -> bool:
         """Whether a module is a container whose children run one after the other."""
         if type(m).forward is nn.Sequential.forward:
@@ -251,15 +250,12 @@ class _Tracer(fx.Tracer):
         )
 
     def _check_hooks(self, m: nn.Module) -> None:
-        if any(getattr(m, table) for table in _HOOKS):
+        if any(getattr(m, table) for table in HOOKS):
             where = self.path_of_module(m).replace("model", self._name, 1)
             raise NoChain(
                 f"{where} has hooks, which would not run once its children are layers of their own: "
                 "register them on its children"
             )
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def _follow(root: _Root, X: Tensor, name: str, opened: dict[nn.Module, bool]) -> fx.Graph:

@@ -115,8 +115,7 @@ class Search(ErrorRelaxation):
         if not self._shapes:
             return
         if self._vinit is not None:
-            self._take_hidden_errors()
-        self._is_ready = True
+            self._take_hidden_errors(self.epsilon)
         at = self._first_point()
         lowest = self._energy().sum(), at.epsilon
         history, step = History(), -at.gradient
@@ -217,11 +216,7 @@ class Search(ErrorRelaxation):
         self._move_to(epsilon)
         y, gradient = self.output.reshape(self._rows, -1), epsilon
         if with_gradient:
-            arriving = [torch.zeros_like(e) for e in self.epsilon[1:-1]]
-            for l, g_l in self.arriving():
-                if g_l is not None:
-                    arriving[l - 1] = g_l
-            gradient = epsilon - self._joined(arriving)
+            gradient = epsilon - self._joined(self.all_arriving())
         return Point(epsilon, gradient, y)
 
     def _rise(self, at: Point, trial: Point, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,12 +241,9 @@ class Search(ErrorRelaxation):
 
     def _move_to(self, epsilon: Tensor) -> None:
         """Let the errors be these, and the beliefs follow."""
-        start = 0
-        for l, shape in enumerate(self._shapes, start=1):
-            end = start + shape.numel() // self._rows
-            self.epsilon[l] = epsilon[:, start:end].reshape(shape).to(self.delta[l])
-            start = end
-        self.climb()
+        sizes = [shape.numel() // self._rows for shape in self._shapes]
+        parts = zip(torch.split(epsilon, sizes, dim=1), self._shapes, self.free, strict=True)
+        self.stand_at([part.reshape(shape).to(e) for part, shape, e in parts])
 
 
 class History:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch2pc.compiled import run_plainly
 from torch2pc.graph import in_belief_dtype
 from torch2pc.layers import Inference, Network
-from torch2pc.step_size import Product, safe_step, second_derivative
+from torch2pc.step_size import Product, second_derivative
 from torch2pc.strict import Callback, Here, Relaxation, relax
 
 
@@ -113,10 +113,7 @@ class ErrorRelaxation(Relaxation):
         self._get_ready()
         if self._saved is None:
             self.climb()
-        found = [torch.zeros_like(e) for e in self.free]
-        for l, g_l in self.arriving():
-            if g_l is not None:
-                found[l - 1] = g_l.to(found[l - 1])
+        found = self.all_arriving()
         self._saved = None
         gradient = [e - g_l for e, g_l in zip(self.free, found, strict=True)]
         return Here(list(self.epsilon), self._Loss_here, None, gradient, found)
@@ -126,7 +123,7 @@ class ErrorRelaxation(Relaxation):
         if self._is_ready:
             return
         if self._vinit is not None:
-            self._take_hidden_errors()
+            self._take_hidden_errors(self.epsilon)
         self.climb()
         self._is_ready = True
 
@@ -155,31 +152,24 @@ class ErrorRelaxation(Relaxation):
         for l in range(len(self.network.layers) - 1, 0, -1):
             saved = self._saved.pop()
             if g is not None:
-                with self._outside_autocast():
-                    g = self.network.layers[l].displacement.backward(saved, g)
+                g = self._arriving(l + 1, saved, g)
             yield l, g
 
-    def _take_hidden_errors(self) -> None:
-        """The errors of the beliefs as they are."""
-        for l in range(1, len(self.delta)):
-            if l == 1:
-                torch.neg(self.delta[1], out=self.epsilon[1])
-            else:
-                moved, _ = self._displaced(l, self.delta[l - 1])
-                torch.sub(moved, self.delta[l], out=self.epsilon[l])
+    def all_arriving(self) -> list[Tensor]:
+        """g_1..g_{L-1}, with zeros where nothing arrives."""
+        found = [torch.zeros_like(e) for e in self.free]
+        for l, g_l in self.arriving():
+            if g_l is not None:
+                found[l - 1] = g_l.to(found[l - 1])
+        return found
 
     @torch.no_grad()
     def _energy(self) -> Tensor:
         """The terms of F at the errors as they are now, one after the other."""
         self._get_ready()
         Loss = in_belief_dtype(self._Loss_here)
-        lengths = [torch.linalg.vector_norm(error) for error in self.epsilon[1:-1]]
+        lengths = [torch.linalg.vector_norm(error) for error in self.free]
         return torch.stack([Loss, *[0.5 * length.square().to(Loss) for length in lengths]])
-
-    @torch.no_grad()
-    def safe_step(self) -> float:
-        """A step size that is stable at the errors as they are now (``step_size.py``)."""
-        return safe_step(self._curvature(), self.epsilon[1:-1]) if self.delta[1:] else 1.0
 
     def _curvature(self) -> Product:
         """Multiplies with the Hessian of F in the errors, but for second derivatives of the layers.
@@ -206,9 +196,7 @@ class ErrorRelaxation(Relaxation):
             e: Tensor | None
             (e,) = of_loss([w])
             for l in range(L, 1, -1):
-                saved = kept.pop()
-                with self._outside_autocast():
-                    e = self.network.layers[l - 1].displacement.backward(saved, e)
+                e = self._arriving(l, kept.pop(), e)
                 if e is None:
                     break
                 found[l - 2] = u[l - 2] - e

@@ -15,26 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2pc.checks import (
-    check_eta,
-    check_LossFun,
-    check_model,
-    check_modules,
-    check_n,
-    check_no_transform,
-    check_precision,
-    check_prior,
-    check_tensor,
-    check_update_at,
-    check_vinit_length,
-)
+from torch2pc.checks import check_modules, check_no_transform
 from torch2pc.equilibrium import Search
 from torch2pc.error_based import ErrorRelaxation
 from torch2pc.fixed_pred import AUTO_ETA, error_factors
 from torch2pc.graph import add_updates, gradient, leaves_between
+from torch2pc.latent import check_latent_arguments
 from torch2pc.layers import Layer, Network
 from torch2pc.outlook import ClosedForm, Outlook, largest_stable, spectrum, wide
-from torch2pc.pcinfer import check_ErrType
+from torch2pc.pcinfer import check_arguments
 from torch2pc.record import Record
 from torch2pc.state import Snapshot, Source, generators_in, generators_kept, modules_in
 from torch2pc.strict import Relaxation, round_off
@@ -106,18 +95,7 @@ def follow(
         >>> record.energies.shape  # after 0, 1, ... 60 iterations; of layers 0, 1 and 2
         torch.Size([61, 3])
     """
-    check_model(model)
-    check_LossFun(LossFun)
-    check_tensor("X", X)
-    check_ErrType(ErrType)
-    step: float | str = 1.0
-    if ErrType not in ("Exact", "FixedPred"):
-        check_vinit_length(vinit, len(model) + 1)
-        check_update_at(update_at)
-    if ErrType != "Exact":
-        step = check_eta(eta)
-        n = len(model) if n is None else check_n(n)
-    iterations = 1 if ErrType == "Exact" or n is None else n
+    step, iterations = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at)
 
     def walk(network: Network) -> Record:
         if ErrType in ("Exact", "FixedPred"):
@@ -171,14 +149,7 @@ def follow_latent(
         >>> record.rises_at is None
         True
     """
-    check_model(model)
-    check_LossFun(LossFun)
-    check_tensor("Xinit", Xinit)
-    if not Xinit.is_floating_point():
-        raise TypeError(f"Xinit must be a floating-point tensor, got {Xinit.dtype}")
-    step, n = check_eta(eta), check_n(n)
-    pi = check_precision(precision, len(model) - 1)
-    check_prior(prior)
+    step, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
 
     def walk(network: Network) -> Record:
         of_beliefs = None if prior is None else Layer(prior, "prior", network.devices, model=model)

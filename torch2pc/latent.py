@@ -97,15 +97,7 @@ def PCInferLatent(
     79-87 (1999); the energy with precisions follows J. Whittington and R. Bogacz, Neural
     Computation 29(5) (2017).
     """
-    check_model(model)
-    check_LossFun(LossFun)
-    check_tensor("Xinit", Xinit)
-    if not Xinit.is_floating_point():
-        raise TypeError(f"Xinit must be a floating-point tensor, got {Xinit.dtype}")
-    eta = check_eta(eta)
-    n = check_n(n)
-    pi = check_precision(precision, len(model) - 1)
-    check_prior(prior)
+    eta, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
     check_callback(callback, compile)
 
     def relax(network: Network) -> Inference:
@@ -124,3 +116,23 @@ def PCInferLatent(
             return relaxation.result()
 
     return infer(relax, model, LossFun, Xinit.detach(), Y, accumulate, prior)
+
+
+def check_latent_arguments(
+    model: nn.Sequential,
+    LossFun: Callable[[Tensor, Any], Tensor],
+    Xinit: Tensor,
+    eta: float | Tensor | str,
+    n: int,
+    precision: float | Sequence[float] | None,
+    prior: Callable[[list[Tensor]], Tensor] | None,
+) -> tuple[float | str, int, list[float]]:
+    """Check what describes an inference of latents; returns eta, n and the precisions."""
+    check_model(model)
+    check_LossFun(LossFun)
+    check_tensor("Xinit", Xinit)
+    if not Xinit.is_floating_point():
+        raise TypeError(f"Xinit must be a floating-point tensor, got {Xinit.dtype}")
+    checked = check_eta(eta), check_n(n), check_precision(precision, len(model) - 1)
+    check_prior(prior)
+    return checked

@@ -307,32 +307,41 @@ def chosen_algorithm(
     callback: Callback | None,
 ) -> Callable[[Network], Inference]:
     """The algorithm that PCInfer's arguments ask for, once they have been checked."""
-    check_model(model)
-    check_LossFun(LossFun)
-    check_tensor("X", X)
-    check_ErrType(ErrType)
-    if ErrType not in ("Exact", "FixedPred"):
-        check_vinit_length(vinit, len(model) + 1)
-        check_update_at(update_at)
-    if ErrType != "Exact":
-        size = eta = check_eta(eta)
-        n = len(model) if n is None else check_n(n)
-        # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
-        if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None and n > 1):
-            warn_of_short_inference(model, size, n)
+    size, n = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at)
+    # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
+    if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None and n > 1):
+        warn_of_short_inference(model, size, n)
     check_callback(callback, compile, ErrType not in ("Exact", "FixedPred"))
 
     algorithm = partial(
-        ALGORITHMS[ErrType], eta=eta, n=n, vinit=vinit, compile=compile, update_at=update_at
+        ALGORITHMS[ErrType], eta=size, n=n, vinit=vinit, compile=compile, update_at=update_at
     )
     return algorithm if callback is None else partial(algorithm, callback=callback)
 
 
-def check_ErrType(ErrType: object) -> None:
-    """``ErrType`` is the name of an algorithm."""
+def check_arguments(
+    model: nn.Sequential,
+    LossFun: Callable[[Tensor, Any], Tensor],
+    X: Tensor,
+    ErrType: str,
+    eta: float | Tensor | str,
+    n: int | None,
+    vinit: Sequence[Any] | None,
+    update_at: str,
+) -> tuple[float | str, int]:
+    """Check what describes an inference; returns eta and n (1 for Exact, which uses neither)."""
+    check_model(model)
+    check_LossFun(LossFun)
+    check_tensor("X", X)
     if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
         accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
+    if ErrType == "Exact":
+        return 1.0, 1
+    if ErrType != "FixedPred":
+        check_vinit_length(vinit, len(model) + 1)
+        check_update_at(update_at)
+    return check_eta(eta), len(model) if n is None else check_n(n)
 
 
 def infer(

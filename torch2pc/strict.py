@@ -269,16 +269,13 @@ class Relaxation:
             torch.neg(delta[1], out=epsilon[1])
         # Upwards, so that delta_{l-1} can move as soon as layer l has been evaluated there.
         for l in range(lowest, L + 1):
-            displacement = self.network.layers[l - 1].displacement
-            with self._outside_autocast():
-                moved, saved = displacement.forward(delta[l - 1])
+            moved, saved = self._displaced(l, delta[l - 1])
             if l < L:
                 torch.sub(moved, delta[l], out=epsilon[l])
             else:
                 epsilon[L] = self._output_error(moved)
             del moved
-            with self._outside_autocast():
-                arriving = displacement.backward(saved, self._weighted_error(l))
+            arriving = self._arriving(l, saved, self._weighted_error(l))
             if l > 1:
                 delta[l - 1].add_(epsilon[l - 1], alpha=eta * self.precision[l - 1])
             for descended in (arriving, of_prior[l - 1]):
@@ -309,12 +306,9 @@ class Relaxation:
         elif first == 1:
             torch.neg(delta[1], out=errors[1])
         for l in range(self._lowest, L + 1):
-            displacement = self.network.layers[l - 1].displacement
-            with self._outside_autocast():
-                moved, saved = displacement.forward(delta[l - 1])
+            moved, saved = self._displaced(l, delta[l - 1])
             errors[l] = moved - delta[l] if l < L else self._output_error(moved)
-            with self._outside_autocast():
-                found = displacement.backward(saved, errors[l] * self.precision[l])
+            found = self._arriving(l, saved, errors[l] * self.precision[l])
             if found is not None:
                 arriving[l - 1] += found
         prior = None
@@ -332,16 +326,18 @@ class Relaxation:
         self._take_errors(self.epsilon)
 
     def _take_errors(self, errors: list[Tensor]) -> None:
+        L = len(self.network.layers)
+        self._take_hidden_errors(errors)
+        if self._lowest <= L:
+            errors[L] = self._output_error(self._displaced(L, self.delta[L - 1])[0])
+
+    def _take_hidden_errors(self, errors: list[Tensor]) -> None:
         delta, L = self.delta, len(self.network.layers)
         if self._lowest == 2 <= L:
             torch.neg(delta[1], out=errors[1])
-        for l in range(self._lowest, L + 1):
-            with self._outside_autocast():
-                moved, _ = self.network.layers[l - 1].displacement.forward(delta[l - 1])
-            if l < L:
-                torch.sub(moved, delta[l], out=errors[l])
-            else:
-                errors[L] = self._output_error(moved)
+        for l in range(self._lowest, L):
+            moved, _ = self._displaced(l, delta[l - 1])
+            torch.sub(moved, delta[l], out=errors[l])
 
     @torch.no_grad()
     def _energy(self) -> Tensor:
@@ -357,9 +353,8 @@ class Relaxation:
 
     @torch.no_grad()
     def safe_step(self) -> float:
-        """A step size that is stable at the beliefs as they are now (``step_size.py``)."""
-        free = self.delta[self._lowest - 1 :]
-        return safe_step(self._curvature(), free) if free else 1.0
+        """A step size that is stable where the relaxation stands (``step_size.py``)."""
+        return safe_step(self._curvature(), self.free) if self.free else 1.0
 
     def _curvature(self) -> Product:
         """Multiplies with the Hessian of F, but for the second derivatives of the layers.
@@ -367,14 +362,8 @@ class Relaxation:
         It takes u to J_{l+1}^T e_{l+1} - e_l, with the changes of the errors e_l = J_l u_{l-1} - u_l
         and e_L = (d2Loss/dy2) J_L u_{L-1} (Gauss and Newton's approximation).
         """
-        layers, L, first = self.network.layers, len(self.network.layers), self._lowest - 1
-        fixed, delta, pi, displaced = (
-            self.delta[:first],
-            self.delta,
-            self.precision,
-            self._displaced,
-        )
-
+        L, first, displaced = len(self.network.layers), self._lowest - 1, self._displaced
+        fixed, delta, pi = self.delta[:first], self.delta, self.precision
         free = range(first, L)
         before = [0.0 if self._vinit is None else displaced(l + 1, delta[l])[0] for l in free]
         y = in_belief_dtype(self.vhat[-1]) + before[-1]
@@ -399,8 +388,7 @@ class Relaxation:
                     found[l] -= e
                 else:
                     (e,) = of_loss([moved])
-                with self._outside_autocast():
-                    arriving = layers[l - 1].displacement.backward(saved, e)
+                arriving = self._arriving(l, saved, e)
                 if arriving is not None:
                     found[l - 1] += arriving
             if of_prior is not None:
@@ -414,6 +402,11 @@ class Relaxation:
         """How far layer l's prediction moves if its input does, and what its way back needs."""
         with self._outside_autocast():
             return self.network.layers[l - 1].displacement.forward(delta)
+
+    def _arriving(self, l: int, saved: Any, error: Tensor) -> Tensor | None:
+        """J_l^T error, which arrives at layer l's input; None where nothing does."""
+        with self._outside_autocast():
+            return self.network.layers[l - 1].displacement.backward(saved, error)
 
     def _small_step(self, l: int, u: Tensor) -> Tensor:
         """How far to go along ``u`` for the derivative of layer l."""
