@@ -5,8 +5,8 @@ Incremental predictive coding
 **Question.** Must the beliefs come to rest before the weights learn?
 
 Usually they relax for n iterations, of which only the last is used to update the weights. In
-incremental predictive coding (Salvatori et al., arXiv:2212.00720) both descend the same energy in turn,
-one step of the beliefs and one of the weights,
+incremental predictive coding (Salvatori et al., arXiv:2212.00720) both descend the same energy together,
+a step each at a time,
 
 .. math::
 
@@ -63,13 +63,17 @@ def usual(model: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Batch) 
 
 # %%
 # The incremental one updates the weights after each, and stays with a batch for T of them. A call starts
-# from ``vinit``, the beliefs of the last one; ``None``, for a new batch, is the feed-forward pass.
+# from ``vinit``, the beliefs of the last one; ``None``, for a new batch, is the feed-forward pass. With
+# ``update_at="before"`` the weights' update is the energy's gradient at the beliefs before the step, where
+# theirs was taken.
 
 
 def incremental(model: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Batch) -> int:
+    X, Y = batch.X, batch.labels
     v: list[Tensor] | None = None
     for _ in range(T):
-        v = PCInfer(model, LossFun, batch.X, batch.labels, "Strict", eta=0.1, n=1, vinit=v).v
+        result = PCInfer(model, LossFun, X, Y, "Strict", 0.1, n=1, vinit=v, update_at="before")
+        v = result.v
         optimizer.step()
     return T
 

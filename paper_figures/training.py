@@ -214,11 +214,13 @@ def incremental_steps(
 ) -> Iterator[PCResult]:
     """Strict's beliefs from the feed-forward pass, with updates in ``.grad`` after each of n steps.
 
-    Incremental predictive coding moves the weights after each.
+    Incremental predictive coding moves the weights after each, down the energy as the beliefs.
     """
     v = None
     for _ in range(n):
-        result = PCInfer(model, LossFun, batch.X, batch.labels, "Strict", eta, 1, v)
+        result = PCInfer(
+            model, LossFun, batch.X, batch.labels, "Strict", eta, 1, v, update_at="before"
+        )
         yield result
         v = result.v
 

@@ -123,13 +123,15 @@ def strict(
         predictions = [None, *(model[l - 1](v[l - 1]).detach() for l in range(1, L + 1))]
         epsilon: list[Any] = [None, *(predictions[l] - v[l] for l in range(1, L)), None]
         _, epsilon[L] = loss_gradient(LossFun, predictions[L], Y)
+        before = v
         v = [
             v[l] + eta * (epsilon[l] - input_vjp(model[l], v[l], epsilon[l + 1]))
             if 0 < l < L
             else v[l]
             for l in range(L + 1)
         ]
-    updates = parameter_updates(model, v if update_at == "v" else vhat, epsilon)
+    places = {"v": v, "vhat": vhat, "before": before}
+    updates = parameter_updates(model, places[update_at], epsilon)
     epsilon[0] = input_error(model, X, epsilon)
     return Reference(vhat, Loss, dLdy, v, epsilon, updates)
 
@@ -176,7 +178,7 @@ def at_errors(
     v, y = perturbed_pass(model, X.detach(), epsilon)
     v = [*(v_l.detach() for v_l in v), vhat[-1]]
     all_errors: list[Any] = [*epsilon, loss_gradient(LossFun, y.detach(), Y)[1]]
-    updates = parameter_updates(model, v if update_at == "v" else vhat, all_errors)
+    updates = parameter_updates(model, vhat if update_at == "vhat" else v, all_errors)
     all_errors[0] = input_error(model, X, all_errors)
     return Reference(vhat, Loss, dLdy, v, all_errors, updates)
 
@@ -235,11 +237,15 @@ def equilibrium(
 
 
 def energy(model: nn.Sequential, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
+    return energy_of_beliefs(model, LossFun, Y, v).detach()
+
+
+def energy_of_beliefs(model: nn.Sequential, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
     """F(v) = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} ||f_l(v_{l-1}) - v_l||^2"""
     L = len(model)
     errors = [model[l - 1](v[l - 1]) - v[l] for l in range(1, L)]
     squares = sum((e.square().sum() for e in errors), torch.zeros((), dtype=v[-1].dtype))
-    return (LossFun(model[-1](v[L - 1]), Y) + squares / 2).detach()
+    return LossFun(model[-1](v[L - 1]), Y) + squares / 2
 
 
 class Frozen(nn.Module):

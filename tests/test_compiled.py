@@ -59,10 +59,16 @@ def test_equals_the_plain_relaxation_and_compiles_once() -> None:
     graphs = counters["stats"]["unique_graphs"]
     settings = [dict(n=n) for n in (1, 2, 3, 4, 5, 9, 20)] + [dict(n=9, eta=0.3)]
     settings += [dict(n=6, vinit=random_beliefs(case)), dict(n=6, update_at="vhat")]
+    settings += [
+        dict(n=6, update_at="before"),
+        dict(n=1, vinit=random_beliefs(case), update_at="before"),
+    ]
+    places: list[Any] = []
     for options in settings:
         plain = case.infer("Strict", **options)
         gradients = case.gradients()
-        again = options not in (settings[0], settings[-1])
+        again = options.get("update_at") in places
+        places.append(options.get("update_at"))
         found = infer_compiled(case, again, **options)
         assert_close(list(found), list(plain))
         assert_close(case.gradients(), gradients)
@@ -71,8 +77,8 @@ def test_equals_the_plain_relaxation_and_compiles_once() -> None:
                 parameter.add_(0.1)
         # Another loss object and another batch of the same kind are nothing new either.
         case = case._replace(LossFun=nn.MSELoss(), X=case.X + 1)
-    # One for updates at v, one for updates at vhat.
-    assert counters["stats"]["unique_graphs"] == graphs + 2
+    # One for each place of the updates.
+    assert counters["stats"]["unique_graphs"] == graphs + 3
 
 
 @needs_compiler

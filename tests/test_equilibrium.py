@@ -27,7 +27,7 @@ from torch2pc.pcinfer import EquilibriumResult
     case=cases(smooth=True),
     vinit=st.booleans(),
     dX=st.booleans(),
-    update_at=st.sampled_from(["v", "vhat"]),
+    update_at=st.sampled_from(["v", "vhat", "before"]),
 )
 def test_equals_another_minimiser(case: Case, vinit: bool, dX: bool, update_at: str) -> None:
     beliefs = random_beliefs(case) if vinit else None

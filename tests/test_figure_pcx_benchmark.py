@@ -63,7 +63,8 @@ def test_incremental_steps_without_steps_of_the_weights_are_those_of_strict() ->
     model = nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 3))).double()
     batch = Batch(torch.randn(6, 5).double(), torch.arange(6) % 3)
     together = copy.deepcopy(model)
-    expected = PCInfer(together, training.cross_entropy, *vars(batch).values(), "Strict", 0.2, 7)
+    arguments = training.cross_entropy, *vars(batch).values(), "Strict", 0.2, 7
+    expected = PCInfer(together, *arguments, update_at="before")
     *_, last = training.incremental_steps(model, training.cross_entropy, batch, 0.2, 7)
     for ours, theirs in zip(last.v, expected.v, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -25,6 +25,7 @@ from torch2pc.displacement import Displacement
 few = settings(max_examples=12)
 steps = st.integers(1, 5)
 etas = st.floats(0.01, 0.3)
+places = st.sampled_from(["v", "vhat", "before"])
 
 
 def follow_case(case: Case, ErrType: str, **options: Any) -> Record:
@@ -91,7 +92,7 @@ def check_distance(
             same(record.distances[k, l], off / max(sizes), 1e-8)
 
 
-@given(case=cases(), eta=etas, n=steps, vinit=st.booleans(), at=st.sampled_from(["v", "vhat"]))
+@given(case=cases(), eta=etas, n=steps, vinit=st.booleans(), at=places)
 @few
 def test_strict(case: Case, eta: float, n: int, vinit: bool, at: str) -> None:
     beliefs = random_beliefs(case) if vinit else None

@@ -6,7 +6,6 @@ import copy
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,33 +21,32 @@ from torch2pc.displacement import Displacement
 EXAMPLE = Path(__file__).parent.parent / "examples" / "incremental.py"
 
 
-def in_turn(case: Case, eta: float, rate: float, steps: int) -> list[Tensor]:
-    """The plain algorithm: v_l <- v_l - eta dF/dv_l, then theta <- theta - rate dF/dtheta.
-
-    As everywhere, dF/dtheta is that of the errors which the beliefs were moved by.
-    """
+def together(case: Case, eta: float, rate: float, steps: int) -> list[Tensor]:
+    """The plain algorithm: v_l <- v_l - eta dF/dv_l and theta <- theta - rate dF/dtheta, at once."""
     L, v = len(case.model), reference.feed_forward(case.model, case.X)
+    theta = list(case.model.parameters())
     for _ in range(steps):
-        predictions = [None, *(case.model[l](v[l]).detach() for l in range(L))]
-        epsilon: list[Any] = [None, *(predictions[l] - v[l] for l in range(1, L)), None]
-        _, epsilon[L] = reference.loss_gradient(case.LossFun, predictions[L], case.Y)
-        descended = [
-            reference.input_vjp(case.model[l], v[l], epsilon[l + 1]) - epsilon[l]
-            for l in range(1, L)
-        ]
-        v[1:L] = [v_l - eta * of_l for v_l, of_l in zip(v[1:L], descended, strict=True)]
-        updates = reference.parameter_updates(case.model, v, epsilon)
+        beliefs = [v_l.detach().requires_grad_() for v_l in v[1:L]]
+        F = reference.energy_of_beliefs(case.model, case.LossFun, case.Y, [case.X, *beliefs])
+        of_F = gradients(F, [*beliefs, *theta])
+        v[1:L] = [v_l - eta * g for v_l, g in zip(v[1:L], of_F, strict=False)]
         with torch.no_grad():
-            for parameter, update in updates.items():
-                parameter -= rate * update
+            for parameter, g in zip(theta, of_F[L - 1 :], strict=True):
+                parameter -= rate * g
     return v
+
+
+def gradients(F: Tensor, at: list[Tensor]) -> list[Tensor]:
+    if not F.requires_grad:
+        return [torch.zeros_like(x) for x in at]
+    return list(torch.autograd.grad(F, at, allow_unused=True, materialize_grads=True)) if at else []
 
 
 def by_calls(case: Case, eta: float, rate: float, steps: int) -> list[Tensor]:
     optimizer = torch.optim.SGD(case.model.parameters(), rate) if any_parameters(case) else None
     v: list[Tensor] | None = None
     for _ in range(steps):
-        v = case.infer("Strict", eta=eta, n=1, vinit=v).v
+        v = case.infer("Strict", eta=eta, n=1, vinit=v, update_at="before").v
         if optimizer is not None:
             optimizer.step()
     return v
@@ -60,11 +58,11 @@ def any_parameters(case: Case) -> bool:
 
 @settings(max_examples=25)
 @given(case=cases(), eta=st.floats(0.01, 0.3), steps=st.integers(1, 6))
-def test_equals_the_plain_algorithm_over_several_weight_steps(
+def test_beliefs_and_weights_descend_the_energy_together(
     case: Case, eta: float, steps: int
 ) -> None:
     twin = case._replace(model=copy.deepcopy(case.model))
-    expected = in_turn(twin, eta, 0.05, steps)
+    expected = together(twin, eta, 0.05, steps)
     found = by_calls(case, eta, 0.05, steps)
     assert_close(found[:-1], expected[:-1], tolerance=1e-8)
     assert_close(list(case.model.parameters()), list(twin.model.parameters()), tolerance=1e-8)
@@ -87,7 +85,7 @@ def test_in_float32_the_beliefs_lose_nothing_on_the_way_from_call_to_call() -> N
 def test_a_call_evaluates_each_layer_once_where_its_beliefs_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Besides, the layers run in the feed-forward pass, and for their updates at the new beliefs."""
+    """Besides, the layers run in the feed-forward pass, and for their updates."""
     calls = [0] * 4
     model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)))
     for l, layer in enumerate(model):
@@ -103,7 +101,7 @@ def test_a_call_evaluates_each_layer_once_where_its_beliefs_are(
 
     monkeypatch.setattr(Displacement, "forward", counted)
     calls[:] = [0] * 4
-    PCInfer(model, nn.MSELoss(), X, Y, "Strict", n=1, vinit=v)
+    PCInfer(model, nn.MSELoss(), X, Y, "Strict", n=1, vinit=v, update_at="before")
     assert calls == [1, 2, 2, 2] and displaced == [3]
 
 

@@ -127,7 +127,7 @@ def test_twice_gives_the_same(ErrType: str, case: Case) -> None:
 
 
 @err_types
-@given(case=cases(), update_at=st.sampled_from(["v", "vhat"]))
+@given(case=cases(), update_at=st.sampled_from(["v", "vhat", "before"]))
 def test_replaces_or_accumulates(ErrType: str, case: Case, update_at: str) -> None:
     case.infer(ErrType, update_at=update_at)
     once = copy.deepcopy(case.gradients())

@@ -345,7 +345,7 @@ def found_eta(case: Case, n: int = 20, **options: Any) -> float:
     return relaxation.eta
 
 
-@given(case=cases(), vinit=st.booleans(), update_at=st.sampled_from(["v", "vhat"]))
+@given(case=cases(), vinit=st.booleans(), update_at=st.sampled_from(["v", "vhat", "before"]))
 def test_it_is_the_same_as_that_number(case: Case, vinit: bool, update_at: str) -> None:
     options: dict[str, Any] = dict(vinit=random_beliefs(case) if vinit else None)
     eta = found_eta(case, **options)

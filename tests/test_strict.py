@@ -28,7 +28,7 @@ iterations = st.integers(1, 12)
     n=iterations,
     vinit=st.booleans(),
     dX=st.booleans(),
-    update_at=st.sampled_from(["v", "vhat"]),
+    update_at=st.sampled_from(["v", "vhat", "before"]),
 )
 def test_equals_the_iteration(
     case: Case, eta: float, n: int, vinit: bool, dX: bool, update_at: str

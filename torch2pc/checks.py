@@ -206,9 +206,9 @@ def check_callback(callback: object, compile: bool, has_iterations: bool = True)
 
 
 def check_update_at(update_at: object) -> None:
-    """``update_at`` is one of the two places where Strict's updates can be taken."""
-    if not isinstance(update_at, str) or update_at not in ("v", "vhat"):
-        raise ValueError(f'update_at must be "v" or "vhat", got {update_at!r}')
+    """``update_at`` is one of the places where Strict's updates can be taken."""
+    if not isinstance(update_at, str) or update_at not in ("v", "vhat", "before"):
+        raise ValueError(f'update_at must be "v", "vhat" or "before", got {update_at!r}')
 
 
 def check_vinit_length(vinit: object, length: int) -> None:

@@ -141,7 +141,7 @@ class Call:
         self.asked = Asked(
             L,
             lowest,
-            self.update_at == "vhat",
+            self.update_at,
             self.precision is not None,
             self.prior is not None,
             self.free_input,
@@ -211,7 +211,9 @@ class Call:
             pi = torch.tensor(weights, dtype=like.dtype, device=like.device).unbind()
         table = _reached_layers(L, like.device)
         known = [*held, eta.to(like), *pi]
+        before: list[Tensor] = []
         for _ in range(self.n):
+            before = list(delta)
             reached = max(reached, lowest)
             level = program.level_of[reached]
             found = program.steps[level]([*known, *table[reached], *delta[level - 1 :]])
@@ -219,6 +221,7 @@ class Call:
             epsilon[L + 1 - len(moved) :] = moved
             reached -= 1
         given = [*known, *table[0], *delta, *epsilon[1:]]
+        given += before if self.update_at == "before" else []
         found = list(program.updates(given))
         v = found[: L + 2 - lowest]
         if lowest == 2:

@@ -95,6 +95,10 @@ class ErrorRelaxation(Relaxation):
             del g_l
         self.climb()
 
+    def take_updates_at(self, update_at: str) -> None:
+        # The errors belong to the beliefs that they have made.
+        super().take_updates_at("v" if update_at == "before" else update_at)
+
     @property
     def free(self) -> list[Tensor]:
         """The variables that F is descended in, epsilon_1..epsilon_{L-1}."""

@@ -205,7 +205,8 @@ def _follow(
     network = relaxation.network
     with network.replaying():
         contributions, _ = _backpropagate(network, relaxation.vhat, relaxation.dLdy)
-        looking = _Looking(relaxation, contributions, update_at, takes_errors)
+        relaxation.take_updates_at(update_at)
+        looking = _Looking(relaxation, contributions, takes_errors)
         looking(0)
         relaxation.after_step = looking
         relaxation.run(n)
@@ -236,11 +237,9 @@ class _Looking:
         self,
         relaxation: Relaxation,
         contributions: list[dict[Tensor, Tensor]],
-        update_at: str,
         takes_errors: bool,
     ) -> None:
-        self._relaxation, self._update_at = relaxation, update_at
-        self._takes_errors = takes_errors
+        self._relaxation, self._takes_errors = relaxation, takes_errors
         self._zero = _square(relaxation.Loss.new_zeros(()))
         self._leaves = [list(of_layer) for of_layer in contributions]
         # Those of backpropagation; a parameter that layers share has one.
@@ -306,8 +305,7 @@ class _Looking:
         if self._takes_errors:
             relaxation.epsilon = self.errors
         with torch.enable_grad():
-            at = relaxation.v if self._update_at == "v" else relaxation.vhat
-            _, updates = relaxation.updates(at)
+            _, updates = relaxation.updates()
         relaxation.epsilon = kept
         of_leaf = {}
         for leaf, g in self._gradients.items():

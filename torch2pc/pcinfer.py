@@ -156,9 +156,10 @@ def PCInfer(
     says so, once for each model, where less than 1e-6 arrives at a layer that could learn. To train deep
     networks, take ErrorBased or Equilibrium, or an ``eta`` near Strict's stable limit.
 
-    Incremental predictive coding (one belief step and one weight step in turn) is Strict with ``n=1``
-    that goes on from the last beliefs: from ``v = None``, for each of T steps on a batch,
-    ``v = PCInfer(model, LossFun, X, Y, "Strict", n=1, vinit=v).v``, then ``optimizer.step()``.
+    Incremental predictive coding (a step of the beliefs and one of the weights at a time) is Strict with
+    ``n=1`` that goes on from the last beliefs: from ``v = None``, for each of T steps on a batch,
+    ``v = PCInfer(model, LossFun, X, Y, "Strict", n=1, vinit=v, update_at="before").v``, then
+    ``optimizer.step()``.
 
     The call has the side effects of one forward pass: dropout masks are drawn once and kept, running
     statistics move once, and if it raises, everything is as it was. (Checkpointed modules are evaluated
@@ -229,8 +230,10 @@ def PCInfer(
             changes buffers, or holds a Python number with a third value: hold it in a tensor;
             ``eta="auto"``; ErrorBased and Equilibrium) a warning says so once. Exact and FixedPred
             take one forward and one backward pass, and are not compiled.
-        update_at: where the updates of the relaxations are taken, ``"v"`` or ``"vhat"``. At v they
-            descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as
+        update_at: where the updates of the relaxations are taken, ``"v"``, ``"before"`` or ``"vhat"``.
+            At v they descend the energy. Before Strict's last step, at the beliefs that its epsilon was
+            taken at, they are the energy's gradient (for ErrorBased and Equilibrium these are v).
+            At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as
             when the paper appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has
             ``vhat = 0``, but ``v = -epsilon``, and what the weights that leave it get at v grows with
             them, until training blows up; at vhat they get nothing. A warning says so, once for a

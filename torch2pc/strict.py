@@ -87,12 +87,13 @@ def relax(
     callback: Callback | None = None,
 ) -> Inference:
     """What ``n`` steps of a relaxation infer."""
-    if update_at == "v":
+    if update_at != "vhat":
         _warn_of_flat_items(relaxation.network, ErrType)
+    relaxation.take_updates_at(update_at)
     relaxation.call_back(callback)
     with relaxation.network.replaying():
         relaxation.run(n)
-        return relaxation.result(update_at)
+        return relaxation.result()
 
 
 _warned: WeakSet[nn.Module] = WeakSet()
@@ -156,6 +157,7 @@ class Relaxation:
 
     # Called after each of the steps of ``run`` with how many there have been.
     after_step: Callable[[int], object] | None = None
+    update_at = "v"
 
     def __init__(
         self,
@@ -169,6 +171,7 @@ class Relaxation:
     ) -> None:
         self.network, self.eta = network, eta
         self._final: list[Tensor] | None = None
+        self._before: list[Tensor] | None = None
         self.vhat, self.Loss, self.dLdy = network.record(free_input)
         self._Loss_here = self.Loss
         # precision[l] weighs the error of layer l; that of the output is in the loss.
@@ -241,6 +244,8 @@ class Relaxation:
 
     def _steps(self, n: int) -> None:
         for k in range(1, n + 1):
+            if self.update_at == "before" and (k == n or self.after_step is not None):
+                self._before = [delta_l.clone() for delta_l in self.delta]
             self.step()
             if self.after_step is not None:
                 self.after_step(k)
@@ -398,6 +403,18 @@ class Relaxation:
 
         return product
 
+    def take_updates_at(self, update_at: str) -> None:
+        """Let them be taken at ``"v"``, at ``"vhat"``, or at the beliefs ``"before"`` the last step."""
+        self.update_at = update_at
+
+    @property
+    def beliefs_of_updates(self) -> list[Tensor]:
+        """Where the updates are taken."""
+        if self.update_at == "before" and self._before is not None:
+            moved = zip(self.vhat, self._before, strict=False)
+            return [vhat_l + delta_l for vhat_l, delta_l in moved]
+        return self.vhat if self.update_at == "vhat" else self.v
+
     def _displaced(self, l: int, delta: Tensor) -> tuple[Tensor, Any]:
         """How far layer l's prediction moves if its input does, and what its way back needs."""
         with self._outside_autocast():
@@ -414,15 +431,13 @@ class Relaxation:
         coarser = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return small_step([a], [u], coarser)
 
-    def updates(
-        self, at: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
+    def updates(self) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
         """The input's error (if the input requires grad) and the parameters' updates.
 
-        (df_l(a_{l-1})/dtheta_l)^T epsilon_l, with the errors as they were last taken, at the values
-        ``at``: the beliefs ``v`` if none are given, or ``vhat``.
+        (df_l(a_{l-1})/dtheta_l)^T epsilon_l, with the errors as they were last taken, at the beliefs
+        ``beliefs_of_updates``.
         """
-        at = self.v if at is None else at
+        at = self.beliefs_of_updates
         network, L = self.network, len(self.network.layers)
         updates = Updates(network.arrived)
         input_error = None
@@ -468,8 +483,8 @@ class Relaxation:
                 reasons.append(f"{function.name} draws random numbers or changes its buffers")
         return reasons
 
-    def result(self, update_at: str = "v") -> Inference:
-        """What was inferred, in tensors that share no memory; the updates at ``v`` or at ``vhat``.
+    def result(self) -> Inference:
+        """What was inferred, in tensors that share no memory.
 
         The beliefs take the place of their displacements, so that no step can follow.
         """
@@ -480,7 +495,7 @@ class Relaxation:
         v = self._final = [*self.delta, in_belief_dtype(self.vhat[-1]).clone()]
         if self._lowest > 1:
             v[0] = detached(self.network.X)
-        input_error, updates = self.updates(v if update_at == "v" else self.vhat)
+        input_error, updates = self.updates()
         L = len(self.network.layers)
         found = own([*self.epsilon[1:], *updates.values()])
         return Inference(

@@ -44,8 +44,7 @@ class Asked(NamedTuple):
     L: int
     lowest: int
     """The lowest layer whose input moves: 2 if the input is clamped, or else 1."""
-    at_vhat: bool
-    """Whether the updates are taken at the feed-forward values."""
+    update_at: str
     is_weighted: bool
     """Whether the layers' errors have precisions."""
     has_prior: bool
@@ -288,7 +287,8 @@ class Program:
         self._parts, self.asked, self._options = Parts(captured, asked.L), asked, options
         L = asked.L
         # The layers whose updates are taken at vhat: the graph of the feed-forward pass serves.
-        self._at_vhat = [l for l in range(1, L + 1) if asked.at_vhat or l < asked.lowest]
+        all_at_vhat = asked.update_at == "vhat"
+        self._at_vhat = [l for l in range(1, L + 1) if all_at_vhat or l < asked.lowest]
         self._lines: dict[int, Any] = {}
         self._drawn: dict[int, list[Place]] = {}
         # The inputs that require grad and that each layer, the loss and the prior use.
@@ -330,7 +330,8 @@ class Program:
         for level in starts:
             given = [*held, *numbers, *delta[level - 1 :]]
             self.steps[level] = self._compiled(make_fx(partial(self._step, level))(*given), given)
-        given = [*held, *numbers, *delta, *epsilon]
+        before = [torch.empty_like(x) for x in delta if asked.update_at == "before"]
+        given = [*held, *numbers, *delta, *epsilon, *before]
         self.updates = self._compiled(make_fx(self._updates)(*given), given)
 
     def _compiled(self, graph: fx.GraphModule, given: Sequence[Any]) -> Graphed:
@@ -458,9 +459,13 @@ class Program:
         asked, L = self.asked, self.asked.L
         held, _, pi, _, rest = self._divided(given)
         inputs, delta = self._inputs_of(held), rest[:L]
-        epsilon: list[Any] = [None, *rest[L:]]
+        epsilon: list[Any] = [None, *rest[L : 2 * L]]
         vhat = [find(held, place) for place in self.vhat]
         v = [in_belief_dtype(x) + d for x, d in zip(vhat, delta, strict=False)]
+        at = v
+        if asked.update_at == "before":
+            before = rest[2 * L :]
+            at = [in_belief_dtype(x) + d for x, d in zip(vhat, before, strict=False)]
         if asked.takes_errors:
             for l in range(1, L + 1):
                 with outside_autocast(delta[0].device):
@@ -483,7 +488,7 @@ class Program:
             else:
                 if not leaves and not (l == L and self._leaves_of[L + 1]):
                     continue
-                x = v[l - 1].to(vhat[l - 1].dtype).detach().requires_grad_()
+                x = at[l - 1].to(vhat[l - 1].dtype).detach().requires_grad_()
                 drawn = [find(held, place) for place in self._drawn[l]]
                 own = self._leaves(inputs)
                 with torch.enable_grad(), Watched(drawn):
