@@ -101,8 +101,8 @@ METHODS = {
     "ErrorBased, auto, n 5, at vhat": Method(
         "ErrorBased", "auto", 5, "#56B4E9", "--", False, "vhat"
     ),
-    "Equilibrium, n 25": Method("Equilibrium", n=25, colour="#009E73"),
-    "Equilibrium, n 25, at vhat": Method("Equilibrium", 0.1, 25, "#009E73", "--", False, "vhat"),
+    "Equilibrium, n 10": Method("Equilibrium", n=10, colour="#009E73"),
+    "Equilibrium, n 10, at vhat": Method("Equilibrium", 0.1, 10, "#009E73", "--", False, "vhat"),
     INCREMENTAL: Method("Strict", 0.1, 1, "#CC79A7"),
 }
 FEW = (
@@ -224,9 +224,9 @@ def quietly() -> Iterator[None]:
 class Plan:
     """What is trained: all of it, or the short version.
 
-    The first network is trained by all methods, at ``depths`` and from ``seeds``; the others by
-    ``FEW``, at ``few_depths`` and from ``few_seeds``. A method that needs more iterations than
-    ``most_iterations`` at some depth is left out there.
+    The first network is trained by all methods, at ``depths``; the others by ``FEW``, at ``few_depths``.
+    ``FEW`` train the first network from ``seeds``; all else is from ``few_seeds``. A method that needs more
+    iterations than ``most_iterations`` at some depth is left out there.
     """
 
     steps: int = 200
@@ -253,8 +253,8 @@ class Plan:
                 if METHODS[method].n * times <= self.most_iterations:
                     yield method, depth
 
-    def seeds_of(self, name: str) -> range:
-        count = self.seeds if name == self.networks[0] else self.few_seeds
+    def seeds_of(self, name: str, method: str) -> range:
+        count = self.seeds if name == self.networks[0] and method in FEW else self.few_seeds
         return range(self.seed, self.seed + count)
 
     def tunings(self, name: str, method: str, depth: int) -> list[Training]:
@@ -265,7 +265,7 @@ class Plan:
     def finals(self, name: str, method: str, depth: int, lr: float) -> list[Training]:
         return [
             Training(name, depth, method, lr, seed, self.steps, False)
-            for seed in self.seeds_of(name)
+            for seed in self.seeds_of(name, method)
         ]
 
 
@@ -331,8 +331,10 @@ def train_all(plan: Plan, runs: Runs[Training]) -> None:
     """All networks from their first seed before any from its second."""
     for k in range(plan.seeds):
         for name in plan.networks:
-            points = tqdm(list(plan.points(name)), f"depth, {name}, seed {k}", unit="point")
-            for method, depth in points:
+            points = [
+                (m, depth) for m, depth in plan.points(name) if k < len(plan.seeds_of(name, m))
+            ]
+            for method, depth in tqdm(points, f"depth, {name}, seed {k}", unit="point"):
                 runs.finish(plan.tunings(name, method, depth))
                 lr = chosen_lr(plan.tunings(name, method, depth), runs)
                 runs.finish(plan.finals(name, method, depth, lr)[k : k + 1])

@@ -1,4 +1,4 @@
-"""The compiled relaxation against the plain one; when it compiles, when it does not, what it keeps."""
+"""The compiled relaxations against the plain one; when it compiles, when it does not, what it keeps."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ def small_case() -> Case:
     return Case(model, nn.MSELoss(), torch.randn(6, 4).double(), torch.randn(6, 3).double())
 
 
-def infer_compiled(case: Case, again: bool = False, **options: Any) -> PCResult:
+def infer_compiled(
+    case: Case, again: bool = False, ErrType: str = "Strict", **options: Any
+) -> PCResult:
     """Compiled for certain. The call that compiles runs plainly itself; ``again``: none does here."""
     if not again:
         twin, random = copy.deepcopy(case.model.state_dict()), torch.get_rng_state()
-        case.infer("Strict", compile=True, **options)
+        case.infer(ErrType, compile=True, **options)
         case.model.load_state_dict(twin)
         torch.set_rng_state(random)
     runs: list[object] = []
     run = compiled.Call.run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled.Call, "run", lambda *args: runs.append(1) or run(*args))
-        found = case.infer("Strict", compile=True, **options)
+        found = case.infer(ErrType, compile=True, **options)
     assert runs
     return found
 
@@ -83,11 +85,29 @@ def test_equals_the_plain_relaxation_and_compiles_once() -> None:
 
 @needs_compiler
 @pytest.mark.filterwarnings("error:compile=True")
-def test_the_error_that_arrives_at_the_input() -> None:
+def test_errors_relax_as_without_compilation() -> None:
+    case = small_case()
+    graphs = counters["stats"]["unique_graphs"]
+    settings = [dict(n=1), dict(n=7), dict(n=7, eta=0.4), dict(n=3, vinit=random_beliefs(case))]
+    settings += [dict(n=3, update_at="before"), dict(n=3, update_at="vhat")]
+    for options in settings:
+        plain = case.infer("ErrorBased", **options)
+        gradients = case.gradients()
+        again = options not in (settings[0], settings[-1])
+        found = infer_compiled(case, again, "ErrorBased", **options)
+        assert_close(list(found), list(plain))
+        assert_close(case.gradients(), gradients)
+    assert counters["stats"]["unique_graphs"] == graphs + 2
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+def test_the_error_that_arrives_at_the_input(ErrType: str) -> None:
     case = small_case()
     case = case._replace(X=case.X.requires_grad_())
-    plain, gradients, of_X = case.infer("Strict"), case.gradients(), case.X.grad
-    found = infer_compiled(case)
+    plain, gradients, of_X = case.infer(ErrType), case.gradients(), case.X.grad
+    found = infer_compiled(case, ErrType=ErrType)
     assert_close(list(found), list(plain))
     assert_close(case.gradients(), gradients)
     assert of_X is not None
@@ -145,8 +165,16 @@ class Chance(nn.Module):
 
 @needs_compiler
 @pytest.mark.filterwarnings("error:compile=True")
-@pytest.mark.parametrize("make", [nn.Dropout, lambda: nn.BatchNorm1d(5), Counter])
-def test_masks_and_statistics_are_inputs(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("ErrType", "make"),
+    [
+        ("Strict", nn.Dropout),
+        ("Strict", lambda: nn.BatchNorm1d(5)),
+        ("Strict", Counter),
+        ("ErrorBased", nn.Dropout),
+    ],
+)
+def test_masks_and_statistics_are_inputs(ErrType: str, make: Callable[[], nn.Module]) -> None:
     """What a random or a changing layer is in a call is fixed before anything is compiled."""
     case = small_case()
     case.model.insert(1, make().double())
@@ -154,9 +182,9 @@ def test_masks_and_statistics_are_inputs(make: Callable[[], nn.Module]) -> None:
     graphs = counters["stats"]["unique_graphs"]
     for seed in (1, 2):
         torch.manual_seed(seed)
-        plain, random = twin.infer("Strict"), torch.get_rng_state()
+        plain, random = twin.infer(ErrType), torch.get_rng_state()
         torch.manual_seed(seed)
-        found = infer_compiled(case, again=seed == 2)
+        found = infer_compiled(case, seed == 2, ErrType)
         assert_close(list(found), list(plain))
         assert_close(case.gradients(), twin.gradients())
         assert torch.equal(torch.get_rng_state(), random)

@@ -1,4 +1,4 @@
-"""Strict as a compiled call, kept for as long as its model lives.
+"""Strict and ErrorBased as compiled calls, kept for as long as its model lives.
 
 ``torch.compile`` captures the layers and the loss and says, by its guards, when what was captured holds
 no more: the mode of a module, a hook, an attribute, a shape have changed. ``tracing.py`` makes the
@@ -94,7 +94,7 @@ class _Captured:
 
 
 class Call:
-    """One call of Strict, to be run by compiled graphs."""
+    """One call of Strict or ErrorBased, to be run by compiled graphs."""
 
     def __init__(
         self,
@@ -107,7 +107,9 @@ class Call:
         free_input: bool = False,
         precision: Sequence[float] | None = None,
         prior: Layer | None = None,
+        relaxes_errors: bool = False,
     ) -> None:
+        self.relaxes_errors = relaxes_errors
         self.network, self.eta, self.n, self.vinit = network, eta, n, vinit
         self.update_at, self.free_input = update_at, free_input
         self.precision, self.prior = precision, prior
@@ -144,7 +146,8 @@ class Call:
             self.update_at,
             self.precision is not None,
             self.prior is not None,
-            self.free_input,
+            self.free_input or self.relaxes_errors,
+            self.relaxes_errors,
         )
         before, _local.call = getattr(_local, "call", None), self
         try:
@@ -196,9 +199,6 @@ class Call:
         Loss, dLdy = find(held, program.Loss), find(held, program.dLdy)
         delta = [torch.zeros_like(in_belief_dtype(x)) for x in vhat[:L]]
         epsilon = [*[torch.zeros_like(x) for x in delta], in_belief_dtype(dLdy).clone()]
-        reached = L
-        if self.prior is not None or self.vinit is not None:
-            reached = lowest
         if self.vinit is not None:
             check_vinit_entries(self.vinit, vhat)
             for l in range(1, L):
@@ -209,20 +209,11 @@ class Call:
         if self.precision is not None:
             weights = [1.0, *self.precision, 1.0]
             pi = torch.tensor(weights, dtype=like.dtype, device=like.device).unbind()
-        table = _reached_layers(L, like.device)
         known = [*held, eta.to(like), *pi]
-        before: list[Tensor] = []
-        for _ in range(self.n):
-            before = list(delta)
-            reached = max(reached, lowest)
-            level = program.level_of[reached]
-            found = program.steps[level]([*known, *table[reached], *delta[level - 1 :]])
-            delta[level - 1 :], moved = found[: L - level + 1], found[L - level + 1 :]
-            epsilon[L + 1 - len(moved) :] = moved
-            reached -= 1
-        given = [*known, *table[0], *delta, *epsilon[1:]]
-        given += before if self.update_at == "before" else []
-        found = list(program.updates(given))
+        relax = self._relax_errors if self.relaxes_errors else self._relax_beliefs
+        reached = _reached_layers(L, like.device)
+        state = relax(program, known, reached, delta, epsilon)
+        found = list(program.updates([*known, *reached[0], *state]))
         v = found[: L + 2 - lowest]
         if lowest == 2:
             v.insert(0, detached(network.X))
@@ -244,6 +235,45 @@ class Call:
         updates = list(zip(leaves, found[L:], strict=True))
         self.inference = Inference(vhat, Loss, dLdy, v, errors, updates)
         return results
+
+    def _relax_beliefs(
+        self,
+        program: Any,
+        known: list[Any],
+        reached: Sequence[Sequence[Tensor]],
+        delta: list[Tensor],
+        epsilon: list[Tensor],
+    ) -> list[Tensor]:
+        """The state after ``n`` steps: how far the beliefs have moved, and the errors."""
+        L, lowest = program.asked.L, program.asked.lowest
+        at = lowest if self.prior is not None or self.vinit is not None else L
+        before: list[Tensor] = []
+        for _ in range(self.n):
+            before = list(delta)
+            at = max(at, lowest)
+            level = program.level_of[at]
+            found = program.steps[level]([*known, *reached[at], *delta[level - 1 :]])
+            delta[level - 1 :], moved = found[: L - level + 1], found[L - level + 1 :]
+            epsilon[L + 1 - len(moved) :] = moved
+            at -= 1
+        return [*delta, *epsilon[1:], *(before if self.update_at == "before" else [])]
+
+    def _relax_errors(
+        self,
+        program: Any,
+        known: list[Any],
+        reached: Sequence[Sequence[Tensor]],
+        delta: list[Tensor],
+        epsilon: list[Tensor],
+    ) -> list[Tensor]:
+        """The state after ``n`` steps: the hidden errors."""
+        known, hidden = [*known, *reached[0]], epsilon[1:-1]
+        if self.vinit is not None:
+            hidden = program.start([*known, *delta[1:]])
+        step = program.steps[program.asked.lowest]
+        for _ in range(self.n):
+            hidden = step([*known, *hidden])
+        return list(hidden)
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

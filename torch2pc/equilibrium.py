@@ -62,7 +62,7 @@ def equilibrium(
     """Infer by at most ``n`` evaluations of F, from the errors of ``vinit`` or else from 0."""
     search = Search(network, vinit)
     if compile:
-        run_plainly(network.model, "only Strict's iterations are compiled")
+        run_plainly(network.model, "Equilibrium's search is not compiled")
     found = relax(search, n, update_at, "Equilibrium", callback)
     far = search.distance > FAR
     if 2 * int(far.sum()) > len(far) and network.model not in _warned:

@@ -24,16 +24,17 @@ so that no layer runs again, and beliefs that hardly move are not rounded to one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch2pc.compiled import run_plainly
+from torch2pc.compiled import Call
 from torch2pc.graph import in_belief_dtype
 from torch2pc.layers import Inference, Network
 from torch2pc.step_size import Product, second_derivative
-from torch2pc.strict import Callback, Here, Relaxation, relax
+from torch2pc.strict import Callback, Here, Relaxation, compiled_or_relaxed
 
 
 def error_based(
@@ -46,10 +47,10 @@ def error_based(
     callback: Callback | None = None,
 ) -> Inference:
     """Infer by relaxing the errors ``n`` times, from those of ``vinit`` or else from 0."""
-    relaxation = ErrorRelaxation(network, eta, vinit)
-    if compile:
-        run_plainly(network.model, "only Strict's iterations are compiled")
-    return relax(relaxation, n, update_at, "ErrorBased", callback)
+    at = "v" if update_at == "before" else update_at
+    call = Call(network, eta, n, vinit, at, relaxes_errors=True) if compile else None
+    make = partial(ErrorRelaxation, network, eta, vinit)
+    return compiled_or_relaxed(call, make, n, update_at, "ErrorBased", callback)
 
 
 class ErrorRelaxation(Relaxation):

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -70,13 +71,26 @@ def strict(
     callback: Callback | None = None,
 ) -> Inference:
     """Infer by relaxing the beliefs ``n`` times from ``vinit``, or else from the feed-forward pass."""
-    call = Call(network, eta, n, vinit, update_at)
-    if compile and (found := call.infer()) is not None:
+    call = Call(network, eta, n, vinit, update_at) if compile else None
+    make = partial(Relaxation, network, eta, vinit)
+    return compiled_or_relaxed(call, make, n, update_at, "Strict", callback)
+
+
+def compiled_or_relaxed(
+    call: Call | None,
+    make: Callable[[], Relaxation],
+    n: int,
+    update_at: str,
+    ErrType: str,
+    callback: Callback | None,
+) -> Inference:
+    """What a compiled call infers; where there is none, or it cannot be, what a relaxation does."""
+    if call is not None and (found := call.infer()) is not None:
         return found
-    relaxation = Relaxation(network, eta, vinit)
-    if compile:
+    relaxation = make()
+    if call is not None:
         call.explain(relaxation.why_not_compiled())
-    return relax(relaxation, n, update_at, "Strict", callback)
+    return relax(relaxation, n, update_at, ErrType, callback)
 
 
 def relax(

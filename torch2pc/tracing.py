@@ -50,6 +50,8 @@ class Asked(NamedTuple):
     has_prior: bool
     takes_errors: bool
     """Whether the errors are those at the final beliefs, not those of the last step."""
+    relaxes_errors: bool
+    """Whether the hidden errors are the state, as in ErrorBased, and the beliefs follow."""
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -281,6 +283,7 @@ class Program:
     ``feed_forward`` is given the inputs of the captured call, and returns more to be held. The other
     graphs are given all that is held, eta, the precisions, which layers are reached, and the state:
     ``steps[level]`` moves the beliefs of layers ``level - 1`` and above, ``updates`` ends the call.
+    Where errors are relaxed, they are the state, and ``start`` takes those of given beliefs.
     """
 
     def __init__(self, captured: fx.GraphModule, asked: Asked, options: dict[str, Any]) -> None:
@@ -324,6 +327,9 @@ class Program:
         numbers = [delta[-1].new_empty(()) for _ in range(L + 2)]
         numbers += [torch.empty_like(x, dtype=torch.bool) for x in numbers[1:]]
         self.steps: dict[int, Graphed] = {}
+        if asked.relaxes_errors:
+            self._compile_relaxed_errors([*held, *numbers], delta[1:], epsilon[:-1])
+            return
         starts = [asked.lowest] if asked.has_prior else levels(L, asked.lowest)
         # Whether a step evaluates layers that no error has reached, whose errors are 0.
         self.skips = len(starts) <= L - asked.lowest
@@ -333,6 +339,16 @@ class Program:
         before = [torch.empty_like(x) for x in delta if asked.update_at == "before"]
         given = [*held, *numbers, *delta, *epsilon, *before]
         self.updates = self._compiled(make_fx(self._updates)(*given), given)
+
+    def _compile_relaxed_errors(
+        self, before: list[Any], delta: list[Tensor], hidden: list[Tensor]
+    ) -> None:
+        functions = {self._errors_of: delta, self._error_step: hidden, self._updates: hidden}
+        self.start, step, self.updates = [
+            self._compiled(make_fx(function)(*before, *state), [*before, *state])
+            for function, state in functions.items()
+        ]
+        self.steps[self.asked.lowest] = step
 
     def _compiled(self, graph: fx.GraphModule, given: Sequence[Any]) -> Graphed:
         # What only autograd knew apart is the same; then much is used no more.
@@ -454,19 +470,60 @@ class Program:
             moved.append(delta[l - 1] - eta * descended)
         return [*moved, *epsilon.values()]
 
+    def _errors_of(self, *given: Any) -> list[Tensor]:
+        """The hidden errors of beliefs that have moved so far."""
+        held, _, _, _, delta = self._divided(given)
+        errors = [-delta[0]]
+        for l in range(2, self.asked.L):
+            with outside_autocast(delta[0].device):
+                d, _ = self._displacement(l, held).forward(delta[l - 2])
+            errors.append(d - delta[l - 1])
+        return errors
+
+    def _error_step(self, *given: Any) -> list[Tensor]:
+        """The hidden errors after a step."""
+        held, eta, _, _, hidden = self._divided(given)
+        _, saved, arriving = self._climb(held, self._inputs_of(held), hidden)
+        moved: list[Tensor] = []
+        g: Tensor | None = arriving
+        for l in range(self.asked.L - 1, 0, -1):
+            if g is not None:
+                with outside_autocast(g.device):
+                    g = self._displacement(l + 1, held).backward(saved.pop(), g)
+            epsilon = hidden[l - 1]
+            moved.insert(0, epsilon - eta * (epsilon if g is None else epsilon - g))
+        return moved
+
+    def _climb(
+        self, held: Sequence[Any], inputs: Sequence[Any], hidden: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Any], Tensor]:
+        """How far beliefs 1..L-1 have moved with such errors, what each layer has saved for the way
+        down, and the output's error."""
+        delta, saved = [-hidden[0]], []
+        for l in range(2, self.asked.L + 1):
+            with outside_autocast(hidden[0].device):
+                d, of_layer = self._displacement(l, held).forward(delta[-1])
+            saved.append(of_layer)
+            if l < self.asked.L:
+                delta.append(d - hidden[l - 1])
+        return delta, saved, self._output_error(held, inputs, d)
+
     def _updates(self, *given: Any) -> list[Tensor]:
         """The beliefs, the errors where they are taken at the end, the input's error, the updates."""
         asked, L = self.asked, self.asked.L
         held, _, pi, _, rest = self._divided(given)
-        inputs, delta = self._inputs_of(held), rest[:L]
+        inputs, vhat = self._inputs_of(held), [find(held, place) for place in self.vhat]
+        if asked.relaxes_errors:
+            moved, _, output_error = self._climb(held, inputs, rest)
+            rest = [torch.zeros_like(in_belief_dtype(vhat[0])), *moved, *rest, output_error]
+        delta = rest[:L]
         epsilon: list[Any] = [None, *rest[L : 2 * L]]
-        vhat = [find(held, place) for place in self.vhat]
         v = [in_belief_dtype(x) + d for x, d in zip(vhat, delta, strict=False)]
         at = v
         if asked.update_at == "before":
             before = rest[2 * L :]
             at = [in_belief_dtype(x) + d for x, d in zip(vhat, before, strict=False)]
-        if asked.takes_errors:
+        if asked.takes_errors and not asked.relaxes_errors:
             for l in range(1, L + 1):
                 with outside_autocast(delta[0].device):
                     d, _ = self._displacement(l, held).forward(delta[l - 1])
