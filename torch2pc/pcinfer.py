@@ -162,36 +162,21 @@ def PCInfer(
     ``optimizer.step()``.
 
     The call has the side effects of one forward pass: dropout masks are drawn once and kept, running
-    statistics move once, and if it raises, everything is as it was. (Checkpointed modules are evaluated
-    once more in the backward pass, with the effects that it has there.) A parameter of the model, or of
-    a ``LossFun`` that is a module, that the call does not reach has ``.grad`` None afterwards. (What
-    follows about Strict holds for ErrorBased and Equilibrium too.) For Strict a layer is one function
-    during the call if its state is in buffers and its random numbers come from PyTorch's generators or
-    from a ``torch.Generator`` that is an attribute of the module or
-    held by ``LossFun``; a layer that draws in its backward pass (shake-shake) does so anew each time,
-    and one that is another function when it is evaluated again is named in a warning (that is looked
-    for in the first call, once for training and once for eval mode; a deep copy of the model counts
-    as another one, if it should be looked for again). Hooks of modules
-    fire as in one forward pass; with Strict also when a layer is evaluated for its update, and once
-    more the first time that its operations are met, to hold them against the layer itself. A layer
-    whose operations cannot be followed (it branches on values, leaves PyTorch, draws random numbers
-    from its input, has backward hooks) is evaluated in each iteration instead, and its errors are
-    differences. ``displacement_rule`` teaches Strict a module. Tensor hooks of a parameter see each
-    layer's gradient before FixedPred weighs it; post-accumulate-grad hooks run when ``.grad`` is
-    written.
+    statistics move once, hooks of modules fire as in one pass (with the relaxations also when a layer is
+    evaluated for its update), and if it raises, everything is as it was. ``.grad`` is replaced, and None
+    afterwards for a parameter of the model, or of a ``LossFun`` that is a module, that the call does not
+    reach. Two things to know of Strict, ErrorBased and Equilibrium: a layer that draws random numbers must
+    draw them from PyTorch's generators, or a warning names it; and a layer whose operations cannot be
+    followed (it branches on values, leaves PyTorch, has backward hooks) is evaluated in each iteration, and
+    its errors are differences, unless ``displacement_rule`` teaches it.
 
-    With half-precision outputs, beliefs and errors are held in float32, and half precision costs Strict
-    no more than it costs backpropagation. (A model that accelerate has prepared runs outside its
-    autocast: call PCInfer under ``accelerator.autocast()``.) With a ``GradScaler``, let ``LossFun``
-    return the scaled loss: that scales the updates of Exact and FixedPred, but changes the energy that
-    Strict descends.
-
-    Threads may train models of their own, and call one that is being trained. The generators are the
-    process's, though: Strict winds those back that a layer drew from, so that another thread may draw the
-    same numbers again; where models draw, use processes. Between processes nothing is synchronised
-    here; ``torch2pc.distributed.PCInfer`` trains on several.
-    ``Loss`` requires no grad, so that Lightning needs ``automatic_optimization = False``. Hooks that
-    gather gradients of each example in a backward pass (Opacus) see those of Exact alone.
+    Beliefs and errors are float32 where outputs are of half precision; with a ``GradScaler`` let ``LossFun``
+    return the scaled loss for Exact and FixedPred only, as it changes the energy that the others descend.
+    ``Loss`` requires no grad, so that trainers must not call ``backward()`` (Lightning:
+    ``automatic_optimization = False``). Between processes nothing is synchronised here;
+    ``torch2pc.distributed.PCInfer`` trains on several, and threads whose models draw random numbers
+    disturb each other. The documentation's page "Supported layers and semantics" has all of this in detail
+    (``docs/semantics.md``), and "Troubleshooting" what to do about divergence and slow learning.
 
     Args:
         model: an ``nn.Sequential`` on any device, of any floating type, with batched inputs.
@@ -220,26 +205,23 @@ def PCInfer(
             Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches; parameters
             that the call does not reach keep theirs.
-        compile: run Strict as a compiled call, from the feed-forward pass to the updates, through
-            ``torch.compile``, which takes 10 to 60 s at the first call for a model. That call runs
-            plainly itself; the ones after it are faster the smaller the layers are. Other weights,
-            batches, ``eta``, ``n`` and ``vinit`` compile nothing anew; another mode of a module or
-            ``update_at`` does, and so does the second batch size, for all sizes but 1, which is
-            compiled by itself. Where it cannot be done (a layer whose operations cannot be
-            followed, a module with a hook or a ``displacement_rule``, a loss that is random,
-            changes buffers, or holds a Python number with a third value: hold it in a tensor;
-            ``eta="auto"``; ErrorBased and Equilibrium) a warning says so once. Exact and FixedPred
-            take one forward and one backward pass, and are not compiled.
-        update_at: where the updates of the relaxations are taken, ``"v"``, ``"before"`` or ``"vhat"``.
-            At v they descend the energy. Before Strict's last step, at the beliefs that its epsilon was
-            taken at, they are the energy's gradient (for ErrorBased and Equilibrium these are v).
-            At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as
-            when the paper appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has
-            ``vhat = 0``, but ``v = -epsilon``, and what the weights that leave it get at v grows with
-            them, until training blows up; at vhat they get nothing. A warning says so, once for a
-            model, where an item ends in ReLU or its like. To cut the items before the activation,
-            ``Linear | ReLU, Linear | ReLU, Linear``, helps as well; at large learning rates with
-            ``eta="auto"``, as weights may grow until .1 is too large. Not used by Exact and FixedPred.
+        compile: run Strict or ErrorBased as a compiled call, from the feed-forward pass to the updates,
+            through ``torch.compile``, which takes 10 to 60 s at the first call for a model. Other
+            weights, batches, ``eta``, ``n`` and ``vinit`` compile nothing anew; another mode of a module or
+            ``update_at`` does, and so does the second batch size. Where it cannot be done (a layer
+            whose operations cannot be followed, hooks, ``eta="auto"``, Equilibrium and what the page on
+            semantics lists) a warning says so once. Exact and FixedPred are not compiled.
+        update_at: where the updates of the relaxations are taken, ``"v"``, ``"vhat"`` or ``"before"``. At
+            v they descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken
+            as when the paper appeared, and as by FixedPred. Where an item ends in ReLU or its like,
+            updates at v of units that it holds at 0 feed themselves, until training blows up (a warning
+            says so once for a model): cut the items before the activation,
+            ``Linear | ReLU, Linear | ReLU, Linear``, or take ``"vhat"``. Before Strict's last step, at the
+            beliefs that its epsilon was taken at, they are the energy's gradient, for the incremental
+            scheme (ErrorBased's and Equilibrium's are that at v). Not used by Exact and FixedPred.
+        callback: called after each iteration k = 1, 2, ... with ``(k, v, epsilon)``, for a measure of your
+            own; later iterations may change the tensors, so copy what you keep. None for Exact and
+            FixedPred, which have no iterations, and with ``compile``. ``follow`` has measures ready.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``; for Equilibrium an ``EquilibriumResult``, the same
@@ -254,11 +236,12 @@ def PCInfer(
         TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; a module of it is
             sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
             entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
-            is neither an int nor None; a layer returns something other than one floating-point tensor.
+            is neither an int nor None; ``callback`` is not callable; a layer returns something other than
+            one floating-point tensor.
         ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, or a string other than
-            ``"auto"``; ``n`` < 1;
-            ``vinit`` does not fit the layers' outputs; ``update_at`` is unknown; ``X`` was made under
-            ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
+            ``"auto"``; ``n`` < 1; ``vinit`` does not fit the layers' outputs; ``update_at`` is
+            unknown; ``callback`` is given where there are no iterations, or with ``compile``; ``X`` was
+            made under ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
         RuntimeError: a layer wrote into its input without an ``inplace`` attribute that says so; the
             call is inside a transform of ``torch.func``.
 
