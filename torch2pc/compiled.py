@@ -208,8 +208,8 @@ class Call:
         eta = self.eta if isinstance(self.eta, Tensor) else like.new_full((), self.eta)
         pi: Sequence[Any] = [None] * (L + 1)
         if self.precision is not None:
-            weights = [1.0, *self.precision, 1.0]
-            pi = torch.tensor(weights, dtype=like.dtype, device=like.device).unbind()
+            # Filled where they are: to copy numbers to a GPU waits for it.
+            pi = [like.new_full((), weight) for weight in (1.0, *self.precision, 1.0)]
         table = _reached_layers(L, like.device)
         known = [*held, eta.to(like), *pi]
         for _ in range(self.n):
