@@ -319,9 +319,11 @@ def test_the_other_algorithms_have_nothing_to_compile() -> None:
         (2, 2, [2]),
         (3, 2, [2, 3]),
         (8, 2, [2, 3, 4, 5, 6, 7, 8]),
-        (20, 2, [2, 6, 13, 20]),
-        (20, 1, [1, 6, 13, 20]),
-        (100, 2, [2, 100]),
+        (9, 2, [2, 3, 4, 5, 6, 7, 8, 9]),
+        (10, 2, [2, 4, 6, 8, 10]),
+        (20, 2, [2, 9, 16]),
+        (20, 1, [1, 8, 15]),
+        (100, 2, [2, 52]),
     ],
 )
 def test_where_compiled_steps_begin(L: int, lowest: int, expected: list[int]) -> None:
@@ -368,6 +370,31 @@ def test_what_changes_in_the_model_is_noticed() -> None:
         found = infer_compiled(case)
         assert_close(list(found), list(plain))
         assert_close(case.gradients(), gradients)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_autocast_is_taken_as_it_is_in_each_call() -> None:
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh()),
+        nn.Linear(16, 4),
+    )
+    case = Case(model, nn.CrossEntropyLoss(), torch.randn(16, 1, 8, 8), torch.randint(4, (16,)))
+    graphs = counters["stats"]["unique_graphs"]
+    for count, is_on in enumerate([True, False, True, False]):
+        for options in (dict(n=7), dict(n=3, eta=0.3)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+                plain, gradients = case.infer("Strict", **options), case.gradients()
+                found = infer_compiled(case, again=count > 1 or "eta" in options, **options)
+            one_round_off = 2**-8 if is_on else 2**-20
+            assert [x.dtype for x in found.vhat] == [x.dtype for x in plain.vhat]
+            assert found.vhat[-1].dtype == (torch.bfloat16 if is_on else torch.float32)
+            for x in (*found.v, *found.epsilon[1:], *case.gradients().values()):
+                assert x is not None and x.dtype == torch.float32
+            assert_close(list(found), list(plain), 4 * one_round_off)
+            assert_close(case.gradients(), gradients, 4 * one_round_off)
+    assert counters["stats"]["unique_graphs"] == graphs + 2
 
 
 @needs_compiler

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import Case
-from torch2pc import PCInferLatent
+from tests.test_compiled import needs_compiler
+from torch2pc import PCInferLatent, compiled
 
 aten = torch.ops.aten
 WAITING = {
@@ -27,6 +28,7 @@ WAITING = {
     aten.unique_consecutive.default,
     aten.repeat_interleave.Tensor,
     aten.linalg_lstsq.default,
+    aten.lift_fresh.default,  # torch.tensor(numbers), which are copied to the device
 }
 
 
@@ -94,8 +96,39 @@ def test_nothing_waits_for_latents() -> None:
         PCInferLatent(*arguments, **prior)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "error:compile=True")
+@needs_compiler
+@pytest.mark.parametrize("has_precisions", [False, True])
+def test_nothing_waits_in_a_compiled_call(
+    has_precisions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Sequential(nn.ReLU(), nn.Dropout(0.2)), nn.Linear(4, 3))
+    case = Case(model, nn.MSELoss(), torch.randn(5, 2), torch.randn(5, 3))
+    watched = []
+    run = compiled.Call.run
+
+    def run_watched(*args: Any) -> Any:
+        watched.append(1)
+        with NoWaiting():
+            return run(*args)
+
+    monkeypatch.setattr(compiled.Call, "run", run_watched)
+    for _ in range(2):  # the first one compiles, and runs plainly
+        if has_precisions:
+            PCInferLatent(*case[:2], case.Y, case.X, 0.1, 3, precision=0.5, compile=True)
+        else:
+            case.infer("Strict", compile=True)
+    assert watched == [1]
+
+
 def test_what_waits_is_seen() -> None:
     x = torch.ones(3)
-    for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()), x.nonzero):
+    for wait in (
+        lambda: x.sum().item(),
+        lambda: x[x > 0],
+        lambda: bool(x.any()),
+        x.nonzero,
+        lambda: torch.tensor([1.0, 2.0]),
+    ):
         with pytest.raises(AssertionError, match="waits"), NoWaiting():
             wait()

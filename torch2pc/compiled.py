@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
+from platform import machine
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -207,8 +208,8 @@ class Call:
         eta = self.eta if isinstance(self.eta, Tensor) else like.new_full((), self.eta)
         pi: Sequence[Any] = [None] * (L + 1)
         if self.precision is not None:
-            weights = [1.0, *self.precision, 1.0]
-            pi = torch.tensor(weights, dtype=like.dtype, device=like.device).unbind()
+            # Filled where they are: to copy numbers to a GPU waits for it.
+            pi = [like.new_full((), weight) for weight in (1.0, *self.precision, 1.0)]
         known = [*held, eta.to(like), *pi]
         relax = self._relax_errors if self.relaxes_errors else self._relax_beliefs
         reached = _reached_layers(L, like.device)
@@ -224,6 +225,7 @@ class Call:
         input_error = found.pop(0) if program.asks_input else None
         found = own([*epsilon[1:], *found])
         results = [find(held, place) for place in program.results]
+        vhat[0] = vhat[0].clone()
         if is_graphed:
             # The next call's graphs write where these are.
             vhat, v, found = _copies(vhat), [v[0], *_copies(v[1:])], _copies(found)
@@ -304,10 +306,15 @@ def _options(device: torch.device) -> dict[str, Any]:
         # Each graph is launched at once, as torch.compile(mode="reduce-overhead") does it.
         return {**options, "triton.cudagraphs": True}
     try:
-        # Not at the top, as it imports parts of the compiler that another PyTorch may lack.
+        # Not at the top, as they import parts of the compiler that another PyTorch may lack.
+        from torch._inductor.config import cpp
+
         from torch2pc.products import fast_products
     except ImportError:
         return options
+    if getattr(cpp, "vec_isa_ok", True) is None and machine() in ("x86_64", "AMD64"):
+        # Take the processor's word for its vector instructions. To try them takes 3 s of compilation.
+        options["cpp.vec_isa_ok"] = True
     return {**options, **fast_products()}
 
 

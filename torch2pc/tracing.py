@@ -390,7 +390,7 @@ class Program:
         written: set[int] = set()
         X = parts.run(0, own)
         self.asks_input = X.requires_grad
-        vhat = [X.detach().clone()]
+        vhat = [X.detach()]
         for l in range(1, L + 1):
             x = vhat[-1].detach()
             x.requires_grad_(x.is_floating_point())
@@ -648,7 +648,8 @@ def levels(L: int, lowest: int) -> list[int]:
 
     All of them in up to 9 layers; fewer in deeper models, as what they evaluate has to be compiled.
     """
-    return sorted({lowest, *range(L, lowest, -max(1, round(L * L / 60)))})
+    apart = max(1, min(round(L * L / 60), (L + 2 - lowest) // 2))
+    return list(range(lowest, L + 1, apart))
 
 
 def inputs_of(graph: fx.GraphModule) -> list[fx.Node]:
