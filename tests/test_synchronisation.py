@@ -102,7 +102,9 @@ def test_nothing_waits_for_latents() -> None:
 def test_nothing_waits_in_a_compiled_call(
     has_precisions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = nn.Sequential(nn.Linear(2, 4), nn.Sequential(nn.ReLU(), nn.Dropout(0.2)), nn.Linear(4, 3))
+    model = nn.Sequential(
+        nn.Linear(2, 4), nn.Sequential(nn.ReLU(), nn.Dropout(0.2)), nn.Linear(4, 3)
+    )
     case = Case(model, nn.MSELoss(), torch.randn(5, 2), torch.randn(5, 3))
     watched = []
     run = compiled.Call.run
