@@ -305,6 +305,8 @@ def _options(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         # Each graph is launched at once, as torch.compile(mode="reduce-overhead") does it.
         return {**options, "triton.cudagraphs": True}
+    # With the channels last, what lies between convolutions of few channels took twice as long.
+    options["layout_optimization"] = False
     try:
         # Not at the top, as they import parts of the compiler that another PyTorch may lack.
         from torch._inductor.config import cpp
