@@ -1,5 +1,5 @@
 r"""
-Twenty layers
+Deep networks
 =============
 
 **Question.** Strict's signal does not arrive at the lower layers of a deep network. What do
@@ -13,7 +13,7 @@ Three algorithms descend the same energy,
    v_l = f_l(v_{l-1}) - \epsilon_l .
 
 ``"Strict"`` moves the beliefs. An error climbs down one layer an iteration, and is multiplied by about
-:math:`\eta` at each. ``"ErrorBased"`` moves the errors, through all layers at once,
+:math:`\eta` at each when it first arrives. ``"ErrorBased"`` moves the errors, through all layers at once,
 
 .. math:: \epsilon_l \leftarrow \epsilon_l - \eta\, \frac{\mathrm dF}{\mathrm d\epsilon_l}
    = \epsilon_l + \eta\,\big((J_L \cdots J_{l+1})^T e_L - \epsilon_l\big) ,
@@ -75,7 +75,7 @@ METHODS = {
 
 
 def update(method: str, model: nn.Sequential, batch: Batch) -> PCResult:
-    """One method's updates in ``.grad``; ``"Exact"`` stands for backpropagation, whose they are."""
+    """One method's updates in ``.grad``; those of ``"Exact"`` are backpropagation's."""
     return PCInfer(model, LossFun, batch.X, batch.labels, **METHODS[method])
 
 
