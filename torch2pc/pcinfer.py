@@ -225,10 +225,10 @@ def PCInfer(
             batches, ``eta``, ``n`` and ``vinit`` compile nothing anew; another mode of a module or
             ``update_at`` does, and so does the second batch size, for all sizes but 1, which is
             compiled by itself. Where it cannot be done (a layer whose operations cannot be
-            followed, a module with a hook or a ``displacement_rule``, a loss that is random,
-            changes buffers, or holds a Python number with a third value: hold it in a tensor;
-            ``eta="auto"``; ErrorBased and Equilibrium) a warning says so once. Exact and FixedPred
-            take one forward and one backward pass, and are not compiled.
+            followed, a module with a hook or a ``displacement_rule``, a loss that is random or
+            changes buffers, a Python number in a layer or the loss with a third value: hold it in
+            a tensor; ``eta="auto"``; ErrorBased and Equilibrium) a warning says so once. Exact and
+            FixedPred take one forward and one backward pass, and are not compiled.
         update_at: where the updates of the relaxations are taken, ``"v"`` or ``"vhat"``. At v they
             descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken as
             when the paper appeared, and as by FixedPred. It matters for a unit that a ReLU holds at 0: it has
