@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import math
 import sys
@@ -97,19 +98,71 @@ def _size(architecture: Architecture) -> float:
         return math.inf
 
 
+class Known(fx.Proxy):  # type: ignore[no-untyped-call]
+    """A tensor of a traced model, and its value: what is no tensor, as its shape, is what it is."""
+
+    value: Any
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.value, name)
+        return super().__getattr__(name) if isinstance(found, Tensor) or callable(found) else found
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[k] for k in range(len(self.value))])
+
+
 class Tracer(fx.Tracer):
-    """Follows the forward pass of a model and its containers down to the blocks."""
+    """Follows the forward pass of a model and its containers, at ``X``, down to the blocks."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, X: Tensor) -> None:
         super().__init__()
-        self.depth = depth
+        self.depth, self.X = depth, X
+        self.evaluates = False
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, nn.Sequential):
-            return False
-        holds = any(isinstance(child, nn.Sequential | nn.ModuleList) for child in m.children())
-        depth = module_qualified_name.count(".")
-        return depth > 0 and (depth >= self.depth or not holds)
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.evaluates:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self.evaluates:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> Known:
+        return Known(node, self)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any
+    ) -> Any:
+        """The proxy of a tensor, or of some; but what has another value is known from now on."""
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        self.evaluates = True
+        try:
+            value = proxy.value = self.value_of(kind, target, args, kwargs)
+        finally:
+            self.evaluates = False
+        of_tensors = type(value) in (list, tuple) and any(isinstance(x, Tensor) for x in value)
+        return proxy if isinstance(value, Tensor) or of_tensors or kind == "output" else value
+
+    def value_of(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "placeholder":
+            return self.X
+        if kind == "get_attr":
+            return functools.reduce(getattr, target.split("."), self.root)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _value_of)
+        if kind == "call_module":
+            return self.root.get_submodule(target)(*args, **kwargs)
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs) if kind == "call_function" else None
+
+
+def _value_of(argument: Any) -> Any:
+    return argument.value if isinstance(argument, Known) else argument
 
 
 def cut(model: nn.Module, X: Tensor) -> nn.Sequential | None:
@@ -117,7 +170,7 @@ def cut(model: nn.Module, X: Tensor) -> nn.Sequential | None:
     whole = nn.Sequential(model)  # whose forward pass has one argument
     for depth in (2, 1):
         try:
-            items = nn.Sequential(*_items(whole, Tracer(depth).trace(whole)))
+            items = nn.Sequential(*_items(whole, Tracer(depth, X).trace(whole)))
             if len(items) > 2 and _same_outputs(model, items, X):
                 return items
         except Exception:  # whatever a model does not like about being traced
@@ -161,7 +214,8 @@ def _same_outputs(model: nn.Module, items: nn.Module, X: Tensor) -> bool:
     for module in (model, items):
         torch.manual_seed(0)
         outputs.append(copy.deepcopy(module)(X))
-    return isinstance(outputs[0], Tensor) and torch.equal(*outputs)
+    is_classifier = isinstance(outputs[0], Tensor) and outputs[0].dim() == 2
+    return is_classifier and torch.equal(*outputs)
 
 
 LossFun = nn.functional.cross_entropy

@@ -91,7 +91,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def preload() -> None:
     """Import once what every process needs, but not torch2pc, and start no threads, for forks' sake."""
     os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # it does not know of the change
+    # What is kept on the disk does not know of the change.
+    for kept in ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE"):
+        os.environ[kept] = "0"
+    os.environ["TORCH_DYNAMO_AUTOMATIC_DYNAMIC_LOCAL_PGO"] = "0"
     import torch
     import torch._dynamo
 

@@ -47,6 +47,17 @@ class Skips(Net):
         return self.head((x + first).mean((2, 3)))
 
 
+class Branches(Net):
+    """Its forward pass depends on shapes, and hands on several tensors at a time."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, channels, *_ = x.shape
+        if len(x) != batch or x.size(1) > 3:
+            raise ValueError("other images")
+        x = torch.cat([part + 1 for part in x.split(1)])
+        return super().forward(x, mask).view(batch, 3 * channels + 1)
+
+
 class Pair(Net):
     """Returns its input, too."""
 
@@ -59,6 +70,7 @@ class Pair(Net):
     [
         (Net, [(4, 4, 4), (4, 4, 4), (4,), (10,)]),
         (Skips, [(4, 4, 4), (4,), (10,)]),
+        (Branches, [(4, 4, 4), (4, 4, 4), (4,), (10,)]),
         (Pair, None),
     ],
 )

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 from tests.cases import Case, assert_close, random_beliefs, squared_error
 from torch2pc import PCInferLatent, PCResult, compiled
+from torch2pc.compiled import changing_number
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -276,6 +277,86 @@ def test_a_number_that_changes_is_named_and_not_compiled_again(
     # The values that were compiled are still there.
     case._replace(LossFun=hold(0.7)).infer("Strict", n=4, compile=True)
     assert counters["stats"]["unique_graphs"] - graphs == compiled_so_far
+
+
+class Warm(nn.Module):
+    """Its forward pass uses one of its numbers, by way of a method of its own."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta, self.other = beta, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cooled(x)
+
+    def cooled(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / self.beta)
+
+
+@needs_compiler
+def test_so_is_a_number_of_a_layer() -> None:
+    layer = Warm(1.0)
+    case = small_case()
+    case.model.insert(1, layer)
+    graphs = counters["stats"]["unique_graphs"]
+    for k, layer.beta in enumerate((1.0, 0.9, 1.0, 0.9)):
+        layer.other = float(k)
+        plain = case.infer("Strict", n=4)
+        assert_close(list(infer_compiled(case, n=4)), list(plain))
+    assert counters["stats"]["unique_graphs"] == graphs + 2
+    layer.beta = 0.8
+    plain = case.infer("Strict", n=4)
+    with pytest.warns(
+        UserWarning, match=r"Warm holds a Python number beta, now 0\.8, that changes"
+    ):
+        assert_close(list(case.infer("Strict", n=4, compile=True)), list(plain))
+    assert counters["stats"]["unique_graphs"] == graphs + 2
+
+
+class Trainer:
+    def __init__(self, beta: float, other: float = 0.0) -> None:
+        self.beta, self.other = beta, other
+
+    def __call__(self, yhat: Tensor, Y: Tensor) -> Tensor:
+        return self.beta * (yhat - Y).square().mean()
+
+    def loss(self, yhat: Tensor, Y: Tensor) -> Tensor:
+        return self.weighted((yhat - Y).square().mean())
+
+    def weighted(self, error: Tensor) -> Tensor:
+        return self.beta * error
+
+
+def of_table(beta: float, other: float) -> Callable[..., Tensor]:
+    settings = {"beta": beta, "other": other, "name": "mean"}
+    return lambda yhat, Y: settings["beta"] * (yhat - Y).square().mean()
+
+
+def of_object(beta: float, other: float) -> Callable[..., Tensor]:
+    trainer = Trainer(beta, other)
+    return lambda yhat, Y: trainer.beta * (yhat - Y).square().mean()
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        of_table,
+        of_object,
+        Trainer,
+        lambda beta, other: Trainer(beta, other).loss,
+        lambda beta, other: lambda yhat, Y, beta=beta: beta * (yhat - Y).square().mean(),
+        lambda beta, other: functools.partial(scaled_error, beta=beta),
+    ],
+)
+def test_numbers_are_found_where_losses_hold_them(hold: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    found = [
+        changing_number(model, model.modules(), [hold(beta, float(k))])
+        for k, beta in enumerate((0.5, 0.7, 0.5, 0.7, 0.25))
+    ]
+    assert found[:4] == [(None, True), (None, True), (None, False), (None, False)]
+    reason, is_new = found[4]
+    assert "beta, now 0.25" in str(reason) and not is_new
 
 
 @needs_compiler

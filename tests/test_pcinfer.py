@@ -181,7 +181,7 @@ def test_integer_input_to_an_embedding(ErrType: str) -> None:
 @err_types
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_parameters_that_the_call_does_not_use(ErrType: str, accumulate: bool) -> None:
-    """No optimizer shall step them again with an old gradient; frozen ones are not touched."""
+    """No optimizer shall step them again with an old gradient."""
     case = small_case()
     LossFun = nn.MSELoss()
     unused = [nn.Parameter(torch.ones(1)) for _ in range(3)]
@@ -189,16 +189,14 @@ def test_parameters_that_the_call_does_not_use(ErrType: str, accumulate: bool) -
     case.model.register_parameter("unused", unused[1])
     LossFun.register_parameter("unused", unused[2])
     frozen = case.model[0].weight.requires_grad_(False)
-    for parameter in [frozen, *unused]:
+    without = [frozen, *unused]
+    for parameter in without:
         parameter.grad = torch.full_like(parameter, 3.0)
-    markers = [parameter.grad for parameter in unused]
-    of_frozen = frozen.grad
+    before = [parameter.grad for parameter in without]
     case._replace(LossFun=LossFun).infer(ErrType, accumulate=accumulate)
-    assert frozen.grad is of_frozen and (of_frozen == 3).all()
-    if accumulate:
-        assert [p.grad for p in unused] == markers and all(marker == 3 for marker in markers)
-    else:
-        assert [p.grad for p in unused] == [None] * 3
+    for parameter, gradient in zip(without, before, strict=True):
+        assert parameter.grad is (gradient if accumulate else None)
+        assert (gradient == 3).all()
     assert case.model[0].bias.grad is not None
 
 
@@ -227,6 +225,22 @@ def test_a_layer_that_drops_out_is_trained_as_by_backward() -> None:
         for optimizer in optimizers:
             optimizer.step()
     assert_close(list(case.model.parameters()), list(twin.parameters()))
+
+
+@err_types
+def test_a_layer_that_is_frozen_in_training_stays_where_it_is(ErrType: str) -> None:
+    case = small_case()
+    optimizer = torch.optim.Adam(case.model.parameters(), lr=0.01)
+    for frozen in (False, False, True, True):
+        case.model[0].requires_grad_(not frozen)
+        before = [p.clone() for p in case.model.parameters()]
+        case.infer(ErrType)
+        optimizer.step()
+        moved = [
+            not torch.equal(p, q) for p, q in zip(case.model.parameters(), before, strict=True)
+        ]
+        own = len(list(case.model[0].parameters()))
+        assert moved == [not frozen] * own + [True] * (len(moved) - own)
 
 
 @err_types

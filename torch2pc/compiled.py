@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import lru_cache, partial
 from platform import machine
-from types import CodeType, FunctionType, MethodType
-from typing import Any
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -27,8 +27,10 @@ from torch2pc.graph import in_belief_dtype, outside_autocast, own
 from torch2pc.layers import GLOBAL_HOOKS, HOOKS, Inference, Layer, Network, detached
 
 _warned: WeakSet[nn.Module] = WeakSet()
-# For each model, the numbers that its losses held, by their names.
-_numbers: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[dict[str, float]]]] = (
+# What holds a number that is compiled in, and its name there.
+Number = tuple[str, int, str]
+# For each model, the numbers that its layers and losses held.
+_numbers: WeakKeyDictionary[nn.Module, dict[tuple[Number, ...], list[dict[Number, float]]]] = (
     WeakKeyDictionary()
 )
 MOST_VALUES = 2
@@ -125,7 +127,10 @@ class Call:
         L, lowest = len(network.layers), 1 if self.free_input else 2
         losses = [network.loss, *([] if self.prior is None else [self.prior])]
         functions = [loss.function for loss in losses]
-        self.reason = _hooked(network) or changing_number(model, functions)
+        self.reason = _hooked(network)
+        compiles = False
+        if self.reason is None:
+            self.reason, compiles = changing_number(model, network.modules, functions)
         if isinstance(self.eta, str):
             self.reason = f'eta="{self.eta}" finds its step size as it runs'
         if self.reason is not None or lowest > L:
@@ -152,13 +157,14 @@ class Call:
         )
         before, _local.call = getattr(_local, "call", None), self
         try:
-            kept.capture(
-                self.asked,
-                tuple([layer.function for layer in network.layers]),
-                (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
-                *(network.loss.function, None if self.prior is None else self.prior.function),
-                *(network.X, network.Y),
-            )
+            with torch._dynamo.config.patch(specialize_float=True) if compiles else nullcontext():
+                kept.capture(
+                    self.asked,
+                    tuple([layer.function for layer in network.layers]),
+                    (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
+                    *(network.loss.function, None if self.prior is None else self.prior.function),
+                    *(network.X, network.Y),
+                )
         except _PlainlyError:
             assert self.captured is not None
             self.reason = self.reason or self.captured.reason
@@ -335,40 +341,69 @@ def _hooked(network: Network) -> str | None:
     return None
 
 
-def changing_number(model: nn.Module, functions: Iterable[object]) -> str | None:
-    """Why not to compile again: a Python number that a loss holds is compiled in, and changes.
+def changing_number(
+    model: nn.Module, modules: Iterable[nn.Module], functions: Iterable[object]
+) -> tuple[str | None, bool]:
+    """Why not to compile again, and else whether a number is new.
 
-    The first ``MOST_VALUES`` values that a model meets are compiled.
+    A Python number that a layer or a loss computes with is compiled in. The first ``MOST_VALUES``
+    values that a model meets are compiled; a number that changes on would be again and again.
     """
-    now = {name: value for function in functions for name, value in _numbers_of(function)}
+    now: dict[Number, float] = {
+        ("the loss", -1, name): value
+        for function in functions
+        for name, value in _numbers_of(function)
+    }
+    for k, module in enumerate(modules):
+        held, kind = vars(module), cast("Any", type(module))
+        for name in _names_used(kind):
+            value = held.get(name)
+            if isinstance(value, float):
+                now[type(module).__name__, k, name] = value
     met = _numbers.setdefault(model, {}).setdefault(tuple(now), [])
     if now in met:
-        return None
+        return None, False
     if len(met) < MOST_VALUES:
         met.append(now)
-        return None
-    name = next(name for name, value in now.items() if value != met[-1][name])
-    return (
-        f"the loss holds a Python number {name}, now {now[name]:g}, that changes from call to call, "
-        "and each value would have to be compiled: hold it in a tensor, which would not"
+        return None, True
+    number = next(number for number, value in now.items() if value != met[-1][number])
+    holder, _, name = number
+    reason = (
+        f"{holder} holds a Python number {name}, now {now[number]:g}, that changes from call to "
+        "call, and each value would have to be compiled: hold it in a tensor, which would not"
     )
+    return reason, False
+
+
+@lru_cache(maxsize=1000)
+def _names_used(kind: type, first: tuple[str, ...] = ("forward",)) -> tuple[str, ...]:
+    """``first``, and the names that the methods of a class refer to which have names among these."""
+    names = dict.fromkeys(first)
+    waiting = list(names)
+    while waiting:
+        code = getattr(getattr(kind, waiting.pop(), None), "__code__", None)
+        new = [name for name in getattr(code, "co_names", ()) if name not in names]
+        names.update(dict.fromkeys(new))
+        waiting += [name for name in new if not hasattr(nn.Module, name)]
+    return tuple(names)
 
 
 def _numbers_of(function: Any, depth: int = 3) -> Iterator[tuple[str, float]]:
-    """The floats that a function computes with, by name: those that compiled code is specific to."""
-    if isinstance(function, nn.Module):
-        function = function.forward
+    """The floats that a function computes with, by name: those that compiled code is specific to.
+
+    What a module holds is found with the modules of the call.
+    """
+    if not isinstance(function, FunctionType | MethodType | partial | nn.Module):
+        function = getattr(function, "__call__", None)  # noqa: B004 (what is run)
     named: dict[str, Any] = {}
+    code: Any = getattr(function, "__code__", None)
     if isinstance(function, partial):
         named = {"of a partial": function.func, **function.keywords}
         named.update((f"argument {k}", value) for k, value in enumerate(function.args))
     elif isinstance(function, MethodType):
-        attributes = vars(function.__self__) if hasattr(function.__self__, "__dict__") else {}
-        used = getattr(getattr(function.__func__, "__code__", None), "co_names", ())
-        named = {name: attributes[name] for name in used if name in attributes}
-        named["of a method"] = function.__func__
+        named = {"of a method": function.__func__, "self": function.__self__}
     elif isinstance(function, FunctionType):
-        code, held = function.__code__, function.__globals__
+        held = function.__globals__
         named = {name: held[name] for name in code.co_names if name in held}
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             with suppress(ValueError):  # an empty cell
@@ -380,5 +415,14 @@ def _numbers_of(function: Any, depth: int = 3) -> Iterator[tuple[str, float]]:
     for name, value in named.items():
         if isinstance(value, float):
             yield name, value
-        elif depth and isinstance(value, FunctionType | MethodType | partial):
-            yield from _numbers_of(value, depth - 1)
+        elif isinstance(value, FunctionType | MethodType | partial):
+            if depth:
+                yield from _numbers_of(value, depth - 1)
+        elif code is not None and not isinstance(value, type | ModuleType):
+            # A table of settings, or an object that has them.
+            is_table = isinstance(value, dict)
+            found = value if is_table else getattr(value, "__dict__", {})
+            kind = cast("Any", type(value))
+            keys = code.co_consts if is_table else _names_used(kind, code.co_names)
+            of_value = [(key, found.get(key)) for key in keys if isinstance(key, str)]
+            yield from [(f"{name}.{key}", x) for key, x in of_value if isinstance(x, float)]

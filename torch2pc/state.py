@@ -369,7 +369,10 @@ def _add_to_gradient(
 
 
 def _others(modules: Iterable[nn.Module], updates: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """The parameters of ``modules`` that require grad and have one, but no update."""
+    """The parameters of ``modules`` that have a gradient, but no update: frozen ones too.
+
+    An optimizer steps whatever has a gradient.
+    """
     tables = [module._parameters.values() for module in modules if module._parameters]
     parameters = [parameter for table in tables for parameter in table]
     # By their ids, as a tensor takes long to hash.
@@ -379,9 +382,5 @@ def _others(modules: Iterable[nn.Module], updates: Sequence[tuple[Tensor, Tensor
     return [
         p
         for p in parameters
-        if p is not None
-        and id(p) in others
-        and p.requires_grad
-        and p.is_leaf
-        and p.grad is not None
+        if p is not None and id(p) in others and p.is_leaf and p.grad is not None
     ]
