@@ -59,7 +59,7 @@ DOWNLOADS = ("mnist",)
 
 BATCH_SIZE = 32
 # Seeds of the comparison of the cures with backprop; all other panels have one.
-SEEDS = 3
+SEEDS = 10
 # Steps and network of the panels that compare optimizers, activations and learning rates.
 SWEPT_STEPS, SWEPT = 400, "3x100"
 # The weights that leave inactive units are measured every so many steps, on so many test images.
