@@ -81,6 +81,7 @@ ARGUMENTS = [
         TypeError,
         r"pass the nn.Sequential that it wraps.*torch2pc\.distributed\.PCInfer",
     ),
+    (dict(model=nn.DataParallel(make_model())), TypeError, "pass the nn.Sequential that it wraps"),
     (
         dict(model=make_model(DistributedDataParallel(nn.Linear(5, 5)))),
         TypeError,

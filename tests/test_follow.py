@@ -657,6 +657,7 @@ def test_no_advice_that_the_record_does_not_support() -> None:
     # Layers that nothing has reached are named.
     short = follow_case(case, "Strict", eta=0.1, n=2)
     assert "No error has reached layers 1 and 2: they do not learn." in short.verdict
+    assert any("The update of layer 3 is less than half" in said for said in short.verdict)
     assert short.size[-1, 1] == short.size[-1, 2] == 0 < short.size[-1, 3]
 
 
@@ -686,7 +687,7 @@ def test_a_loss_that_starts_at_its_minimum() -> None:
     for ErrType in [*ERR_TYPES, "Latent"]:
         record = follow_all(still, ErrType, n=3)
         assert not record.distance.any() and not record.energies[:, 1:].any()
-        assert str(record)
+        assert str(record) and "image/png" in record._repr_html_()
 
 
 def test_what_float32_would_leave_is_what_the_plain_iteration_loses() -> None:
@@ -732,6 +733,9 @@ def test_summary_dict_pickle_and_notebook(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == f"{record}\n"
     assert str(record).startswith("Strict, eta = 0.1, n = 8, 4 layers\nlayer")
     assert all(len(line) < 130 for line in str(record).splitlines())
+    _, head, *rows = str(record).splitlines()
+    assert head.split() == ["layer", "energy", "distance", "cosine", "size", "float32"]
+    assert all(f"{record.cosine[-1, l]:.4f}" in rows[l - 1] for l in range(1, 5))
     assert "Record of Strict" in repr(record)
     numbers = record.to_dict()
     assert all(type(x) is float for x in numbers.values())

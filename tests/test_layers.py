@@ -97,6 +97,34 @@ def test_one_mask_a_call(make: Callable[[], Case], ErrType: str) -> None:
     check_against_reference(make(), ErrType)
 
 
+@torch.library.custom_op("torch2pc_tests::noisy", mutates_args=())
+def noisy(x: Tensor) -> Tensor:
+    """Draws, and does not say so, as operations that are none of PyTorch's may."""
+    return x * torch.rand_like(x)
+
+
+def _with_same_numbers(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(output / inputs[0])
+
+
+noisy.register_autograd(
+    lambda ctx, error: error * ctx.saved_tensors[0], setup_context=_with_same_numbers
+)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.torch2pc_tests.noisy(x)
+
+
+@err_types
+def test_an_operation_of_the_users_own_may_draw(ErrType: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), Noisy(), nn.Tanh(), nn.Linear(5, 3)).double()
+    X, Y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    check_against_reference(Case(model, nn.MSELoss(), X, Y), ErrType)
+
+
 def test_a_random_loss_is_one_function_too() -> None:
     """With the same weights drawn in every iteration, Strict finds the minimum of its energy."""
     case = dense()._replace(

@@ -230,6 +230,19 @@ def test_half_precision_models_hold_beliefs_in_float32(ErrType: str, dtype: torc
         assert (found.float() - wanted).norm() < tolerance * wanted.norm()
 
 
+@err_types
+def test_a_loss_is_given_what_the_model_returns(ErrType: str) -> None:
+    case, given = cast(torch.bfloat16), set()
+
+    def loss(yhat: Tensor, Y: Tensor) -> Tensor:
+        given.add(yhat.dtype)
+        return nn.functional.cross_entropy(yhat, Y)
+
+    for eta in (0.1, "auto"):
+        case._replace(LossFun=loss).infer(ErrType, eta=eta)
+    assert given == {torch.bfloat16}
+
+
 def test_half_precision_beliefs_move_by_less_than_their_rounding() -> None:
     """A bfloat16 belief near 1 would need a step of 1/256 to move at all."""
     case = cast(torch.bfloat16)

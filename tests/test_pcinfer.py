@@ -227,6 +227,13 @@ def test_a_layer_that_drops_out_is_trained_as_by_backward() -> None:
     assert_close(list(case.model.parameters()), list(twin.parameters()))
 
 
+@pytest.mark.parametrize("ErrType", ["Exact", "FixedPred"])
+def test_what_an_algorithm_has_no_use_for_is_ignored(ErrType: str) -> None:
+    case = small_case()
+    expected = case.infer(ErrType)
+    assert_close(list(case.infer(ErrType, vinit=[1], update_at="nowhere")), list(expected))
+
+
 @err_types
 def test_a_layer_that_is_frozen_in_training_stays_where_it_is(ErrType: str) -> None:
     case = small_case()

@@ -343,6 +343,10 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "logsumexp": (lambda: Function(lambda x: x.logsumexp(1)), SEQUENCE),
     "maximum": (lambda: Function(lambda x: torch.maximum(x, x.sin())), VECTOR),
     "minimum": (lambda: Function(lambda x: torch.minimum(x, x.exp() - 1.5)), VECTOR),
+    "one divisor for several": (
+        lambda: Function(lambda x: torch.arange(1.0, 7.0).to(x) / (1 + x[:, :1].square())),
+        VECTOR,
+    ),
     "masked_fill": (lambda: Function(lambda x: x.masked_fill(torch.arange(6) > 2, 2.0)), VECTOR),
     "ratio": (lambda: Function(lambda x: torch.arange(1.0, 7.0) / (x * x + 1)), VECTOR),
     "numbers": (lambda: Function(lambda x: 3 - (2 / (x.exp() + 1) - 1) / 4 * 5), VECTOR),

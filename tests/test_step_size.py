@@ -66,6 +66,7 @@ def test_a_matrix_of_zeros_and_one_that_is_none() -> None:
     assert largest_eigenvalue(lambda u: [0 * u[0]], like) == 0
     assert safe_step(lambda u: [0 * u[0]], like) == 1
     assert safe_step(lambda u: [-u[0]], like) == 1
+    assert safe_step(lambda u: [u[0] / 4], like) == pytest.approx(4)
     assert math.isnan(largest_eigenvalue(lambda u: [u[0] / 0], like))
     assert largest_eigenvalue(lambda u: [2 * u[0]], like, passes=9) == pytest.approx(2)
 
