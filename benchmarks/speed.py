@@ -68,6 +68,10 @@ def measure_case(
         "Exact": infer(case, "Exact"),
         **{f"FixedPred, n={n}": infer(case, "FixedPred", eta=ETA, n=n) for n in (5, N, 1000)},
     }
+    compiled_cheap = [f"{name}, compile=True" for name in ("Exact", f"FixedPred, n={N}")]
+    if case.name in COMPILED:
+        cheap[compiled_cheap[0]] = infer(case, "Exact", compile=True)
+        cheap[compiled_cheap[1]] = infer(case, "FixedPred", eta=ETA, n=N, compile=True)
     costly: dict[str, Step] = {
         "BP": cheap["BP"],
         "floor": floor(case, N),
@@ -98,6 +102,8 @@ def measure_case(
         ratio(times, f"FixedPred, n={N}", "BP", 1.12 if deep else 1.08),
         ratio(times, "FixedPred, n=1000", "FixedPred, n=5", 1.03),
     ]
+    if measures_compiled:
+        rows += [ratio(times, name, "BP") for name in compiled_cheap]
     strict_times = alternate(costly, device, seconds, case.name)
     rows += [
         ratio(strict_times, f"Strict, n={N}", "floor", 1.35 if case.kind == "conv" else 1.5),

@@ -1,4 +1,4 @@
-"""The compiled relaxations against the plain one; when it compiles, when it does not, what it keeps."""
+"""Compiled calls against plain ones; when it compiles, when it does not, what it keeps."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def infer_compiled(
         case.model.load_state_dict(twin)
         torch.set_rng_state(random)
     runs: list[object] = []
-    run = compiled.Call.run
+    kind = compiled.Backpropagation if ErrType in ("Exact", "FixedPred") else compiled.Call
+    run = kind.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled.Call, "run", lambda *args: runs.append(1) or run(*args))
+        patch.setattr(kind, "run", lambda *args: runs.append(1) or run(*args))
         found = case.infer(ErrType, compile=True, **options)
     assert runs
     return found
@@ -159,6 +160,13 @@ class Counter(nn.Module):
         return x / self.calls
 
 
+class Noisy(nn.Module):
+    """No rule covers what it does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumprod(-1) * torch.rand_like(x) + torch.randn(5).double()
+
+
 class Chance(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.bernoulli(x.sigmoid())
@@ -173,6 +181,8 @@ class Chance(nn.Module):
         ("Strict", lambda: nn.BatchNorm1d(5)),
         ("Strict", Counter),
         ("ErrorBased", nn.Dropout),
+        ("Exact", lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Dropout())),
+        ("FixedPred", Noisy),
     ],
 )
 def test_masks_and_statistics_are_inputs(ErrType: str, make: Callable[[], nn.Module]) -> None:
@@ -386,12 +396,143 @@ def test_another_batch_size_compiles_once_more_and_then_any_does() -> None:
     assert found == [1, 2, 2, 2, 2, 2, 3, 3]
 
 
-def test_the_other_algorithms_have_nothing_to_compile() -> None:
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True", "ignore:The error hardly reaches")
+def test_backpropagation_is_one_graph_whatever_its_factors_are() -> None:
+    """Exact, and FixedPred with every n and eta: the first call compiles for them all."""
     case = small_case()
     graphs = counters["stats"]["unique_graphs"]
-    for ErrType in ("Exact", "FixedPred"):
-        case.infer(ErrType, compile=True)
-    assert counters["stats"]["unique_graphs"] == graphs
+    settings: list[tuple[str, dict[str, Any]]] = [("Exact", {}), ("Exact", {})]
+    settings += [("FixedPred", dict(n=n)) for n in (1, 2, 3, 20)]
+    settings += [("FixedPred", dict(n=5, eta=eta)) for eta in (0.5, 1.7, "auto")]
+    for k, (ErrType, options) in enumerate(settings):
+        plain, gradients = case.infer(ErrType, **options), case.gradients()
+        found = infer_compiled(case, k > 0, ErrType, **options)
+        assert_close(list(found), list(plain))
+        assert_close(case.gradients(), gradients)
+        tensors = [*found.vhat, *found.v[1:], *found.epsilon[1:], *case.gradients().values()]
+        starts = [x.data_ptr() for x in [*tensors, found.dLdy] if x is not None]
+        assert len(set(starts)) == len(starts)
+        with torch.no_grad():
+            for parameter in case.model.parameters():
+                parameter.mul_(0.99)
+        case = case._replace(LossFun=nn.MSELoss(), X=case.X + 0.1)
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
+class Tied(nn.Module):
+    """Shares a layer's weight, as the loss does below."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, Y: Tensor | None = None) -> Tensor:
+        if Y is None:
+            return x @ self.layer.weight
+        return (x - Y).square().mean() + (x.mean() * self.layer.weight).square().sum()
+
+
+class LearnedLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7).double())
+
+    def forward(self, yhat: Tensor, Y: Tensor) -> Tensor:
+        return (self.scale * nn.functional.dropout(yhat, 0.3) - Y).square().mean()
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True", "ignore:The error hardly reaches")
+@pytest.mark.parametrize("loss_shares", [False, True])
+def test_backpropagation_with_shared_and_learned_losses(loss_shares: bool) -> None:
+    """A weight of two layers sums both, each with its factor; the input's error is returned."""
+    shared = nn.Linear(4, 5).double()
+    items = [nn.Sequential(shared, nn.Tanh()), nn.Tanh(), Tied(shared)]
+    LossFun = Tied(shared) if loss_shares else LearnedLoss()
+    X = torch.randn(6, 4).double().requires_grad_()
+    case = Case(nn.Sequential(*items), LossFun, X, torch.randn(6, 4).double())
+    graphs = counters["stats"]["unique_graphs"]
+    for k, (ErrType, n) in enumerate([("FixedPred", 4), ("FixedPred", 2), ("Exact", 1)]):
+        torch.manual_seed(k)
+        plain, random = case.infer(ErrType, n=n), torch.get_rng_state()
+        of_all = [x.grad for x in (X, *case.model.parameters(), *LossFun.parameters())]
+        torch.manual_seed(k)
+        found = infer_compiled(case, k > 0, ErrType, n=n)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert_close(list(found), list(plain))
+        again = [x.grad for x in (X, *case.model.parameters(), *LossFun.parameters())]
+        assert all([x is not None for x in again])
+        assert_close(again, of_all)
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
+class Forgets(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_what_the_loss_does_not_depend_on_has_no_update() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), Forgets(), nn.Linear(3, 2)).double()
+    case = Case(model, nn.MSELoss(), torch.randn(6, 4).double(), torch.randn(6, 2).double())
+    plain, gradients = case.infer("Exact"), case.gradients()
+    found = infer_compiled(case, ErrType="Exact")
+    assert_close(list(found), list(plain))
+    assert_close(case.gradients(), gradients)
+    assert case.gradients()["0.weight"] is None
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_backpropagation_compiles_a_single_layer_for_any_batch_size_and_autocast() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    graphs, compiled_so_far = counters["stats"]["unique_graphs"], []
+    for k, batch in enumerate((6, 4, 5, 9, 5)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=k == 4):
+            case = Case(
+                model, nn.CrossEntropyLoss(), torch.randn(batch, 4), torch.arange(batch) % 3
+            )
+            plain, gradients = case.infer("Exact"), case.gradients()
+            found = infer_compiled(case, k in (2, 3), "Exact")
+        assert [x.dtype for x in found.vhat + found.v] == [x.dtype for x in plain.vhat + plain.v]
+        one_round_off = 2**-8 if k == 4 else 2**-20
+        assert_close(list(found), list(plain), 4 * one_round_off)
+        assert_close(case.gradients(), gradients, 4 * one_round_off)
+        compiled_so_far.append(counters["stats"]["unique_graphs"] - graphs)
+    assert compiled_so_far[:4] == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"), [(Untraceable(), ""), (Chance(), "aten.bernoulli.default draws other")]
+)
+def test_backpropagation_runs_plainly_where_it_cannot_compile(part: nn.Module, reason: str) -> None:
+    case = small_case()
+    case.model.insert(1, part)
+    torch.manual_seed(1)
+    plain, gradients = case.infer("Exact"), case.gradients()
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match=f"Sequential runs without compilation, because {reason}"):
+        found = case.infer("Exact", compile=True)
+    assert_close(list(found), list(plain))
+    assert_close(case.gradients(), gradients)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case.infer("FixedPred", compile=True)
+
+
+@needs_compiler
+def test_a_hook_on_a_parameter_sees_what_backpropagation_finds() -> None:
+    case = small_case()
+    infer_compiled(case, ErrType="FixedPred")
+    seen: list[Tensor] = []
+    case.model[0][0].weight.register_hook(seen.append)
+    plain = case.infer("FixedPred")
+    with pytest.warns(UserWarning, match="because a parameter has a hook"):
+        found = case.infer("FixedPred", compile=True)
+    assert_close(list(found), list(plain))
+    assert len(seen) == 2 and torch.equal(*seen)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Strict and ErrorBased as compiled calls, kept for as long as its model lives.
+"""Compiled calls, kept for as long as their model lives.
 
 ``torch.compile`` captures the layers and the loss and says, by its guards, when what was captured holds
 no more: the mode of a module, a hook, an attribute, a shape have changed. ``tracing.py`` makes the
-graphs of the call from that. Here they are run: the feed-forward pass, ``n`` steps, the updates.
+graphs of the call from that. Here they are run: the feed-forward pass, ``n`` steps, the updates; for
+Exact and FixedPred one graph that does it all.
 
 The call that compiles runs plainly itself, so that layers are held against their rules as always. So
 does, with a warning, a call that cannot be compiled.
@@ -99,6 +100,8 @@ class _Captured:
 class Call:
     """One call of Strict or ErrorBased, to be run by compiled graphs."""
 
+    backpropagates = False
+
     def __init__(
         self,
         network: Network,
@@ -121,10 +124,14 @@ class Call:
         self.reason: object = None
         self.has_begun = False
 
+    @property
+    def _lowest(self) -> int:
+        return 1 if self.free_input else 2
+
     def infer(self) -> Inference | None:
         """The result; None if the call is to be run plainly, and nothing has happened yet."""
         network, model = self.network, self.network.model
-        L, lowest = len(network.layers), 1 if self.free_input else 2
+        L = len(network.layers)
         losses = [network.loss, *([] if self.prior is None else [self.prior])]
         functions = [loss.function for loss in losses]
         self.reason = _hooked(network)
@@ -133,7 +140,7 @@ class Call:
             self.reason, compiles = changing_number(model, network.modules, functions)
         if isinstance(self.eta, str):
             self.reason = f'eta="{self.eta}" finds its step size as it runs'
-        if self.reason is not None or lowest > L:
+        if self.reason is not None or self._lowest > L:
             return None
         try:
             from torch2pc.tracing import Asked
@@ -148,12 +155,13 @@ class Call:
             return None
         self.asked = Asked(
             L,
-            lowest,
+            self._lowest,
             self.update_at,
             self.precision is not None,
             self.prior is not None,
             self.free_input or self.relaxes_errors,
             self.relaxes_errors,
+            self.backpropagates,
         )
         before, _local.call = getattr(_local, "call", None), self
         try:
@@ -198,12 +206,10 @@ class Call:
         from torch2pc.tracing import find
 
         network, L, lowest = self.network, program.asked.L, program.asked.lowest
-        is_graphed = network.X.device.type == "cuda"
-        if is_graphed:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        _begin(network.X.device)
         held = [*inputs, *program.feed_forward(inputs)]
         vhat = [find(held, place) for place in program.vhat]
-        Loss, dLdy = find(held, program.Loss), find(held, program.dLdy)
+        dLdy = find(held, program.dLdy)
         delta = [torch.zeros_like(in_belief_dtype(x)) for x in vhat[:L]]
         epsilon = [*[torch.zeros_like(x) for x in delta], in_belief_dtype(dLdy).clone()]
         if self.vinit is not None:
@@ -229,10 +235,26 @@ class Call:
             epsilon[1:] = found[:L]
             del found[:L]
         input_error = found.pop(0) if program.asks_input else None
-        found = own([*epsilon[1:], *found])
+        return self._end(program, inputs, held, v, input_error, [*epsilon[1:], *found])
+
+    def _end(
+        self,
+        program: Any,
+        inputs: Sequence[Any],
+        held: Sequence[Any],
+        v: list[Tensor],
+        input_error: Tensor | None,
+        found: list[Tensor],
+    ) -> list[Tensor]:
+        """Set ``inference``; ``found`` are the layers' errors, and then the updates."""
+        from torch2pc.tracing import find
+
+        L, found = program.asked.L, own(found)
+        vhat = [find(held, place) for place in program.vhat]
+        Loss, dLdy = find(held, program.Loss), find(held, program.dLdy)
         results = [find(held, place) for place in program.results]
         vhat[0] = vhat[0].clone()
-        if is_graphed:
+        if _is_graphed(self.network.X.device):
             # The next call's graphs write where these are.
             vhat, v, found = _copies(vhat), [v[0], *_copies(v[1:])], _copies(found)
             Loss, dLdy = _copies([Loss, dLdy])
@@ -282,6 +304,54 @@ class Call:
         for _ in range(self.n):
             hidden = step([*known, *hidden])
         return list(hidden)
+
+
+class Backpropagation(Call):
+    """One call of Exact or FixedPred, to be run by one compiled graph.
+
+    The factors are as in ``exact.weighted_backpropagation``.
+    """
+
+    backpropagates = True
+
+    def __init__(self, network: Network, c_epsilon: Sequence[float], c_v: Sequence[float]) -> None:
+        super().__init__(network, 0.0, 1, free_input=True)
+        self._c = (*reversed(c_epsilon), *reversed(c_v))
+
+    def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
+        """Forward and backward; returns what was to be captured."""
+        network, L, adds = self.network, program.asked.L, program.adds
+        device = network.X.device
+        _begin(device)
+        factors = _scalar_tensors(self._c, program.factor_dtype, device)
+        found = list(program.backpropagate([*inputs, *factors]))
+        held, v = [*inputs, *found[:adds]], [detached(network.X), *found[adds : adds + L]]
+        del found[: adds + L]
+        input_error = found.pop(L) if program.asks_input else None
+        return self._end(program, inputs, held, v, input_error, found)
+
+    def explain(self, uncovered: Sequence[str] = ()) -> None:
+        """After a plain run: warn if it was none of the call's own choice."""
+        if self.reason is not None:
+            run_plainly(self.network.model, self.reason)
+
+
+@lru_cache(maxsize=32)
+def _scalar_tensors(
+    c: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    # What is beyond the type is infinite. Filled where they are, as in a relaxation.
+    values = torch.tensor(c, dtype=torch.float64, device="cpu").to(dtype).tolist()
+    return tuple([torch.full((), c_l, dtype=dtype, device=device) for c_l in values])
+
+
+def _is_graphed(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _begin(device: torch.device) -> None:
+    if _is_graphed(device):
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

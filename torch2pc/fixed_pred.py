@@ -80,13 +80,13 @@ def warn_of_short_inference(model: nn.Sequential, eta: float | str, n: int) -> N
 def fixed_pred(
     network: Network, eta: float | str, n: int, vinit: Any, compile: bool, update_at: Any
 ) -> Inference:
-    """Infer by the closed form of ``n`` iterations; the last three arguments have no use here."""
+    """Infer by the closed form of ``n`` iterations; vinit and update_at have no use here."""
     L = len(network.layers)
     if isinstance(eta, str):
         eta = AUTO_ETA
     # epsilon is that of the n-th iteration, computed before the n-th update of v; v_L is not moved.
     before, after = error_factors(eta, n - 1, L), error_factors(eta, n, L)
-    return weighted_backpropagation(network, before, [0.0, *after[1:]])
+    return weighted_backpropagation(network, before, [0.0, *after[1:]], compile)
 
 
 @lru_cache

@@ -1,5 +1,7 @@
 """A captured call of Strict as graphs: the feed-forward pass, a step of the beliefs, the updates.
 
+One of Exact or FixedPred is a single graph, of a forward and a backward pass.
+
 ``torch.compile`` captures the layers and the loss (``capture``), with guards that notice what changes in
 them, and hands the graph to ``Program``. That runs the parts of it on tensors without values, much as
 ``strict.py`` runs the layers, and writes down the operations that come of it. So what is compiled is made
@@ -19,6 +21,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import tracing
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +32,7 @@ from torch2pc.graph import (
     gradient,
     gradient_of_small,
     in_belief_dtype,
+    independent_loss,
     leaves_between,
     output_gradient,
     outside_autocast,
@@ -52,6 +56,8 @@ class Asked(NamedTuple):
     """Whether the errors are those at the final beliefs, not those of the last step."""
     relaxes_errors: bool
     """Whether the hidden errors are the state, as in ErrorBased, and the beliefs follow."""
+    backpropagates: bool = False
+    """Whether nothing is relaxed: Exact and FixedPred."""
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -209,6 +215,20 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return args[0].copy_(numbers) if places else numbers.clone()
 
 
+class SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what draws other random numbers when it is compiled."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _draws(func) and (func in decompositions or func in _WRITES_ASIDE):
+            raise Uncovered(f"{func} draws other random numbers when it is compiled")
+        return func(*args, **(kwargs or {}))
+
+
 @cache
 def _draws(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
@@ -283,7 +303,8 @@ class Program:
     ``feed_forward`` is given the inputs of the captured call, and returns more to be held. The other
     graphs are given all that is held, eta, the precisions, which layers are reached, and the state:
     ``steps[level]`` moves the beliefs of layers ``level - 1`` and above, ``updates`` ends the call.
-    Where errors are relaxed, they are the state, and ``start`` takes those of given beliefs.
+    Where errors are relaxed, they are the state, and ``start`` takes those of given beliefs. Where
+    nothing is, ``backpropagate`` is all that there is.
     """
 
     def __init__(self, captured: fx.GraphModule, asked: Asked, options: dict[str, Any]) -> None:
@@ -299,7 +320,12 @@ class Program:
         inputs = [node.meta["example_value"] for node in self._parts.placeholders]
         values = [mark.meta["example_value"] for mark in self._parts.marks[: L + 1]]
         with torch.no_grad(), tracing(None), values[0].fake_mode, enable_python_dispatcher():
-            self._compile(inputs, [torch.empty_like(x.detach()) for x in values])
+            like = [torch.empty_like(x.detach()) for x in values]
+            if asked.backpropagates:
+                self._compile_backpropagation(inputs, like)
+                del self._parts, self._held
+                return
+            self._compile(inputs, like)
         self.level_of = {
             l: max(k for k in self.steps if k <= l) for l in range(asked.lowest, L + 1)
         }
@@ -350,6 +376,14 @@ class Program:
         ]
         self.steps[self.asked.lowest] = step
 
+    def _compile_backpropagation(self, inputs: list[Any], like: list[Tensor]) -> None:
+        is_double = any([x.dtype == torch.float64 for x in [*inputs, *like] if _is_tensor(x)])
+        self.factor_dtype = torch.float64 if is_double else torch.float32
+        c = [like[-1].new_empty((), dtype=self.factor_dtype) for _ in range(2 * self.asked.L)]
+        graph = make_fx(self._backpropagate)(*inputs, *c)
+        self.adds = len(self._held.tensors) - len(inputs)
+        self.backpropagate = self._compiled(graph, [*inputs, *c])
+
     def _compiled(self, graph: fx.GraphModule, given: Sequence[Any]) -> Graphed:
         # What only autograd knew apart is the same; then much is used no more.
         for node in graph.graph.nodes:
@@ -393,15 +427,9 @@ class Program:
         vhat = [X.detach()]
         for l in range(1, L + 1):
             x = vhat[-1].detach()
-            x.requires_grad_(x.is_floating_point())
-            version = x._version
             recorder = Recorder(x) if l >= asked.lowest else None
-            with torch.enable_grad(), Watched() as watched, recorder or nullcontext():
-                output = parts.run(l, own, x)
-                if x._version != version or not output.dtype.is_floating_point:
-                    raise Uncovered(f"model[{l - 1}] is no function of its input")
-                if output.is_leaf or output._is_view():
-                    output = own_output(output, x)
+            with Watched() as watched, recorder or nullcontext():
+                output = self._evaluated(l, own, x)
             written |= watched.written
             if recorder is not None:
                 try:
@@ -411,7 +439,6 @@ class Program:
                 places = [[held.place(x) for x in line.tensors] for line in displacement.lines]
                 self._lines[l] = displacement.result, displacement.lines, places
             self._drawn[l] = [held.place(numbers) for numbers in watched.drawn]
-            self._leaves_of[l] = _places(leaves_between(output, [x]), own)
             if l in self._at_vhat:
                 found += self._found(l, output, own, x, errors[l])
             vhat.append(output.detach())
@@ -434,13 +461,66 @@ class Program:
         self._before = {
             k: held.place(clone) for k, clone in before.items() if storage(inputs[k]) in written
         }
-        self.vhat = [held.place(x) for x in vhat]
-        self.Loss, self.dLdy = held.place(Loss.detach().clone()), held.place(dLdy.detach())
-        self.results = [
-            self.Loss if result in parts.marks else held.place(parts.kept[result])
-            for result in parts.results
-        ]
+        self._hold(vhat, Loss, dLdy)
         return [*held.tensors[count:], *found]
+
+    def _backpropagate(self, *given: Any) -> list[Tensor]:
+        """Forward through all layers and the loss, and down again, from layer to layer.
+
+        After the inputs come the factors of the layers' errors and those of the beliefs' (``exact.py``).
+        Returns what is to be held, the beliefs, the errors, the input's error and the updates.
+        """
+        parts, L = self._parts, self.asked.L
+        count = len(parts.placeholders)
+        inputs, c_epsilon, c_v = given[:count], given[count : count + L], given[count + L :]
+        held = self._held = Held(inputs)
+        own = [_leaf(x) for x in inputs]
+        X = parts.run(0, own)
+        self.asks_input = X.requires_grad
+        vhat, layers = [X.detach()], []
+        for l in range(1, L + 1):
+            x = vhat[-1].detach()
+            with SameDraws():
+                output = self._evaluated(l, own, x)
+            layers.append((x, output))
+            vhat.append(output.detach())
+        prediction = vhat[-1].detach().requires_grad_()
+        with torch.enable_grad(), SameDraws():
+            Loss = check_loss(parts.run(L + 1, own, prediction))
+        leaves = self._leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
+        dLdy, *found = gradient([Loss], [prediction, *[own[k] for k in leaves]])
+        if dLdy is None:
+            raise independent_loss()
+        self._hold(vhat, Loss, dLdy)
+        updates: dict[int, Tensor] = {}
+        _add(updates, leaves, found)
+        g: Tensor | None = dLdy
+        v: list[Tensor] = []
+        epsilon: list[Tensor] = []
+        for l in range(L, 0, -1):
+            of_belief = in_belief_dtype(torch.zeros_like(vhat[l]) if g is None else g)
+            epsilon.insert(0, of_belief * c_epsilon[l - 1])
+            v.insert(0, in_belief_dtype(vhat[l]) - of_belief * c_v[l - 1])
+            (x, output), leaves = layers[l - 1], self._leaves_of[l]
+            asked = [own[k] for k in leaves]
+            if l > 1 or self.asks_input:
+                asked.append(x)
+            found = [None] * len(asked) if g is None else gradient([output], asked, [g])
+            g = found[len(leaves)] if len(asked) > len(leaves) else None
+            scaled = [None if y is None else _times(y, c_epsilon[l - 1]) for y in found]
+            _add(updates, leaves, scaled[: len(leaves)])
+        input_error = []
+        if self.asks_input:
+            input_error = [_times(torch.zeros_like(vhat[0]) if g is None else g, c_epsilon[0])]
+        # What the loss does not depend on has no update.
+        self.leaves = sorted(updates)
+        return [
+            *held.tensors[count:],
+            *v,
+            *epsilon,
+            *input_error,
+            *[updates[k] for k in self.leaves],
+        ]
 
     def _step(self, level: int, *given: Any) -> list[Tensor]:
         """The beliefs of layers ``level - 1`` and above after a step, and the errors of it."""
@@ -577,6 +657,29 @@ class Program:
 
     # Parts of these.
 
+    def _evaluated(self, l: int, own: Sequence[Any], x: Tensor) -> Tensor:
+        """The output of layer l at ``x``, with its graph."""
+        x.requires_grad_(x.is_floating_point())
+        version = x._version
+        with torch.enable_grad():
+            output = self._parts.run(l, own, x)
+            if x._version != version or not output.dtype.is_floating_point:
+                raise Uncovered(f"model[{l - 1}] is no function of its input")
+            if output.is_leaf or output._is_view():
+                output = own_output(output, x)
+        self._leaves_of[l] = _places(leaves_between(output, [x]), own)
+        return output
+
+    def _hold(self, vhat: Sequence[Tensor], Loss: Tensor, dLdy: Tensor) -> None:
+        """Hold what a feed-forward pass has found, and what the captured call returns."""
+        held, parts = self._held, self._parts
+        self.vhat = [held.place(x) for x in vhat]
+        self.Loss, self.dLdy = held.place(Loss.detach().clone()), held.place(dLdy.detach())
+        self.results = [
+            self.Loss if result in parts.marks else held.place(parts.kept[result])
+            for result in parts.results
+        ]
+
     def _divided(self, given: Sequence[Any]) -> tuple[Any, Any, Any, Any, Any]:
         """What is held, eta, the precisions, which layers are reached, and the state."""
         a, L = len(self._held.tensors), self.asked.L
@@ -660,6 +763,15 @@ def _leaf(x: Any) -> Any:
     if not isinstance(x, Tensor) or not x.requires_grad:
         return x
     return x.detach().requires_grad_()
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def _times(x: Tensor, c: Tensor) -> Tensor:
+    """``c x``, of x's type; half precision would lose a small factor."""
+    return (in_belief_dtype(x) * c).to(x.dtype)
 
 
 def _places(leaves: Sequence[Tensor], own: Sequence[Any]) -> list[int]:
