@@ -749,9 +749,9 @@ class Program:
 def levels(L: int, lowest: int) -> list[int]:
     """The lowest layers that steps begin at: ``lowest``, and some of those that errors reach first.
 
-    All of them in up to 9 layers; fewer in deeper models, as what they evaluate has to be compiled.
+    All of them in up to 10 layers; fewer in deeper models, as what they evaluate has to be compiled.
     """
-    apart = max(1, min(round(L * L / 60), (L + 2 - lowest) // 2))
+    apart = max(1, min(round(L * L / 80), (L + 2 - lowest) // 2))
     return list(range(lowest, L + 1, apart))
 
 
