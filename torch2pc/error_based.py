@@ -47,7 +47,7 @@ def error_based(
     callback: Callback | None = None,
 ) -> Inference:
     """Infer by relaxing the errors ``n`` times, from those of ``vinit`` or else from 0."""
-    at = "v" if update_at == "before" else update_at
+    at = _place_of(update_at)
     call = Call(network, eta, n, vinit, at, relaxes_errors=True) if compile else None
     make = partial(ErrorRelaxation, network, eta, vinit)
     return compiled_or_relaxed(call, make, n, update_at, "ErrorBased", callback)
@@ -97,8 +97,7 @@ class ErrorRelaxation(Relaxation):
         self.climb()
 
     def take_updates_at(self, update_at: str) -> None:
-        # The errors belong to the beliefs that they have made.
-        super().take_updates_at("v" if update_at == "before" else update_at)
+        super().take_updates_at(_place_of(update_at))
 
     @property
     def free(self) -> list[Tensor]:
@@ -208,3 +207,8 @@ class ErrorRelaxation(Relaxation):
             return found
 
         return product
+
+
+def _place_of(update_at: str) -> str:
+    """The errors belong to the beliefs that they have made: there is no other place before a step."""
+    return "v" if update_at == "before" else update_at

@@ -377,7 +377,8 @@ class Program:
         self.steps[self.asked.lowest] = step
 
     def _compile_backpropagation(self, inputs: list[Any], like: list[Tensor]) -> None:
-        is_double = any([x.dtype == torch.float64 for x in [*inputs, *like] if _is_tensor(x)])
+        tensors = [x for x in [*inputs, *like] if isinstance(x, Tensor)]
+        is_double = any([x.dtype == torch.float64 for x in tensors])
         self.factor_dtype = torch.float64 if is_double else torch.float32
         c = [like[-1].new_empty((), dtype=self.factor_dtype) for _ in range(2 * self.asked.L)]
         graph = make_fx(self._backpropagate)(*inputs, *c)
@@ -763,10 +764,6 @@ def _leaf(x: Any) -> Any:
     if not isinstance(x, Tensor) or not x.requires_grad:
         return x
     return x.detach().requires_grad_()
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
 
 
 def _times(x: Tensor, c: Tensor) -> Tensor:
