@@ -22,7 +22,7 @@ Source of the settings: the configuration files of PCX, of L. Pinchetti and othe
 Predictive Coding Networks -- Made Simple, arXiv:2407.01163 (2024). The accuracies called the paper's
 are quoted from memory of its table 1 and not verified.
 
-By default it learns the 10 000 embedded digits, for 10 epochs, in about three minutes on one core.
+By default it learns the 10 000 embedded digits, for 10 epochs, in a few minutes on one core.
 With ``--data`` it takes all of MNIST, and Fashion-MNIST too if its files are in the folder's
 ``fashion-mnist``: about a quarter of an hour for each seed and data set. Finished trainings are
 kept in ``figure_pcx_benchmark_runs.json`` beside the figure.
