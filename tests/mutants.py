@@ -3,24 +3,28 @@
     python -m tests.mutants --count 300 --seed 0
 
 draws that many mutants and runs the tests that execute the changed line, the quickest first, in a
-forked process that finds the changed module when it imports torch2pc. A mutant is killed if a test
-fails, the process dies, or it takes far longer than it should. Those that survive are printed. What
-is known stays in ``build/mutants``, so that a run can be stopped and started again. Mutants that
-nothing can tell from the original, or only its speed or memory, are listed with the reason in
-``equivalent_mutants.txt``; they do not count. What is changed, and how, is in ``mutations.py``.
+forked process that finds the changed module when it imports torch2pc, as do the Python processes
+that it starts. A mutant is killed if a test fails, the process dies, or it takes far longer than it
+should. Those that survive are printed. What is known stays in ``build/mutants``, so that a run can be
+stopped and started again. Mutants that nothing can tell from the original, or only its speed or
+memory, are listed with the reason in ``equivalent_mutants.txt``; they do not count. What is changed,
+and how, is in ``mutations.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
+import marshal
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -42,6 +46,9 @@ LEFT_OUT = ("__init__.py", "memory.py")
 # These use the library, and take long; what they are about is other code.
 OTHER_TESTS = ("test_paper_figures", "test_figure", "test_letters", "test_benchmarks")
 OTHER_TESTS += ("test_architectures", "test_tools", "test_mutants")
+# Its tests share the processes that one of them starts, so that each executes what they do.
+OF_PROCESSES = "tests/test_distributed.py"
+OF_PROCESSES_SECONDS = 600.0
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 GIBIBYTE = 2**30
 KILLED = {"killed": True}
@@ -180,11 +187,12 @@ class Tests:
             write_json(self.path, self.files)
 
     def _trace(self, name: str) -> int:
-        import coverage
-
-        watch = coverage.Coverage(data_file=None, include=[str(ROOT / "torch2pc" / "*")])
+        watch = coverage_of(None)
         watch.start()
         plugin = Plugin(switch_context=watch.switch_context)
+        processes = Processes(self.path.parent)
+        if name == OF_PROCESSES:
+            processes.take_part(None)
         status = run_pytest([name], plugin)
         watch.stop()
         tests: dict[str, Any] = {
@@ -197,6 +205,11 @@ class Tests:
                 for test in tests.keys() & contexts:
                     lines = tests[test]["lines"].setdefault(str(file.relative_to(ROOT)), [])
                     lines.append(texts[line - 1])
+        for file, executed in processes.lines().items():
+            texts = lines_of(file)
+            for of_test in tests.values():
+                lines = of_test["lines"].setdefault(str(file.relative_to(ROOT)), [])
+                lines.extend(texts[line - 1] for line in executed)
         write_json(self.seen, tests)
         return status
 
@@ -217,9 +230,13 @@ class Tests:
         found = {test: s for test, (s, executed) in of_file.items() if lines & {*executed}}
         found = found or {test: s for test, (s, _) in of_file.items()}
         own = f"test_{Path(mutant.path).stem}."
-        order = sorted(found, key=lambda t: found[t] / (1 + self.kills[t]) / (5 if own in t else 1))
+
+        def cost(test: str) -> tuple[bool, float]:
+            expected = found[test] / (1 + self.kills[test]) / (5 if own in test else 1)
+            return test.startswith(OF_PROCESSES), expected  # these take longer than it seems
+
         total, chosen = 0.0, {}
-        for test in order:
+        for test in sorted(found, key=cost):
             total += found[test]
             if total > limit:
                 break
@@ -234,6 +251,7 @@ class Tests:
 
         def body() -> int:
             sys.meta_path.insert(0, Finder(mutant.module, code))
+            Processes(self.path.parent).take_part((mutant.module, code))
             # The first few tests kill most mutants, and need few files of tests to be imported.
             names = list(tests)
             for part in (names[:8], names[8:60], names[60:]):
@@ -245,7 +263,9 @@ class Tests:
                     return status
             return 0
 
-        status = forked(body, 30.0 + 8.0 * sum(tests.values())) if tests else 0
+        limit = 30.0 + 8.0 * sum(tests.values())
+        limit += OF_PROCESSES_SECONDS * any(test.startswith(OF_PROCESSES) for test in tests)
+        status = forked(body, limit) if tests else 0
         by = ["time limit"] if status is None else read_json(self.seen) or [f"status {status}"]
         self.kills.update(by)
         return {
@@ -337,6 +357,67 @@ class Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, name: str) -> CodeType:
         return self.changed
+
+
+class Processes:
+    """Lets the Python processes that tests start find the changed module, or note what they execute."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve() / "processes"
+        self.change, self.data = self.folder / "change", self.folder / "coverage"
+
+    def take_part(self, changed: tuple[str, CodeType] | None) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        if changed is not None:
+            self.change.write_bytes(marshal.dumps(changed))
+        # Python imports a module of this name when it starts.
+        (self.folder / "sitecustomize.py").write_text(
+            "from pathlib import Path\nfrom tests.mutants import Processes\n"
+            f"Processes(Path({str(self.folder.parent)!r})).begin()\n"
+        )
+        earlier = os.environ.get("PYTHONPATH", "")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(self.folder), str(ROOT), earlier])
+
+    def begin(self) -> None:
+        """What a started process does first."""
+        if self.change.exists():
+            sys.meta_path.insert(0, Finder(*marshal.loads(self.change.read_bytes())))
+            return
+        watch, leave = coverage_of(self.data), os._exit
+        watch.start()
+
+        def save() -> None:
+            watch.stop()
+            watch.save()
+
+        def save_and_leave(status: int) -> None:
+            save()
+            leave(status)
+
+        atexit.register(save)
+        os._exit = save_and_leave  # type: ignore[assignment]
+
+    def lines(self) -> dict[Path, list[int]]:
+        """The lines of each file that the processes executed."""
+        import coverage
+
+        found: dict[Path, list[int]] = {}
+        for path in self.folder.glob("coverage.*"):
+            data = coverage.CoverageData(str(path))
+            data.read()
+            for file in data.measured_files():
+                found.setdefault(Path(file), []).extend(data.lines(file) or [])
+        return {file: sorted({*lines}) for file, lines in found.items()}
+
+
+def coverage_of(path: Path | None) -> Any:
+    """What notes the lines of torch2pc that are executed; each process in a file of its own."""
+    import coverage
+
+    where = None if path is None else str(path)
+    inside = [str(ROOT / "torch2pc" / "*")]
+    return coverage.Coverage(data_file=where, data_suffix=path is not None, include=inside)
 
 
 def forked(body: Callable[[], int], seconds: float) -> int | None:

@@ -212,6 +212,7 @@ class ChanceLoss(nn.Module):
     ("part", "reason"),
     [
         (Chance(), r"model\[1\] \(Chance\): aten.bernoulli.default draws random numbers"),
+        (nn.Dropout(1.0), r"aten.native_dropout.default draws other random numbers"),
         (Untraceable(), r"model\[1\] \(Untraceable\): a Python number is taken"),
         (ChanceLoss(), r"LossFun \(ChanceLoss\) draws random numbers or changes its buffers"),
     ],
@@ -225,13 +226,14 @@ def test_runs_plainly_where_it_cannot_compile_and_says_so_once(
     else:
         case.model.insert(1, part)
     torch.manual_seed(1)
-    plain = case.infer("Strict")
+    plain, random = case.infer("Strict"), torch.get_rng_state()
     gradients = case.gradients()
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match=f"Sequential runs without compilation, because {reason}"):
         found = case.infer("Strict", compile=True)
     assert_close(list(found), list(plain))
     assert_close(case.gradients(), gradients)
+    assert torch.equal(torch.get_rng_state(), random)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         case.infer("Strict", compile=True)
@@ -342,6 +344,13 @@ def of_table(beta: float, other: float) -> Callable[..., Tensor]:
     return lambda yhat, Y: settings["beta"] * (yhat - Y).square().mean()
 
 
+def of_function(beta: float, other: float) -> Callable[..., Tensor]:
+    def weighted(error: Tensor) -> Tensor:
+        return beta * error
+
+    return lambda yhat, Y: weighted((yhat - Y).square().mean())
+
+
 def of_object(beta: float, other: float) -> Callable[..., Tensor]:
     trainer = Trainer(beta, other)
     return lambda yhat, Y: trainer.beta * (yhat - Y).square().mean()
@@ -352,6 +361,7 @@ def of_object(beta: float, other: float) -> Callable[..., Tensor]:
     [
         of_table,
         of_object,
+        of_function,
         Trainer,
         lambda beta, other: Trainer(beta, other).loss,
         lambda beta, other: lambda yhat, Y, beta=beta: beta * (yhat - Y).square().mean(),
@@ -367,6 +377,16 @@ def test_numbers_are_found_where_losses_hold_them(hold: Callable[..., Any]) -> N
     assert found[:4] == [(None, True), (None, True), (None, False), (None, False)]
     reason, is_new = found[4]
     assert "beta, now 0.25" in str(reason) and not is_new
+
+
+def recursive_loss(yhat: Tensor, Y: Tensor, depth: int = 2, beta: float = 0.5) -> Tensor:
+    return recursive_loss(yhat, Y, depth - 1) if depth else beta * (yhat - Y).square().mean()
+
+
+def test_a_loss_that_calls_itself_is_looked_at_a_few_times() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert changing_number(model, [], [recursive_loss]) == (None, True)
+    assert changing_number(model, [], [recursive_loss]) == (None, False)
 
 
 @needs_compiler
@@ -505,7 +525,12 @@ def test_backpropagation_compiles_a_single_layer_for_any_batch_size_and_autocast
 
 
 @pytest.mark.parametrize(
-    ("part", "reason"), [(Untraceable(), ""), (Chance(), "aten.bernoulli.default draws other")]
+    ("part", "reason"),
+    [
+        (Untraceable(), ""),
+        (Chance(), "aten.bernoulli.default draws other"),
+        (nn.Dropout(1.0), "aten.native_dropout.default draws other"),
+    ],
 )
 def test_backpropagation_runs_plainly_where_it_cannot_compile(part: nn.Module, reason: str) -> None:
     case = small_case()

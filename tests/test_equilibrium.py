@@ -18,7 +18,7 @@ from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from tests.test_error_based import linear_case
 from torch2pc import PCResult
-from torch2pc.equilibrium import Search
+from torch2pc.equilibrium import Search, largest
 from torch2pc.pcinfer import EquilibriumResult
 
 
@@ -300,3 +300,11 @@ def test_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Search, name, counted)
     case.infer("Equilibrium", n=5)
     assert counts["arriving"] == 5 and counts["climb"] in (6, 7)
+
+
+def test_largest_entry_of_each_row() -> None:
+    """However large or small it is; a row of zeros counts as one of ones."""
+    a = torch.tensor([[3e30, -4e30], [1e-30, 0.0], [0.0, 0.0], [0.5, -0.25]])
+    b = torch.tensor([[0.0, 5e30, 0.0], [0.0] * 3, [0.0] * 3, [-2.0, 1.0, 0.0]])
+    assert torch.equal(largest(a), torch.tensor([[4e30], [1e-30], [1.0], [0.5]]))
+    assert torch.equal(largest(a, b), torch.tensor([[5e30], [1e-30], [1.0], [2.0]]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests import reference
 from tests.cases import ERR_TYPES, Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
 from torch2pc.displacement import Displacement
+from torch2pc.outlook import Spectrum
 
 # The reference starts anew for each row.
 few = settings(max_examples=12)
@@ -661,6 +663,26 @@ def test_no_advice_that_the_record_does_not_support() -> None:
     assert short.size[-1, 1] == short.size[-1, 2] == 0 < short.size[-1, 3]
 
 
+def test_what_is_said_of_the_updates() -> None:
+    case = network("tanh", 0)
+    unreached = follow_case(case, "FixedPred", eta=1.0, n=3)
+    assert "No error has reached layer 1: it does not learn." in unreached.verdict
+    settled = follow_case(case, "Strict", n=200)
+    cosine = settled.cosine[-1].tolist()
+    assert max(cosine[1:]) < 0.9 and min(cosine[1:]) == cosine[4]
+    (said,) = [said for said in settled.verdict if "another direction" in said]
+    assert said == (
+        "The update of layers 1 to 4 has another direction than backprop's, most of all at layer 4: "
+        f"cosine {cosine[4]:.2g}."
+    )
+    # Errors of a loss that hardly counts are near the gradient at once.
+    faint = case._replace(LossFun=lambda y, Y: 1e-3 * squared_error(y, Y))
+    near = follow_case(faint, "ErrorBased", eta=0.9, n=1)
+    least = min(near.cosine[-1].tolist()[1:])
+    assert f"Updates are backprop's to within cosines of {least:.4g}." in near.verdict
+    assert least > 0.999 and near.n == 1
+
+
 def test_integer_inputs_and_sparse_gradients() -> None:
     embedding = nn.Embedding(9, 4, sparse=True)
     model = nn.Sequential(embedding, nn.Sequential(nn.Tanh(), nn.Linear(4, 3))).double()
@@ -735,15 +757,31 @@ def test_summary_dict_pickle_and_notebook(capsys: pytest.CaptureFixture[str]) ->
     assert all(len(line) < 130 for line in str(record).splitlines())
     _, head, *rows = str(record).splitlines()
     assert head.split() == ["layer", "energy", "distance", "cosine", "size", "float32"]
-    assert all(f"{record.cosine[-1, l]:.4f}" in rows[l - 1] for l in range(1, 5))
+    for name, values in (("distance", record.distances[-1]), ("cosine", record.cosine[-1])):
+        end = head.index(name) + len(name)  # where the numbers below it end too
+        for l in range(1, 4 if name == "distance" else 5):
+            number = f"{values[l]:.1%}" if name == "distance" else f"{values[l]:.4f}"
+            assert rows[l - 1][:end].endswith(f" {number}")
+    assert {row.index("model[") for row in rows[:4]} == {len("layer  ")}
     assert "Record of Strict" in repr(record)
     numbers = record.to_dict()
     assert all(type(x) is float for x in numbers.values())
     assert numbers["F"] == record.F[-1] and numbers["cosine/2"] == record.cosine[-1, 2]
+    assert numbers["energy/2"] == record.energies[-1, 2]
+    assert numbers["distance/2"] == record.distances[-1, 2]
+    assert numbers["prior"] == 0 and numbers["n"] == 8
     loaded = pickle.loads(pickle.dumps(record))
     assert str(loaded) == str(record) and loaded.to_dict() == numbers
     shown = record._repr_html_()
     assert shown.count("<tr>") == 5 and "data:image/png;base64," in shown
+
+
+def test_what_is_unknown_is_no_number_to_log() -> None:
+    record = follow_case(network("tanh", 0), "Strict", eta=50.0, n=400)
+    assert record.n_needed is None and not record.F[-1].isfinite()
+    numbers = record.to_dict()
+    assert "n_needed" not in numbers
+    assert not any(math.isnan(x) for x in numbers.values())
 
 
 @pytest.mark.parametrize(
@@ -766,10 +804,24 @@ def test_plots(ErrType: str, eta: float) -> None:
     lines = {axes.get_title(): axes.get_lines() for axes in panels}
     drawn = lines["energy of each layer"]
     assert len(drawn) in (0, 3)
+    for axes in panels:
+        assert all(at == round(at) for at in axes.get_xticks())
+        for image in axes.get_images():  # one cell for each iteration and layer
+            iterations = record.n + 1
+            assert image.get_array().shape == (3, iterations)
+            assert tuple(image.get_extent()) == (-0.5, iterations - 0.5, 0.5, 3.5)
+            assert all(at == round(at) for at in axes.get_yticks())
     shown = lines["size of the update / backprop's"]
     assert len(shown) == 1 + 4  # and the line at 1
     F = [line for line in lines.get("F, and the loss", []) if line.get_label() == "F"]
     assert len(F) == (ErrType not in ("Exact", "FixedPred"))
+
+
+def test_what_is_out_of_reach_is_not_foretold() -> None:
+    """Of a mode that does not shrink at all, and of one that does: .9^k = .01 at k = 43.7."""
+    stays, shrinks = (Spectrum((theta,), (1.0,), row=5) for theta in (0.0, 1.0))
+    assert stays.iterations_to([1.0] * 6, 0.01, eta=0.1, now=0.1) is None
+    assert shrinks.iterations_to([1.0] * 6, 0.01, eta=0.1, now=0.1) == 5 + 44
 
 
 def test_matplotlib_is_not_imported_before_a_plot_is_drawn() -> None:

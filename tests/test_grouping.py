@@ -375,6 +375,24 @@ def test_functions_are_told_the_mode() -> None:
     assert not torch.equal(layers(IMAGES), layers(IMAGES))
 
 
+def test_modes_stay_as_they_are() -> None:
+    model = Functional().train()
+    modules = list(model.modules())
+    assert len(modules) > 2
+    modules[1].eval()
+    before = [module.training for module in modules]
+    group_layers(model, IMAGES)
+    assert [module.training for module in modules] == before
+    with pytest.raises(ValueError, match="same in train"):
+        group_layers(longer := Longer().eval(), VECTORS)
+    assert not longer.training
+
+
+def test_an_output_that_is_not_used_may_have_any_name() -> None:
+    model = Probed()
+    assert_close(group_layers(model, VECTORS)(VECTORS), model(VECTORS), tolerance=0)
+
+
 def test_another_batch_size_than_the_samples() -> None:
     model = ViT().eval()
     layers = group_layers(model, IMAGES)
@@ -427,6 +445,35 @@ class Writing(AroundTwo):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         x.tanh_()
+        return self.second(x)
+
+
+class Counting(AroundTwo):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return self.second(self.first(x))
+
+
+class Longer(AroundTwo):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x))
+        return x if self.training else x.softmax(1)
+
+
+class Probed(AroundTwo):
+    """The name of what it does not use looks like that of a function that writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe_ = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        self.probe_(x)
         return self.second(x)
 
 
@@ -489,9 +536,11 @@ ERRORS = [
     (Unequal(), ValueError, "could not be made a chain|another one each time"),
     (Reading(), ValueError, "could not be followed .*float"),
     (Writing(), ValueError, r"write into tensors in place.*tanh_ of model\.first's output"),
+    (Counting(), ValueError, r"write into tensors in place.*add_ of model\.count does"),
     (Cut(), ValueError, r"another the gradient of first\.weight"),
     (Noisy(), ValueError, r"draw random numbers like the input \(torch.randn_like\)"),
     (Auxiliary(), ValueError, "same in train and in eval mode"),
+    (Longer(), ValueError, "same in train and in eval mode"),
     (TwoInputs(), ValueError, "could not be followed .*'y'"),
     (Pair(), ValueError, "must return a tensor"),
     (nn.LSTM(6, 6), ValueError, "must return one tensor, got tuple"),

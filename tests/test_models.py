@@ -281,7 +281,7 @@ def test_autocast(ErrType: str, device: str) -> None:
         )
 
 
-def accuracy_after_training(ErrType: str, autocast: bool, seed: int, steps: int = 150) -> float:
+def accuracy_after_training(ErrType: str, autocast: bool, seed: int, steps: int = 80) -> float:
     """Percent of 2000 test digits, trained by Adam on 100 digits a step."""
     torch.manual_seed(seed)
     model, data = mnist_net(), load_digits(None)

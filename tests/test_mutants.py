@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -83,6 +84,29 @@ def test_the_changed_module_is_imported(
     )
     assert importlib.import_module("mutated_example").LIMIT == 4
     del sys.modules["mutated_example"]
+
+
+def test_started_processes_take_part(
+    found: list[Mutant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(program: str) -> str:
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    mutant = next(m for m in found if m.after == "LIMIT = 4")
+    processes = mutants.Processes(tmp_path)
+    processes.take_part((mutant.module, mutant.code()))
+    assert started("import mutated_example as m; print(m.LIMIT)") == "4\n"
+    assert processes.lines() == {}
+
+    pytest.importorskip("coverage")
+    processes.take_part(None)
+    started("import os, torch2pc.reductions; os._exit(0)")
+    lines = processes.lines()[mutants.ROOT / "torch2pc" / "reductions.py"]
+    text = (mutants.ROOT / "torch2pc" / "reductions.py").read_text().splitlines()
+    assert text.index("from __future__ import annotations") + 1 in lines
+    assert lines[-1] <= len(text)
 
 
 def test_how_a_process_ends() -> None:

@@ -71,7 +71,7 @@ WAYS = ["written", "resized", "replaced", "deleted", "added", "table"]
 @pytest.mark.parametrize("way", WAYS)
 def test_buffers_are_put_back_however_they_were_changed(way: str, ErrType: str) -> None:
     case = case_with(Observer(way), Fails())
-    buffers = dict(case.model.named_buffers())
+    buffers, table = dict(case.model.named_buffers()), case.model[1]._buffers
     before = copy.deepcopy(buffers)
     with pytest.raises(KeyError, match="the first error"):
         case.infer(ErrType)
@@ -79,6 +79,7 @@ def test_buffers_are_put_back_however_they_were_changed(way: str, ErrType: str) 
     assert after.keys() == buffers.keys() and all(after[k] is buffers[k] for k in buffers)
     assert_close(after, before, tolerance=0)
     assert case.model[1].absent is None
+    assert case.model[1]._buffers is table
     case.model[2].on = False
     if way != "deleted":
         case.infer(ErrType)

@@ -223,7 +223,8 @@ class Record:
         layers = range(1, self.L + 1)
         none = [l for l in layers if last[l] == 0]
         if none:
-            said.append(f"No error has reached {_layers(none)}: they do not learn.")
+            what = "it does" if len(none) == 1 else "they do"
+            said.append(f"No error has reached {_layers(none)}: {what} not learn.")
         if short := [l for l in layers if 0 < last[l] < ARRIVED]:
             least = min(short, key=lambda l: last[l])
             said.append(

@@ -33,12 +33,10 @@ def modules_in(*roots: object) -> list[nn.Module]:
     modules = list(found)
     seen = set(modules)
     for module in modules:
-        children = module._modules
-        if children:
-            for child in children.values():
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    modules.append(child)
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
     return modules
 
 

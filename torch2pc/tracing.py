@@ -202,8 +202,8 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.written.update([storage(x) for x in given if isinstance(x, Tensor)])
         if not _draws(func):
             return func(*args, **kwargs)
-        if func in _WRITES_ASIDE:
-            raise Uncovered(f"{func} draws random numbers")
+        if func in _WRITES_ASIDE or _drops_all(func, args):
+            raise Uncovered(f"{func} draws other random numbers when it is compiled")
         if self._again is None:
             output = func(*args, **kwargs)
             numbers = output.clone() if isinstance(output, Tensor) else output[-1]
@@ -211,7 +211,7 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return output
         numbers = next(self._again)
         if func is aten.native_dropout.default:
-            return args[0] * numbers * (0.0 if args[1] == 1 else 1 / (1 - args[1])), numbers
+            return args[0] * numbers * (1 / (1 - args[1])), numbers
         return args[0].copy_(numbers) if places else numbers.clone()
 
 
@@ -224,7 +224,8 @@ class SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _draws(func) and (func in decompositions or func in _WRITES_ASIDE):
+        others = func in decompositions or func in _WRITES_ASIDE or _drops_all(func, args)
+        if _draws(func) and others:
             raise Uncovered(f"{func} draws other random numbers when it is compiled")
         return func(*args, **(kwargs or {}))
 
@@ -232,6 +233,11 @@ class SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @cache
 def _draws(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
+def _drops_all(func: Any, args: Sequence[Any]) -> bool:
+    """A dropout that leaves nothing, which needs no random numbers where it is not compiled."""
+    return func is aten.native_dropout.default and args[1] == 1
 
 
 @cache

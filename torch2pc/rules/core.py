@@ -95,12 +95,8 @@ def base(a: Tensor) -> Tensor:
 
 def only_first_moves(call: Call) -> bool:
     """Whether the first argument is the only one that depends on the layer's input."""
-    others = [*call.args[1:], *call.kwargs.values()]
-    return call.moves(call.args[0]) and not any(
-        call.moves(value)
-        for other in others
-        for value in (other if isinstance(other, list | tuple) else [other])
-    )
+    others = tensors_in([*call.args[1:], *call.kwargs.values()])
+    return call.moves(call.args[0]) and not any(map(call.moves, others))
 
 
 # Where no rule is known, and where the operation is linear.
@@ -119,7 +115,7 @@ def template(
 
     ``linear``: constant tensors beside those that move are made zero (in a concatenation, say).
     """
-    given = _tensors(call.args) + _tensors(tuple(call.kwargs.values()))
+    given = tensors_in([*call.args, *call.kwargs.values()])
     moving = [tensor for tensor in given if call.moves(tensor)]
     constant = [tensor for tensor in given if not call.moves(tensor)]
     slot_of = {id(tensor): Slot(k) for k, tensor in enumerate([*moving, *constant])}
@@ -132,12 +128,12 @@ def template(
 # (Not closures: one that calls itself is kept, with its tensors, until garbage is collected.)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested lists of arguments."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, list | tuple):
-        return [tensor for entry in value for tensor in _tensors(entry)]
+        return [tensor for entry in value for tensor in tensors_in(entry)]
     return []
 
 

@@ -20,6 +20,7 @@ from torch2pc.rules.core import (
     linear_step,
     only_first_moves,
     prepares,
+    tensors_in,
 )
 
 LINEAR_OPERATIONS = {
@@ -81,7 +82,7 @@ LINEAR_OPERATIONS = {
 
 @prepares(*LINEAR_OPERATIONS)
 def _(call: Call) -> Step | None:
-    if any(call.moves(value) for value in call.args[1:]):
+    if any(map(call.moves, tensors_in(call.args[1:]))):
         return None  # the place to gather from moves, say
     if call.func is aten.constant_pad_nd.default:
         call = call._replace(args=call.args[:2])  # pads with zeros

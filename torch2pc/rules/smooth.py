@@ -261,6 +261,14 @@ def _log_moved(d: Tensor, a: Tensor) -> Tensor:
     return torch.where(d > -a / 2, torch.log1p(d / a), torch.log((a + d) / a))
 
 
+def _log1p_moved(d: Tensor, start: Tensor, a: Tensor) -> Tensor:
+    """``start`` is 1 + a. What rounding takes from a + d is what is left of it where d is near -1."""
+    s = a + d
+    lost = (a - (s - (s - a))) + (d - (s - a))
+    below = torch.log(((1 + s) + lost) / start)
+    return torch.where(d > -start / 2, torch.log1p(d / start), below)
+
+
 def _power(d: Tensor, a: Tensor, y: Tensor, p: float) -> Tensor:
     if p == 2:
         return d * (2 * a + d)
@@ -298,7 +306,7 @@ SMOOTH: dict[Any, Smooth] = {
     ),
     aten.log.default: Smooth(lambda e, x: e / x, lambda a, y: (a,), _log_moved, torch.log),
     aten.log1p.default: Smooth(
-        lambda e, x: e / (1 + x), lambda a, y: (1 + a,), _log_moved, torch.log1p
+        lambda e, x: e / (1 + x), lambda a, y: (1 + a, a), _log1p_moved, torch.log1p
     ),
     aten.sqrt.default: Smooth(
         lambda e, x: e / (2 * torch.sqrt(x)),
