@@ -102,11 +102,26 @@ def test_errors_relax_as_without_compilation() -> None:
     assert counters["stats"]["unique_graphs"] == graphs + 2
 
 
+class Prompt(nn.Module):
+    """Has no use for its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(5).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(len(x), 5).sin()
+
+
 @needs_compiler
 @pytest.mark.filterwarnings("error:compile=True")
-@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
-def test_the_error_that_arrives_at_the_input(ErrType: str) -> None:
+@pytest.mark.parametrize(
+    ("ErrType", "ignores"), [("Strict", False), ("Strict", True), ("ErrorBased", False)]
+)
+def test_the_error_that_arrives_at_the_input(ErrType: str, ignores: bool) -> None:
     case = small_case()
+    if ignores:
+        case.model[0] = Prompt()
     case = case._replace(X=case.X.requires_grad_())
     plain, gradients, of_X = case.infer(ErrType), case.gradients(), case.X.grad
     found = infer_compiled(case, ErrType=ErrType)
