@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from torch2pc.rules import belief_dtype
+from torch2pc.rules.core import unit_of
 
 
 class Graph:
@@ -115,21 +116,20 @@ def gradient_of_small(
     """``J^T error``, for errors of any size.
 
     In deep networks they are so small that their products with small beliefs (those of inactive units)
-    fall below 1e-38, where processors are many times slower in float32. So they are multiplied by a
-    power of two first, and what comes of them is divided by it: nothing is rounded.
+    fall below 1e-38, where processors are many times slower in float32, and float16 has no number as
+    small as they are. So they are divided by a power of two first, and what comes of them is multiplied
+    by it: nothing is rounded.
     """
-    _, exponent = torch.frexp(torch.linalg.vector_norm(error, torch.inf))
-    exponent = exponent.clamp(-120, 0)
-    up, down = torch.pow(2.0, -exponent), torch.pow(2.0, exponent)
-    found = gradient([prediction], leaves, [(error * up).to(prediction.dtype)])
+    unit = unit_of(error).clamp(max=1)
+    found = gradient([prediction], leaves, [(error / unit).to(prediction.dtype)])
     # In place where no two share memory: they are as large as the weights.
     storages = [0 if x is None or x.is_sparse else storage(x) for x in found]
     return [
         x
         if x is None
-        else x.mul_(down)
+        else x.mul_(unit)
         if where and storages.count(where) == 1 and 0 not in x.stride()
-        else x * down
+        else x * unit
         for x, where in zip(found, storages, strict=True)
     ]
 

@@ -471,8 +471,8 @@ class Relaxation:
             asked = [*leaves, x] if asks_input else leaves
             error = self._weighted_error(l)
             # What was held against the layer is linear in the error, unless a hook looks at it.
-            if l > 1 and layer.uncovered is None and not any([p._backward_hooks for p in leaves]):
-                found = gradient_of_small(prediction, leaves, error)
+            if layer.uncovered is None and not any([p._backward_hooks for p in asked]):
+                found = gradient_of_small(prediction, asked, error)
             else:
                 found = gradient([prediction], asked, [error.to(prediction.dtype)])
             if asks_input:

@@ -745,11 +745,8 @@ class Program:
     ) -> list[Tensor]:
         """(df_l/dtheta_l)^T error for the leaves of layer l, and for the input where it is asked."""
         asked = [own[k] for k in self._leaves_of[l]]
-        if l > 1:
-            found = gradient_of_small(output, asked, error)
-        else:
-            asked += [x] if self.asks_input else []
-            found = gradient([output], asked, [error.to(output.dtype)])
+        asked += [x] if l == 1 and self.asks_input else []
+        found = gradient_of_small(output, asked, error)
         return [torch.zeros_like(y) if g is None else g for g, y in zip(found, asked, strict=True)]
 
 

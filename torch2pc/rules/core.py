@@ -88,6 +88,12 @@ def belief_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def unit_of(d: Tensor) -> Tensor:
+    """The power of two next above the largest entry; 1 for zeros. To divide by it rounds nothing."""
+    _, exponent = torch.frexp(torch.linalg.vector_norm(d, torch.inf))
+    return torch.pow(2.0, exponent.clamp(-120, 120))
+
+
 def base(a: Tensor) -> Tensor:
     """``a`` as a constant, in the type of its displacements."""
     return a.detach().to(belief_dtype(a.dtype))

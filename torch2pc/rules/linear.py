@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch2pc.rules.core import (
     only_first_moves,
     prepares,
     tensors_in,
+    unit_of,
 )
 
 LINEAR_OPERATIONS = {
@@ -327,17 +329,26 @@ def _(call: Call) -> Step | None:
 # Products of matrices, and convolutions.
 
 
-def in_dtype_of(d: Tensor, w: Tensor) -> Tensor:
-    """``d`` as a product with ``w`` takes it."""
-    return d if d.dtype == w.dtype else d.to(w.dtype)
+def with_half(product: Callable[[Tensor], Tensor], d: Tensor, w: Tensor) -> Tensor:
+    """A ``product`` of ``d`` and ``w``, in w's type, and what comes of it in that of displacements.
+
+    Float16 has few numbers as small as displacements and errors are, and none below 6e-8: they are
+    divided by a power of two first.
+    """
+    if d.dtype == w.dtype:
+        return product(d)
+    if w.dtype != torch.float16:
+        return product(d.to(w.dtype)).to(belief_dtype(w.dtype))
+    unit = unit_of(d)
+    return product((d / unit).to(w.dtype)).to(belief_dtype(w.dtype)) * unit
 
 
 def _by_matrix(d: Tensor, w: Tensor) -> tuple[Tensor, torch.dtype]:
-    return torch.matmul(in_dtype_of(d, w), w).to(belief_dtype(w.dtype)), d.dtype
+    return with_half(lambda d: torch.matmul(d, w), d, w), d.dtype
 
 
 def _by_matrix_back(e: Tensor, dtype: torch.dtype, w: Tensor) -> Tensor:
-    return torch.matmul(in_dtype_of(e, w), w.mT).to(dtype)
+    return with_half(lambda e: torch.matmul(e, w.mT), e, w).to(dtype)
 
 
 def _by_float_matrix(d: Tensor, w: Tensor) -> tuple[Tensor, None]:
@@ -353,11 +364,11 @@ BY_FLOAT_MATRIX = Rule(_by_float_matrix, _by_float_matrix_back, is_fresh=True)
 
 
 def _from_left(d: Tensor, w: Tensor) -> tuple[Tensor, torch.dtype]:
-    return torch.matmul(w, in_dtype_of(d, w)).to(belief_dtype(w.dtype)), d.dtype
+    return with_half(lambda d: torch.matmul(w, d), d, w), d.dtype
 
 
 def _from_left_back(e: Tensor, dtype: torch.dtype, w: Tensor) -> Tensor:
-    return torch.matmul(w.mT, in_dtype_of(e, w)).to(dtype)
+    return with_half(lambda e: torch.matmul(w.mT, e), e, w).to(dtype)
 
 
 FROM_LEFT = Rule(_from_left, _from_left_back)
@@ -365,14 +376,17 @@ FROM_LEFT = Rule(_from_left, _from_left_back)
 
 def _matrix_product(d: Tensor, other: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Any]:
     x, y = a + d.to(a.dtype), b + other.to(b.dtype)
-    found = torch.matmul(in_dtype_of(d, y), y) + torch.matmul(a, in_dtype_of(other, a))
+    first = with_half(lambda d: torch.matmul(d, y), d, y)
+    found = first + with_half(lambda d: torch.matmul(a, d), other, a)
     return found.to(d.dtype), (x, y, d.dtype)
 
 
 def _matrix_product_back(e: Tensor, saved: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     x, y, dtype = saved
-    e = in_dtype_of(e, x)
-    return torch.matmul(e, y.mT).to(dtype), torch.matmul(x.mT, e).to(dtype)
+    return (
+        with_half(lambda e: torch.matmul(e, y.mT), e, y).to(dtype),
+        with_half(lambda e: torch.matmul(x.mT, e), e, x).to(dtype),
+    )
 
 
 MATRIX_PRODUCT = Rule(_matrix_product, _matrix_product_back)
@@ -446,11 +460,11 @@ def _(call: Call) -> Step | None:
 
 
 def _by_rows(d: Tensor, w: Tensor) -> tuple[Tensor, torch.dtype]:
-    return torch.nn.functional.linear(in_dtype_of(d, w), w).to(belief_dtype(w.dtype)), d.dtype
+    return with_half(lambda d: torch.nn.functional.linear(d, w), d, w), d.dtype
 
 
 def _by_rows_back(e: Tensor, dtype: torch.dtype, w: Tensor) -> Tensor:
-    return torch.matmul(in_dtype_of(e, w), w).to(dtype)
+    return with_half(lambda e: torch.matmul(e, w), e, w).to(dtype)
 
 
 BY_ROWS = Rule(_by_rows, _by_rows_back)
@@ -463,18 +477,18 @@ def _(call: Call) -> Step | None:
 
 
 def _convolved(d: Tensor, w: Tensor, *how: Any) -> tuple[Tensor, Any]:
-    given = in_dtype_of(d, w)
-    found = torch.convolution(given, w, None, *how)
-    return found.to(belief_dtype(w.dtype)), (given, d.dtype)
+    # Of the input only shape and layout count on the way back.
+    like = d if d.dtype == w.dtype else torch.empty_like(d, dtype=w.dtype)
+    return with_half(lambda d: torch.convolution(d, w, None, *how), d, w), (like, d.dtype)
 
 
 def _convolved_back(e: Tensor, saved: Any, w: Tensor, *how: Any) -> Tensor:
-    given, dtype = saved
-    only_input = [True, False, False]
-    found, _, _ = aten.convolution_backward.default(
-        in_dtype_of(e, w), given, w, None, *how, only_input
-    )
-    return found.to(dtype)
+    (like, dtype), only_input = saved, [True, False, False]
+
+    def product(e: Tensor) -> Tensor:
+        return aten.convolution_backward.default(e, like, w, None, *how, only_input)[0]
+
+    return with_half(product, e, w).to(dtype)
 
 
 CONVOLVED = Rule(_convolved, _convolved_back, is_fresh=True)
