@@ -416,6 +416,30 @@ class IntoModule(AroundTwo):
         return self.third(x.view(size, -1))
 
 
+class Inner(AroundTwo):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.dropout(self.first(x), 0.5, self.training))
+
+
+class Outer(Inner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.third(x))
+
+
+def test_functions_in_a_container_are_told_the_mode_too() -> None:
+    layers = group_layers(Outer(), VECTORS)
+    assert len(layers) == 4
+    assert not torch.equal(layers(VECTORS), layers(VECTORS))
+    inner = layers[:3]
+    assert not torch.equal(inner(VECTORS), inner(VECTORS))
+    layers.eval()
+    assert torch.equal(layers(VECTORS), layers(VECTORS))
+
+
 class Wrapped(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

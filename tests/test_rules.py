@@ -20,6 +20,7 @@ from torch.nn import functional
 from tests.cases import assert_close
 from torch2pc.displacement import Displacement, Recorder
 from torch2pc.rules.core import DIFFERENCE
+from torch2pc.rules.linear import BY_ROWS, _by_rows_back
 
 
 def displacement_of(function: Callable[[Tensor], Tensor], a: Tensor) -> Displacement:
@@ -536,8 +537,9 @@ def test_bounds_are_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
         lambda x: functional.prelu(x, x.square().mean().reshape(1)),
         lambda x: x[x.argmax(1)],
         lambda x: functional.scaled_dot_product_attention(x, x, x, attn_mask=x @ x.T),
+        lambda x: x * (x > 0).mean(dtype=x.dtype),
     ],
-    ids=["slope", "places", "mask"],
+    ids=["slope", "places", "mask", "flags"],
 )
 def test_what_is_a_constant_elsewhere_may_move(function: Callable[[Tensor], Tensor]) -> None:
     a, d = torch.randn(4, 4).double(), torch.randn(4, 4).double()
@@ -549,6 +551,23 @@ def test_what_is_a_constant_elsewhere_may_move(function: Callable[[Tensor], Tens
     e = torch.randn_like(found)
     (expected,) = torch.autograd.grad(function(x), x, e)
     assert_close(recorded.backward(saved, e.clone()), expected, 1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_where_autograd_has_not_taken_it_apart(bias: bool) -> None:
+    """As on some devices."""
+    module, x, d = nn.Linear(3, 2, bias), torch.randn(4, 3), torch.randn(4, 3)
+    recorder = Recorder(x)
+    with recorder, torch._C._AutoDispatchBelowAutograd():
+        output = module(x)
+    recorded = recorder.displacement(output)
+    assert [line.rule for line in recorded.lines] == [BY_ROWS]
+    with torch.no_grad():
+        found, saved = recorded.forward(d.clone())
+        e = torch.randn_like(found)
+        assert_close(found, module(x + d) - output, 1e-6)
+        (kept,) = saved
+        assert_close(_by_rows_back(e, kept, module.weight), e @ module.weight, 1e-6)
 
 
 def test_log_softmax_where_the_likeliest_falls() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.cases import ERR_TYPES, Case, assert_close
-from torch2pc.state import held_by, modules_in
+from torch2pc.state import Buffers, held_by, modules_in
 
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
 
@@ -83,6 +83,11 @@ def test_buffers_are_put_back_however_they_were_changed(way: str, ErrType: str) 
     case.model[2].on = False
     if way != "deleted":
         case.infer(ErrType)
+
+
+def test_a_buffer_that_has_no_value_yet_counts_as_written() -> None:
+    assert Buffers([nn.LazyBatchNorm1d()]).differ()
+    assert not Buffers([nn.BatchNorm1d(3), Observer("written")]).differ()
 
 
 @err_types
