@@ -485,7 +485,7 @@ class LearnedLoss(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.7).double())
 
     def forward(self, yhat: Tensor, Y: Tensor) -> Tensor:
-        return (self.scale * nn.functional.dropout(yhat, 0.3) - Y).square().mean()
+        return (self.scale * nn.functional.dropout(yhat, 0.3, self.training) - Y).square().mean()
 
 
 @needs_compiler
@@ -511,6 +511,17 @@ def test_backpropagation_with_shared_and_learned_losses(loss_shares: bool) -> No
         assert all([x is not None for x in again])
         assert_close(again, of_all)
     assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+def test_a_learned_loss_learns_in_a_relaxation() -> None:
+    case = small_case()
+    case = case._replace(LossFun=LearnedLoss().eval())
+    plain, gradients, of_loss = case.infer("Strict"), case.gradients(), case.LossFun.scale.grad
+    assert_close(list(infer_compiled(case)), list(plain))
+    assert_close(case.gradients(), gradients)
+    assert_close(case.LossFun.scale.grad, of_loss)
 
 
 class Forgets(nn.Module):

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tests.cases import assert_close
 from torch2pc.displacement import Displacement, Recorder
+from torch2pc.rules.axes import ROOT_MEAN_SQUARE
 from torch2pc.rules.core import DIFFERENCE
 from torch2pc.rules.linear import BY_ROWS, _by_rows_back
 
@@ -568,6 +569,33 @@ def test_linear_where_autograd_has_not_taken_it_apart(bias: bool) -> None:
         assert_close(found, module(x + d) - output, 1e-6)
         (kept,) = saved
         assert_close(_by_rows_back(e, kept, module.weight), e @ module.weight, 1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.aten, "_fused_rms_norm"), reason="an older PyTorch")
+@pytest.mark.parametrize("weighted", [True, False])
+def test_root_mean_square_as_one_operation(weighted: bool) -> None:
+    """As GPUs have it."""
+    module = nn.RMSNorm(6, eps=1e-3, elementwise_affine=weighted).double()
+    if weighted:
+        nn.init.uniform_(module.weight, 0.5, 1.5)
+    a = torch.randn(4, 6).double()
+    recorder = Recorder(a)
+    with recorder, torch._C._AutoDispatchBelowAutograd():
+        output, _ = torch.ops.aten._fused_rms_norm(a, [6], module.weight, 1e-3)
+    recorded = recorder.displacement(output)
+    assert [line.rule for line in recorded.lines] == [ROOT_MEAN_SQUARE]
+    for size in (3.0, 1e-2, 1e-9):
+        d = size * torch.randn_like(a)
+        x = (a + d).requires_grad_()
+        (line,) = recorded.lines
+        with torch.no_grad():
+            found, (saved,) = recorded.forward(d.clone())
+            e = torch.randn_like(found)
+            back = line.rule.backward(e, saved, *line.tensors, *line.static)
+        (expected,) = torch.autograd.grad(module(x), x, e)
+        difference, least = (module(x) - module(a)).detach(), 1e-14
+        assert (found - difference).norm() <= 1e-12 * difference.norm() + least
+        assert_close(back, expected, 1e-12)
 
 
 def test_log_softmax_where_the_likeliest_falls() -> None:
