@@ -452,8 +452,8 @@ class Program:
         prediction = vhat[-1].detach().requires_grad_()
         with torch.enable_grad(), Watched() as watched:
             Loss = check_loss(parts.run(L + 1, own, prediction))
-        changed = watched.written & {storage(x) for x in before.values()}
-        if watched.drawn or changed:
+        outside = {storage(x) for x in inputs if isinstance(x, Tensor)}
+        if watched.drawn or watched.written & outside:
             raise Uncovered("LossFun draws random numbers or changes its buffers")
         self._leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
         dLdy = output_gradient(Loss, prediction)
@@ -462,7 +462,7 @@ class Program:
             with torch.enable_grad(), Watched() as watched:
                 energy = parts.run(L + 2, own, *beliefs)
             check_scalar("prior", energy)
-            if watched.drawn or watched.written & {storage(x) for x in inputs}:
+            if watched.drawn or watched.written & outside:
                 raise Uncovered("prior draws random numbers or changes its buffers")
             self._leaves_of[L + 2] = _places(leaves_between(energy, beliefs), own)
         self._before = {
