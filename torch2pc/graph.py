@@ -88,7 +88,7 @@ def gradient(
     """
     if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
-    has_hooks = any([x._backward_hooks for x in inputs])
+    hooked = has_hooks(inputs)
     watched = [] if watches is None else zip(inputs, watches, strict=True)
     handles: list[Any] = [
         x.register_hook(watch)  # type: ignore[no-untyped-call]
@@ -104,7 +104,7 @@ def gradient(
     finally:
         for handle in handles:
             handle.remove()
-    if has_hooks:
+    if hooked:
         # A tensor hook may have returned a tensor that is not ours to write into.
         found = tuple(None if of_x is None else of_x.clone() for of_x in found)
     return list(found)
@@ -121,7 +121,7 @@ def gradient_of_small(
     by it: nothing is rounded.
     """
     unit = unit_of(error).clamp(max=1)
-    found = gradient([prediction], leaves, [(error / unit).to(prediction.dtype)])
+    found = gradient([prediction], leaves, [(error * unit.reciprocal()).to(prediction.dtype)])
     # In place where no two share memory: they are as large as the weights.
     storages = [0 if x is None or x.is_sparse else storage(x) for x in found]
     return [
@@ -132,6 +132,18 @@ def gradient_of_small(
         else x * unit
         for x, where in zip(found, storages, strict=True)
     ]
+
+
+def in_float16(x: Tensor) -> bool:
+    """Whether what made ``x`` may have computed in float16."""
+    kind = x.device.type
+    in_autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.float16 in (x.dtype, torch.get_autocast_dtype(kind) if in_autocast else None)
+
+
+def has_hooks(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them has a hook that sees its gradient."""
+    return any([x._backward_hooks for x in tensors])
 
 
 def storage(tensor: Tensor) -> int:

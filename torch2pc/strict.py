@@ -42,7 +42,9 @@ from torch2pc.graph import (
     check_scalar,
     gradient,
     gradient_of_small,
+    has_hooks,
     in_belief_dtype,
+    in_float16,
     leaves_between,
     outside_autocast,
     own,
@@ -471,7 +473,8 @@ class Relaxation:
             asked = [*leaves, x] if asks_input else leaves
             error = self._weighted_error(l)
             # What was held against the layer is linear in the error, unless a hook looks at it.
-            if layer.uncovered is None and not any([p._backward_hooks for p in asked]):
+            may_vanish = l > 1 or in_float16(prediction)
+            if may_vanish and layer.uncovered is None and not has_hooks(asked):
                 found = gradient_of_small(prediction, asked, error)
             else:
                 found = gradient([prediction], asked, [error.to(prediction.dtype)])
