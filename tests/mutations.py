@@ -253,7 +253,7 @@ def _variants(node: ast.AST) -> Iterator[ast.AST]:
             node.func.value, ast.Call | ast.Subscript | ast.BinOp
         ):
             yield node.func.value
-    elif isinstance(node, ast.Return) and node.value is not None:
+    elif isinstance(node, ast.Return) and node.value is not None and not _is_none(node.value):
         yield ast.Return(None)
     elif isinstance(node, SIMPLE):
         yield ast.Pass()
@@ -265,6 +265,10 @@ def _variants(node: ast.AST) -> Iterator[ast.AST]:
                 bare = copy.copy(node)
                 bare.decorator_list = node.decorator_list[:k] + node.decorator_list[k + 1 :]
                 yield bare
+
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
 
 
 def _constants(value: object) -> Iterator[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import math
 import shutil
 import warnings
 import weakref
@@ -18,7 +19,7 @@ from torch._dynamo.utils import counters
 
 from tests.cases import Case, assert_close, random_beliefs, squared_error
 from torch2pc import PCInferLatent, PCResult, compiled
-from torch2pc.compiled import changing_number
+from torch2pc.compiled import _scalar_tensors, changing_number
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -182,6 +183,15 @@ class Noisy(nn.Module):
         return x.cumprod(-1) * torch.rand_like(x) + torch.randn(5).double()
 
 
+class Written(nn.Module):
+    """Draws into a tensor, and does not use what drawing returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.empty_like(x)
+        noise.uniform_()
+        return x * noise
+
+
 class Chance(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.bernoulli(x.sigmoid())
@@ -192,7 +202,7 @@ class Chance(nn.Module):
 @pytest.mark.parametrize(
     ("ErrType", "make"),
     [
-        ("Strict", nn.Dropout),
+        ("Strict", lambda: nn.Sequential(nn.Dropout(), Written())),
         ("Strict", lambda: nn.BatchNorm1d(5)),
         ("Strict", Counter),
         ("ErrorBased", nn.Dropout),
@@ -723,3 +733,12 @@ def test_hooks_that_cannot_be_captured_are_named() -> None:
     with pytest.warns(UserWarning, match=r"model\[2\] .*: a module has a backward hook"):
         found = case.infer("Strict", compile=True)
     assert_close(list(found), list(plain))
+
+
+def test_factors_beyond_the_type_are_infinite() -> None:
+    """FixedPred's, where it diverges."""
+    given = (0.5, 1e300, -1e300)
+    found = _scalar_tensors(given, torch.float32, torch.device("cpu"))
+    assert [x.item() for x in found] == [0.5, math.inf, -math.inf]
+    in_double = _scalar_tensors(given, torch.float64, torch.device("cpu"))
+    assert [x.item() for x in in_double] == [*given]

@@ -277,6 +277,14 @@ def test_a_mean_over_parts_is_known(LossFun: Any, Y: torch.Tensor) -> None:
     torch.testing.assert_close(mean, LossFun(prediction, Y))
 
 
+def test_a_mean_over_elements_counts_them() -> None:
+    """Ranks may have sequences of different lengths."""
+    X, Y = torch.rand(2, 4), torch.rand(2, 3, 5)
+    for LossFun in (nn.L1Loss(), F.l1_loss, partial(F.huber_loss, delta=2.0)):
+        assert read_count(LossFun, X, Y, None) == 2 * 3 * 5
+    assert read_count(nn.KLDivLoss(reduction="batchmean"), X, Y, None) == 2
+
+
 def test_reduction_is_read_or_asked_for() -> None:
     assert read_reduction(nn.MSELoss(reduction="sum"), None) == "sum"
     assert read_reduction(F.mse_loss, None) == "mean"

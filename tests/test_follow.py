@@ -21,7 +21,7 @@ from tests import reference
 from tests.cases import ERR_TYPES, Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
 from torch2pc.displacement import Displacement
-from torch2pc.outlook import Spectrum
+from torch2pc.outlook import Spectrum, _first
 
 # The reference starts anew for each row.
 few = settings(max_examples=12)
@@ -323,7 +323,9 @@ def test_above_the_largest_stable_eta_F_grows_and_below_it_falls(ErrType: str) -
     below, above = run(0.97 * limit, 100), run(1.03 * limit, 200)
     assert below.rises_at is None
     assert below.F[-1] - lowest < 0.02 * (start - lowest)
+    falls = above.F[1:] <= above.F[:-1]
     assert above.rises_at is not None
+    assert falls[: above.rises_at - 1].all() and not falls[above.rises_at - 1]
     assert above.F[-1] > start
     # The record of the unstable run knows the limit by itself.
     assert 0.99 * limit < above.stable_eta < 1.01 * limit
@@ -651,6 +653,11 @@ def test_no_advice_that_the_record_does_not_support() -> None:
     ]
     one = follow(nn.Sequential(nn.Linear(5, 6)).double(), *case[1:], "Strict")
     assert "One layer" in one.verdict[0] and one.stable_eta is None
+    one = follow(nn.Sequential(nn.Linear(5, 6)).double(), *case[1:], "FixedPred")
+    assert one.stable_eta is None and one.outlook is None
+    # A latent that stays where it is still has its prior.
+    still = follower(case, "Latent")(0.0, 2)
+    assert str(still).splitlines()[2].split()[:2] == ["0", "latent"]
     # Steps of nothing, or backwards, lead nowhere, so that no n is foretold.
     still = follow_case(case, "Strict", eta=0.0, n=5)
     assert still.n_needed is None and not still.moves.any()
@@ -819,6 +826,8 @@ def test_plots(ErrType: str, eta: float) -> None:
 
 def test_what_is_out_of_reach_is_not_foretold() -> None:
     """Of a mode that does not shrink at all, and of one that does: .9^k = .01 at k = 43.7."""
+    for least in (0, 1, 2, 5, 37):
+        assert _first(lambda k, least=least: k >= least) == least
     stays, shrinks = (Spectrum((theta,), (1.0,), row=5) for theta in (0.0, 1.0))
     assert stays.iterations_to([1.0] * 6, 0.01, eta=0.1, now=0.1) is None
     assert shrinks.iterations_to([1.0] * 6, 0.01, eta=0.1, now=0.1) == 5 + 44

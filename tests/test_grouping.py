@@ -388,6 +388,13 @@ def test_modes_stay_as_they_are() -> None:
     assert not longer.training
 
 
+def test_what_is_no_number_is_so_in_the_layers_too() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    with torch.no_grad():
+        model[0].bias[0] = torch.nan
+    assert group_layers(model, VECTORS)(VECTORS).isnan().all()
+
+
 def test_an_output_that_is_not_used_may_have_any_name() -> None:
     model = Probed()
     assert_close(group_layers(model, VECTORS)(VECTORS), model(VECTORS), tolerance=0)

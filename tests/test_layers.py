@@ -529,6 +529,11 @@ def test_hooks_of_parameters(ErrType: str) -> None:
     assert len(seen) == 1
     assert_close(seen[0], 3 * expected)
     assert_close(case.model[0].weight.grad, 3 * expected)
+    # One may take the step itself, as in ``backward()``.
+    bias, before = case.model[0].bias, case.model[0].bias.detach().clone()
+    bias.register_post_accumulate_grad_hook(lambda p: p.sub_(p.grad))
+    case.infer(ErrType)
+    assert_close(bias.detach(), before - bias.grad)
 
 
 def test_a_tensor_hook_may_return_a_tensor_of_its_own() -> None:

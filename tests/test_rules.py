@@ -615,6 +615,13 @@ def test_a_product_that_overflows_where_the_difference_does_not() -> None:
     torch.testing.assert_close(found, torch.tensor(3e38))
 
 
+def test_a_ratio_that_overflows_where_the_difference_does_not() -> None:
+    a, d = torch.tensor([1e38, 0.5]), torch.tensor([0.0, 4.0])
+    with torch.no_grad():
+        found, _ = displacement_of(lambda x: x[0] / x[1], a).forward(d.clone())
+    torch.testing.assert_close(found, torch.tensor(1e38 / 4.5 - 2e38))
+
+
 def test_other_outputs_of_an_operation_are_not_taken_for_its_first() -> None:
     def normalised(x: Tensor) -> Tensor:
         y, mean, deviation = torch.native_layer_norm(x, (6,), None, None, 1e-5)

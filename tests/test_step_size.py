@@ -24,6 +24,7 @@ from torch2pc.step_size import (
     largest_eigenvalue,
     safe_step,
     second_derivative,
+    small_step,
 )
 from torch2pc.strict import Relaxation
 
@@ -505,3 +506,13 @@ def test_compiled_it_runs_plainly_and_says_so() -> None:
         found = case.infer("Strict", eta="auto", n=5, compile=True)
     assert_close(list(found), list(plain))
     assert_close(case.gradients(), gradients)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1.0, 1e6])
+def test_a_difference_is_taken_as_far_away_however_long_the_direction(scale: float) -> None:
+    at, u = [torch.randn(4).double(), torch.randn(2, 3).double()], [torch.ones(4).double()]
+    u.append(torch.zeros(2, 3).double())
+    expected = small_step(at, u)
+    assert_close(scale * small_step(at, [scale * u_i for u_i in u]), expected, 1e-12)
+    size = sum(x.square().sum() for x in at).sqrt()
+    assert_close(expected * 2, torch.finfo(torch.float64).eps ** 0.5 * size, 1e-12)

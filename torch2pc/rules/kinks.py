@@ -111,8 +111,7 @@ def _(call: Call) -> Step | None:
         low, high = call.argument(1, "min_val", -1.0), call.argument(2, "max_val", 1.0)
     elif call.func is aten.clamp_max.default:
         low, high = None, call.args[1]
-    bounds = [low, high]
-    if not x.dtype.is_floating_point or any(isinstance(bound, Tensor) for bound in bounds):
+    if not x.dtype.is_floating_point:
         return None
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     return Step(CLAMP, (x,), clamp_bases(x, low, high), (call.func is not aten.hardtanh.default,))
