@@ -203,9 +203,12 @@ GAUSS_LEGENDRE = ((5 / 18, 0.5 - math.sqrt(0.15)), (8 / 18, 0.5), (5 / 18, 0.5 +
 def moved_along(
     d: Tensor, a: Tensor, slope: Callable[[Tensor], Tensor], f: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """f(a + d) - f(a): the mean slope for as far as it is right, the rest as a difference."""
-    within = 0.25 if d.dtype == torch.float32 else 0.01
-    c = d.clamp(-within, within)
+    """f(a + d) - f(a): the mean slope for as far as it is right, the rest as a difference.
+
+    That is as far as slopes like exp(-x^2) change by less than a factor of about 2.
+    """
+    within = (0.25 if d.dtype == torch.float32 else 0.01) / (a.abs() / 1.6).clamp(min=1)
+    c = torch.minimum(torch.maximum(d, -within), within)
     slopes = [weight * slope(torch.add(a, c, alpha=place)) for weight, place in GAUSS_LEGENDRE]
     return c * (slopes[0] + slopes[1] + slopes[2]) + (f(a + d) - f(a + c))
 
