@@ -92,6 +92,8 @@ def test_energy_falls(case: Case, prior: Any) -> None:
         for v, _ in itertools.islice(relaxation, 15):
             F = reference.latent_energy(case.model, case.LossFun, case.Y, v, ones, prior)
             energies.append(F.detach())
+            # What a step size that is found is judged by.
+            assert_close(relaxation._energy().sum(), energies[-1])
     assert all(later <= before + 1e-12 for before, later in itertools.pairwise(energies))
 
 
