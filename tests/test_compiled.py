@@ -202,7 +202,7 @@ class Chance(nn.Module):
 @pytest.mark.parametrize(
     ("ErrType", "make"),
     [
-        ("Strict", lambda: nn.Sequential(nn.Dropout(), Written())),
+        ("Strict", lambda: nn.Sequential(nn.Linear(5, 5), nn.Dropout(), Written())),
         ("Strict", lambda: nn.BatchNorm1d(5)),
         ("Strict", Counter),
         ("ErrorBased", nn.Dropout),

@@ -395,6 +395,23 @@ def test_what_is_no_number_is_so_in_the_layers_too() -> None:
     assert group_layers(model, VECTORS)(VECTORS).isnan().all()
 
 
+class Halved(nn.Module):
+    """A block without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) / 2 + x
+
+
+def test_a_block_before_a_layer_does_not_keep_its_normalisation_away() -> None:
+    items = [Halved(), nn.Linear(6, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)]
+    layers = group_layers(nn.Sequential(*items), VECTORS)
+    assert [len(layer) for layer in layers] == [3, 2]
+
+
 def test_an_output_that_is_not_used_may_have_any_name() -> None:
     model = Probed()
     assert_close(group_layers(model, VECTORS)(VECTORS), model(VECTORS), tolerance=0)
