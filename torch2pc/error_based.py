@@ -67,14 +67,15 @@ class ErrorRelaxation(Relaxation):
     ...         error = epsilon[1].norm()
     """
 
+    output: Tensor
+    """The outputs that the errors make, as they were last taken."""
+
     def _start(self) -> None:
         super()._start()
         # Whether errors and beliefs belong together yet.
         self._is_ready = False
         # What each layer saves on the way up, for the way down.
         self._saved: list[Any] | None = None
-        # The outputs that the errors make.
-        self.output = self.vhat[-1]
 
     def _steps(self, n: int) -> None:
         super()._steps(n)
