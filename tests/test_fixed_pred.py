@@ -27,9 +27,12 @@ def test_equals_the_iteration(case: Case, eta: float, n: int, with_input_error: 
     result = case.infer("FixedPred", eta=eta, n=n)
     assert_close(result.v, expected.v)
     assert_close(result.epsilon[1:], expected.epsilon[1:])
-    assert_close(
-        {p: p.grad for p in case.model.parameters() if p.grad is not None}, expected.updates
-    )
+    found = {p: p.grad for p in case.model.parameters() if p.grad is not None}
+    assert found.keys() == expected.updates.keys()
+    if found:  # relative to them all: a bias's update may be what is left of large ones that cancel
+        assert_close(
+            *[torch.cat([g[p].flatten() for p in found]) for g in (found, expected.updates)]
+        )
     assert_close(result.epsilon[-1], result.dLdy, tolerance=0)
     if with_input_error:
         assert_close(result.epsilon[0], expected.epsilon[0])
