@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from hypothesis.internal.conjecture import providers
 
 # Hypothesis tries constants of the modules that happen to be loaded: what a test is given would
-# depend on which tests ran before it.
-if hasattr(providers, "_local_constants"):
-    providers._get_local_constants = lambda: providers._local_constants
+# depend on which tests ran before it. (Older versions do not, and have no such module.)
+with suppress(ImportError):
+    from hypothesis.internal.conjecture import providers
+
+    if hasattr(providers, "_local_constants"):
+        providers._get_local_constants = lambda: providers._local_constants
 
 settings.register_profile(
     "torch2pc",

@@ -235,8 +235,9 @@ class Tests:
         turns: Counter[str] = Counter()
         turn = {}
         for test in sorted(found, key=found.__getitem__):
-            turns[test.partition("[")[0]] += 1
-            turn[test] = turns[test.partition("[")[0]]
+            name = test.partition("[")[0]
+            turns[name] += 1
+            turn[test] = turns[name]
 
         def cost(test: str) -> tuple[bool, float]:
             expected = found[test] * turn[test] / (1 + self.kills[test]) / (5 if own in test else 1)
@@ -270,9 +271,9 @@ class Tests:
                     return status
             return 0
 
-        limit = 30.0 + 8.0 * sum(tests.values())
-        limit += OF_PROCESSES_SECONDS * any(test.startswith(OF_PROCESSES) for test in tests)
-        status = forked(body, limit) if tests else 0
+        longest = 30.0 + 8.0 * sum(tests.values())
+        longest += OF_PROCESSES_SECONDS * any(test.startswith(OF_PROCESSES) for test in tests)
+        status = forked(body, longest) if tests else 0
         by = ["time limit"] if status is None else read_json(self.seen) or [f"status {status}"]
         self.kills.update(by)
         return {
