@@ -233,6 +233,13 @@ class ChanceLoss(nn.Module):
         return (nn.functional.dropout(yhat, 0.5) - Y).square().sum()
 
 
+class Coin(nn.Module):
+    """Draws what does not depend on its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(torch.full_like(x.detach(), 0.5))
+
+
 class CountingLoss(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -248,6 +255,7 @@ class CountingLoss(nn.Module):
     [
         (Chance(), r"model\[1\] \(Chance\): aten.bernoulli.default draws random numbers"),
         (nn.Dropout(1.0), r"aten.native_dropout.default draws other random numbers"),
+        (Coin(), r"aten.bernoulli.default draws other random numbers"),
         (Untraceable(), r"model\[1\] \(Untraceable\): a Python number is taken"),
         (ChanceLoss(), r"LossFun \(ChanceLoss\) draws random numbers or changes its buffers"),
         (CountingLoss(), r"LossFun \(CountingLoss\) draws random numbers or changes its buffers"),
@@ -261,18 +269,23 @@ def test_runs_plainly_where_it_cannot_compile_and_says_so_once(
         case = case._replace(LossFun=part)
     else:
         case.model.insert(1, part)
+    check_runs_plainly(case, reason, "Strict", "Strict")
+
+
+def check_runs_plainly(case: Case, reason: str, ErrType: str, next_ErrType: str) -> None:
+    """As without ``compile``, and with a warning, the first time."""
     torch.manual_seed(1)
-    plain, random = case.infer("Strict"), torch.get_rng_state()
+    plain, random = case.infer(ErrType), torch.get_rng_state()
     gradients = case.gradients()
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match=f"Sequential runs without compilation, because {reason}"):
-        found = case.infer("Strict", compile=True)
+        found = case.infer(ErrType, compile=True)
     assert_close(list(found), list(plain))
     assert_close(case.gradients(), gradients)
     assert torch.equal(torch.get_rng_state(), random)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        case.infer("Strict", compile=True)
+        case.infer(next_ErrType, compile=True)
 
 
 @needs_compiler
@@ -582,16 +595,7 @@ def test_backpropagation_compiles_a_single_layer_for_any_batch_size_and_autocast
 def test_backpropagation_runs_plainly_where_it_cannot_compile(part: nn.Module, reason: str) -> None:
     case = small_case()
     case.model.insert(1, part)
-    torch.manual_seed(1)
-    plain, gradients = case.infer("Exact"), case.gradients()
-    torch.manual_seed(1)
-    with pytest.warns(UserWarning, match=f"Sequential runs without compilation, because {reason}"):
-        found = case.infer("Exact", compile=True)
-    assert_close(list(found), list(plain))
-    assert_close(case.gradients(), gradients)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        case.infer("FixedPred", compile=True)
+    check_runs_plainly(case, reason, "Exact", "FixedPred")
 
 
 @needs_compiler

@@ -202,8 +202,7 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.written.update([storage(x) for x in given if isinstance(x, Tensor)])
         if not _draws(func):
             return func(*args, **kwargs)
-        if func in _WRITES_ASIDE or _drops_all(func, args):
-            raise Uncovered(f"{func} draws other random numbers when it is compiled")
+        _check_draws(func, args)
         if self._again is None:
             output = func(*args, **kwargs)
             numbers = output.clone() if isinstance(output, Tensor) else output[-1]
@@ -224,9 +223,8 @@ class SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        others = func in decompositions or func in _WRITES_ASIDE or _drops_all(func, args)
-        if _draws(func) and others:
-            raise Uncovered(f"{func} draws other random numbers when it is compiled")
+        if _draws(func):
+            _check_draws(func, args)
         return func(*args, **(kwargs or {}))
 
 
@@ -235,9 +233,12 @@ def _draws(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 
-def _drops_all(func: Any, args: Sequence[Any]) -> bool:
-    """A dropout that leaves nothing, which needs no random numbers where it is not compiled."""
-    return func is aten.native_dropout.default and args[1] == 1
+def _check_draws(func: Any, args: Sequence[Any]) -> None:
+    """Raises Uncovered for what draws other random numbers when it is compiled."""
+    # A dropout that leaves nothing needs none where it is not.
+    drops_all = func is aten.native_dropout.default and args[1] == 1
+    if func in decompositions or func in _WRITES_ASIDE or drops_all:
+        raise Uncovered(f"{func} draws other random numbers when it is compiled")
 
 
 @cache
