@@ -403,7 +403,7 @@ def test_tensors_that_are_overwritten_are_no_one_elses() -> None:
     with torch.no_grad():
         for _ in range(2):
             moved, saved = recorded.forward(delta)
-            back = recorded.backward(saved, e)
+            (back,) = recorded.backward(saved, e)
             assert torch.equal(delta, given[0])
             assert torch.equal(e, given[1])
     y = (x + delta).detach().requires_grad_()

@@ -138,7 +138,7 @@ def test_a_function_of_one_number(
     assert all(line.rule is not DIFFERENCE for line in recorded.lines)
     with torch.no_grad():
         found, saved = recorded.forward(d.clone())
-        slopes = recorded.backward(saved, torch.ones_like(found))
+        (slopes,) = recorded.backward(saved, torch.ones_like(found))
         before = function(a)
         plain = function(a + d) - before
     x = (a.double() + d.double()).requires_grad_()
@@ -191,7 +191,7 @@ def test_the_derivative_at_a_kink_is_pytorchs(name: str) -> None:
     recorded = displacement_of(function, x.detach())
     with torch.no_grad():
         found, saved = recorded.forward(torch.zeros_like(x))
-        assert torch.equal(recorded.backward(saved, torch.ones_like(found)), expected)
+        assert torch.equal(*recorded.backward(saved, torch.ones_like(found)), expected)
 
 
 extremes = [0.0, -0.0, 1.0, -1.0, 1e-30, 1e3, -1e3, 1e30, -1e30, math.inf, -math.inf, math.nan]
@@ -449,7 +449,7 @@ def test_a_module(name: str) -> None:
         with torch.no_grad():
             found, saved = recorded.forward(d.clone())
             e = torch.randn_like(found)
-            back = recorded.backward(saved, e)
+            (back,) = recorded.backward(saved, e)
         expected, expected_back = right.displacement(d.double()), right.vjp(d.double(), e.double())
         assert (found - expected).norm() <= 2e-6 * expected.norm()
         assert (back - expected_back).norm() <= 2e-6 * expected_back.norm()
@@ -515,7 +515,7 @@ def test_displacements_of_half_precision_are_float32(name: str, dtype: torch.dty
     recorded = displacement_of(module, a)
     with torch.no_grad():
         found, saved = recorded.forward(1e-3 * torch.randn(shape))
-        back = recorded.backward(saved, torch.randn_like(found))
+        (back,) = recorded.backward(saved, torch.randn_like(found))
     assert found.dtype == back.dtype == torch.float32
 
 
@@ -551,7 +551,7 @@ def test_what_is_a_constant_elsewhere_may_move(function: Callable[[Tensor], Tens
     assert_close(found, (function(x) - function(a)).detach(), 1e-12)
     e = torch.randn_like(found)
     (expected,) = torch.autograd.grad(function(x), x, e)
-    assert_close(recorded.backward(saved, e.clone()), expected, 1e-12)
+    assert_close(*recorded.backward(saved, e.clone()), expected, 1e-12)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -80,11 +80,14 @@ class Line(NamedTuple):
 class Displacement:
     """d(delta) = f(vhat + delta) - f(vhat) for a recorded layer, and its vector-Jacobian product.
 
-    Value 0 is delta; line k computes value k+1 from earlier ones.
+    Values 0..count-1 are the deltas of its inputs; each line computes the next value from earlier ones.
     """
 
-    def __init__(self, lines: Sequence[Line], result: int | None, like: Tensor) -> None:
-        self.lines, self.result, self._like = _overwriting(lines, result), result, like
+    def __init__(
+        self, lines: Sequence[Line], result: int | None, like: Tensor, count: int = 1
+    ) -> None:
+        self.lines, self.result, self.like = _overwriting(lines, result, count), result, like
+        self.count = count
         # The values that no line after this one uses.
         used: set[int | None] = {result}
         self._last_used: list[list[int]] = []
@@ -95,11 +98,12 @@ class Displacement:
     @functools.cached_property
     def key(self) -> tuple[Any, ...]:
         """Equal for displacements that differ in their tensors alone."""
-        return self.result, tuple([(*line[:2], *line[3:]) for line in self.lines])
+        lines = tuple([(*line[:2], *line[3:]) for line in self.lines])
+        return self.count, self.result, lines
 
-    def forward(self, delta: Tensor) -> tuple[Tensor, list[Any]]:
+    def forward(self, *deltas: Tensor) -> tuple[Tensor, list[Any]]:
         """The displacement of the output, and what ``backward`` needs."""
-        values: list[Any] = [delta]
+        values: list[Any] = list(deltas)
         saved: list[Any] = []
         for (rule, inputs, tensors, static, _), last in zip(
             self.lines, self._last_used, strict=True
@@ -115,20 +119,21 @@ class Displacement:
             saved.append(kept)
             del given, value, kept
         if self.result is None:
-            return torch.zeros_like(self._like, dtype=belief_dtype(self._like.dtype)), saved
+            return torch.zeros_like(self.like, dtype=belief_dtype(self.like.dtype)), saved
         return values[self.result], saved
 
-    def backward(self, saved: list[Any], e: Tensor) -> Tensor | None:
-        """J(vhat + delta)^T e; None if the output does not depend on the input. ``saved`` is used up."""
-        errors: list[Any] = [None] * (len(self.lines) + 1)
+    def backward(self, saved: list[Any], e: Tensor) -> list[Any]:
+        """For each input J(vhat + delta)^T e, or None without one. ``saved`` is used up."""
+        count = self.count
+        errors: list[Any] = [None] * (len(self.lines) + count)
         if self.result is None:
-            return None
+            return errors
         errors[self.result] = e
         del e
         for k in range(len(self.lines) - 1, -1, -1):
             rule, inputs, tensors, static, has_gradient = self.lines[k]
-            error, kept = errors[k + 1], saved.pop()
-            errors[k + 1] = None
+            error, kept = errors[k + count], saved.pop()
+            errors[k + count] = None
             if error is None or not has_gradient:
                 continue
             if rule.backward is None:
@@ -142,13 +147,13 @@ class Displacement:
                 if of_input is not None:
                     errors[i] = of_input if errors[i] is None else errors[i] + of_input
             del found, of_input
-        return errors[0]
+        return errors[:count]
 
 
-def _overwriting(lines: Sequence[Line], result: int | None) -> list[Line]:
+def _overwriting(lines: Sequence[Line], result: int | None, count: int) -> list[Line]:
     """The same lines, which write into what no other line needs."""
     lines = list(lines)
-    uses = [0] * (len(lines) + 1)
+    uses = [0] * (len(lines) + count)
     user: dict[int, Rule] = {}
     for line in lines:
         for i in line.inputs:
@@ -156,14 +161,14 @@ def _overwriting(lines: Sequence[Line], result: int | None) -> list[Line]:
             user[i] = line.rule
 
     def is_free(i: int) -> bool:
-        return i > 0 and i != result and uses[i] == 1
+        return i >= count and i != result and uses[i] == 1
 
-    for k, line in enumerate(lines, start=1):
+    for k, line in enumerate(lines, start=count):
         if line.rule.forward_ is not None:
             first = line.inputs[0]
-            d = is_free(first) and lines[first - 1].rule.is_fresh
+            d = is_free(first) and lines[first - count].rule.is_fresh
             e = is_free(k) and user[k].is_fresh
-            lines[k - 1] = line._replace(rule=line.rule.overwriting(d, e))
+            lines[k - count] = line._replace(rule=line.rule.overwriting(d, e))
     return lines
 
 
@@ -172,8 +177,8 @@ class Reevaluation:
 
     def __init__(
         self,
-        evaluate: Callable[[Tensor], Tensor],
-        x: Tensor,
+        evaluate: Callable[..., Tensor],
+        x: Sequence[Tensor],
         before: Tensor,
         buffers_kept: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
@@ -181,22 +186,23 @@ class Reevaluation:
         # A checkpointed module is evaluated once more in the backward pass.
         self._buffers_kept = buffers_kept
 
-    def forward(self, delta: Tensor) -> tuple[Tensor, Any]:
+    def forward(self, *deltas: Tensor) -> tuple[Tensor, Any]:
         """The displacement of the output, and what ``backward`` needs."""
         with torch.enable_grad():
-            x = (self._x.to(delta.dtype) + delta).to(self._x.dtype).requires_grad_()
-            output = self._evaluate(x)
+            pairs = zip(self._x, deltas, strict=True)
+            x = [(a.to(d.dtype) + d).to(a.dtype).requires_grad_() for a, d in pairs]
+            output = self._evaluate(*x)
         dtype = belief_dtype(output.dtype)
         return output.detach().to(dtype) - self._before.to(dtype), (x, output)
 
-    def backward(self, saved: Any, e: Tensor) -> Tensor | None:
-        """J(vhat + delta)^T e; None if the output does not depend on the input."""
+    def backward(self, saved: Any, e: Tensor) -> list[Any]:
+        """For each input J(vhat + delta)^T e, or None without one."""
         x, output = saved
         if not output.requires_grad:
-            return None
+            return [None] * len(x)
         with self._buffers_kept():
-            (found,) = torch.autograd.grad(output, x, e.to(output.dtype), allow_unused=True)
-        return None if found is None else found.to(belief_dtype(x.dtype))
+            found = torch.autograd.grad(output, x, e.to(output.dtype), allow_unused=True)
+        return [None if g is None else g.to(belief_dtype(g.dtype)) for g in found]
 
 
 def _with_graph(
@@ -250,22 +256,23 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Recorder(Watch):
-    """Notes the operations that turn ``x`` into a layer's output, while the layer runs.
+    """Notes the operations that turn the inputs into a layer's output, while the layer runs.
 
     ``displacement(output)`` puts them together afterwards, or raises Uncovered.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
         self.lines: list[tuple[Step, tuple[int, ...], list[int]]] = []
-        # Where the value of a tensor stands: 0 for x, k+1 for what line k computes.
-        self.place: dict[int, int] = {id(x): 0}
-        self._tensors: list[Tensor] = [x]  # so that no id is used twice
+        # Where the value of a tensor stands: the inputs come first, then what each line computes.
+        self.place: dict[int, int] = {id(x): k for k, x in enumerate(inputs)}
+        self._count = len(inputs)
+        self._tensors: list[Tensor] = list(inputs)  # so that no id is used twice
         self._output_of: list[Tensor] = []
         # The version of each, as the operation that made it left it.
-        self._versions: dict[int, int] = {id(x): x._version}
+        self._versions: dict[int, int] = {id(x): x._version for x in inputs}
         self._new: list[Tensor] = []
-        self._storages = {storage(x)}
+        self._storages = {storage(x) for x in inputs}
         self._reason: str | None = None
         self._suspended = False
 
@@ -367,8 +374,8 @@ class Recorder(Watch):
         return (linear_step if call.func.is_view else difference_step)(call)
 
     def _made_by(self, tensor: object) -> Step | None:
-        place = self.place.get(id(tensor), 0)
-        return self.lines[place - 1][0] if place else None
+        place = self.place.get(id(tensor), 0) - self._count
+        return self.lines[place][0] if place >= 0 else None
 
     def _append_items(self, call: Call, output: Any) -> None:
         """The lines of an operation with several outputs, one for each."""
@@ -398,7 +405,7 @@ class Recorder(Watch):
         inputs = tuple([self.place[id(tensor)] for tensor in step.inputs])
         self.lines.append((step, inputs, [tensor._version for tensor in step.tensors]))
         self._output_of.append(output if recorded is None else recorded)
-        self._enter(output, len(self.lines))
+        self._enter(output, self._count + len(self.lines) - 1)
 
     def _enter(self, tensor: Tensor, place: int) -> None:
         self.place[id(tensor)] = place
@@ -451,19 +458,20 @@ class Recorder(Watch):
             if versions != [tensor._version for tensor in step.tensors]:
                 raise Uncovered("a tensor that the layer used was changed afterwards")
         result = self.place.get(id(output))
-        kept = set() if result is None else {result}
-        for k in range(len(self.lines), 0, -1):
-            if k in kept:
-                kept.update(self.lines[k - 1][1])
-        used = sorted(kept - {0})
-        place = {k: i for i, k in enumerate([0, *used])}
+        count = self._count
+        kept = set(range(count)) if result is None else {*range(count), result}
+        for k in range(len(self.lines) - 1, -1, -1):
+            if k + count in kept:
+                kept.update(self.lines[k][1])
+        place = {k: i for i, k in enumerate(sorted(kept))}
         lines = []
-        for k in used:
-            step, inputs, _ = self.lines[k - 1]
+        for k in sorted(kept)[count:]:
+            step, inputs, _ = self.lines[k - count]
             inputs = tuple([place[i] for i in inputs])
-            requires_grad = self._output_of[k - 1].requires_grad
+            requires_grad = self._output_of[k - count].requires_grad
             lines.append(Line(step.rule, inputs, step.tensors, step.static, requires_grad))
-        return Displacement(lines, None if result is None else place[result], output.detach())
+        at = None if result is None else place[result]
+        return Displacement(lines, at, output.detach(), count)
 
 
 # Linear in their input, as views are, with several outputs.
@@ -607,7 +615,10 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 def agrees(
-    item: object, recorded: Displacement, reevaluation: Callable[[], Reevaluation], x: Tensor
+    item: object,
+    recorded: Displacement,
+    reevaluation: Callable[[], Reevaluation],
+    x: Sequence[Tensor],
 ) -> bool:
     """Whether a displacement and its vector-Jacobian product are those of the layer itself.
 
@@ -621,32 +632,33 @@ def agrees(
     return known[key]
 
 
-def _agree(recorded: Displacement, other: Reevaluation, x: Tensor) -> bool:
+def _agree(recorded: Displacement, other: Reevaluation, x: Sequence[Tensor]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    dtype = belief_dtype(x.dtype)
+    dtype = belief_dtype(x[0].dtype)
 
     def random(like: Tensor) -> Tensor:
         drawn = torch.randn(like.shape, generator=generator, dtype=dtype, device="cpu")
         return drawn.to(like.device)
 
-    size = x.detach().to(dtype).square().mean().sqrt()
-    d = random(x) * torch.where(size > 0, size, 1.0)
-    plain, graph = other.forward(d)
+    sizes = [a.detach().to(dtype).square().mean().sqrt() for a in x]
+    d = [random(a) * torch.where(size > 0, size, 1.0) for a, size in zip(x, sizes, strict=True)]
+    plain, graph = other.forward(*d)
     e = random(plain).to(plain.dtype)
     expected_back = other.backward(graph, e)
     try:
-        moved, saved = recorded.forward(d)
-        pairs = [(moved, plain), (recorded.backward(saved, e), expected_back)]
+        moved, saved = recorded.forward(*d)
+        back = zip(recorded.backward(saved, e), expected_back, x, strict=True)
+        pairs = [(moved, plain, plain), *back]
     except Exception:
         if any([line.rule.forward is _by_user for line in recorded.lines]):
             raise
         return False
-    used = {x.dtype, *[t.dtype for line in recorded.lines for t in line.tensors]}
+    used = {*[a.dtype for a in x], *[t.dtype for line in recorded.lines for t in line.tensors]}
     in_half = any([belief_dtype(dtype) != dtype for dtype in used])
     tolerance = 0.2 if in_half else _TOLERANCE[dtype]
-    for found, expected in pairs:
-        found = torch.zeros_like(x) if found is None else found
-        expected = torch.zeros_like(x) if expected is None else expected
+    for found, expected, like in pairs:
+        found = torch.zeros_like(like) if found is None else found
+        expected = torch.zeros_like(like) if expected is None else expected
         distance, scale = (found - expected).norm(), expected.norm()
         if not bool(distance <= tolerance * scale) and bool(scale.isfinite()):
             return False

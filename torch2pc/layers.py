@@ -9,7 +9,7 @@ turned into beliefs, is up to the algorithms (``exact.py``, ``strict.py``, ...).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -94,10 +94,11 @@ class Layer:
         devices: set[torch.device],
         copies_input: bool = False,
         *,
+        others: tuple[Any, ...] = (),
         model: nn.Module | None = None,
     ) -> None:
         self.function, self._where, self._devices = function, where, devices
-        self.copies_input, self._model = copies_input, model
+        self.copies_input, self._others, self._model = copies_input, others, model
 
     @property
     def name(self) -> str:
@@ -105,17 +106,17 @@ class Layer:
         where = f"model[{self._where}]" if isinstance(self._where, int) else self._where
         return f"{where} ({_type_name(self.function)})"
 
-    def __call__(self, x: Any, *others: Any) -> Tensor:
-        given = x.clone() if self.copies_input else x
-        version = given._version if isinstance(given, Tensor) else None
+    def __call__(self, *x: Any) -> Tensor:
+        given = [a.clone() for a in x] if self.copies_input else x
+        versions = [a._version for a in x if isinstance(a, Tensor)]
         try:
-            output = self.function(given, *others)
+            output = self.function(*given, *self._others)
         except RuntimeError as error:
             # The error that autograd raises for a write into a leaf does not say whose it is.
             if given is x and "leaf Variable that requires grad" in str(error):
                 raise self._wrote_input() from error
             raise
-        if version is not None and given is x and x._version != version:
+        if versions != [a._version for a in x if isinstance(a, Tensor)]:
             raise self._wrote_input()
         if not isinstance(output, Tensor) or not output.dtype.is_floating_point:
             is_complex = isinstance(output, Tensor) and output.is_complex()
@@ -133,56 +134,66 @@ class Layer:
             "clone the input first, or give the module an attribute inplace=True to be handed a copy"
         )
 
-    def record(self, x: Any, *others: Any, displaced: bool = False) -> Tensor:
+    def record(self, *x: Any, moving: Sequence[Tensor] = ()) -> Tensor:
         """The first evaluation, noting what it draws and changes, so that it can be replayed.
 
-        ``displaced``: it becomes a ``displacement`` too.
+        ``moving``: those of its inputs that will move; then it becomes a ``displacement`` of these.
         """
         modules = modules_in(self.function)
         random = random_state([*self._devices, *generators_in(self.function, modules)])
         buffers = Buffers(modules)
-        recorder = Recorder(x) if displaced else Watch()
+        recorder = Recorder(*moving) if moving else Watch()
         with uncompiled, recorder:
-            output = self(x, *others)
+            output = self(*x)
         self.drawn = drawn_from(random) if recorder.draws else []
         self._buffers = buffers if buffers.differ() else None
-        self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
+        inputs = [a for given in x for a in (given if isinstance(given, list) else [given])]
+        self.has_leaves = bool(leaves_between(output, inputs))
         self.ends_flat = ends_flat(output)
         if isinstance(recorder, Recorder):
             if any([module._backward_hooks or module._backward_pre_hooks for module in modules]):
                 recorder.give_up("a module has a backward hook")
-            self._displace(recorder, x, output)
+            self._displace(recorder, x, moving, output)
         return output
 
-    def _displace(self, recorder: Recorder, x: Tensor, output: Tensor) -> None:
+    def _displace(
+        self, recorder: Recorder, x: Sequence[Any], moving: Sequence[Tensor], output: Tensor
+    ) -> None:
         """Set ``displacement``: by rules if it can be, and is found to be right."""
-        in_autocast = torch.is_autocast_enabled(x.device.type)
-        a, before = x.detach(), output.detach()
+        device = output.device
+        in_autocast = torch.is_autocast_enabled(device.type)
+        before = output.detach()
+        places = [next(k for k, a in enumerate(x) if a is b) for b in moving]
+
+        def at(*moved: Tensor) -> Tensor:
+            given = list(x)
+            for k, a in zip(places, moved, strict=True):
+                given[k] = a
+            return self.replay(*given)
 
         def reevaluation() -> Reevaluation:
+            a = [b.detach() for b in moving]
             if not in_autocast:
-                return Reevaluation(self.replay, a, before, self.buffers_kept)
+                return Reevaluation(at, a, before, self.buffers_kept)
             # A difference of half-precision outputs would have no digits left.
-            precise = in_belief_dtype(a)
-            return Reevaluation(
-                self.replay, precise, self.replay(precise).detach(), self.buffers_kept
-            )
+            precise = [in_belief_dtype(b) for b in a]
+            return Reevaluation(at, precise, at(*precise).detach(), self.buffers_kept)
 
         with torch.no_grad():
             try:
                 self.displacement = recorder.displacement(output)
-                with outside_autocast(x.device), generators_kept(self.drawn_sources):
-                    is_right = agrees(self.function, self.displacement, reevaluation, x)
+                with outside_autocast(device), generators_kept(self.drawn_sources):
+                    is_right = agrees(self.function, self.displacement, reevaluation, moving)
                 # What was recorded once stays right for a layer that is another one each time.
-                if not is_right and self.is_replayable(before, a):
+                if not is_right and self.is_replayable(before, *x):
                     raise Uncovered("its operations alone do not give its outputs and gradients")
             except Uncovered as reason:
                 self.uncovered = str(reason)
-                with outside_autocast(x.device), generators_kept(self.drawn_sources):
+                with outside_autocast(device), generators_kept(self.drawn_sources):
                     self.displacement = reevaluation()
-                self.is_replayable(before, a)
+                self.is_replayable(before, *x)
 
-    def is_replayable(self, output: Tensor, x: Any, *others: Any) -> bool:
+    def is_replayable(self, output: Tensor, *x: Any) -> bool:
         """Whether a replay at the same input gives the same output; the first time, it says if not.
 
         It does not where a layer depends on what is no buffer and no generator that can be found.
@@ -191,7 +202,7 @@ class Layer:
         key = self.name, getattr(self.function, "training", None)
         if key not in known:
             with torch.enable_grad(), generators_kept(self.drawn_sources):
-                again = self.replay(x, *others).detach()
+                again = self.replay(*x).detach()
             distance, scale = (again - output).norm(), output.norm()
             near = bool(distance <= 16 * torch.finfo(output.dtype).eps * scale)
             known[key] = near or not bool(scale.isfinite())
@@ -214,11 +225,11 @@ class Layer:
         """Whether the recorded evaluation drew no random numbers and changed no buffers."""
         return not self.drawn and self._buffers is None
 
-    def replay(self, x: Any, *others: Any) -> Tensor:
-        """The recorded function, evaluated at another input."""
+    def replay(self, *x: Any) -> Tensor:
+        """The recorded function, evaluated at other inputs."""
         set_random_state(self.drawn)
         with self.buffers_kept():
-            return self(x, *others)
+            return self(*x)
 
     def buffers_kept(self) -> AbstractContextManager[None]:
         """The body finds the buffers that the recorded evaluation changed as that one did."""
@@ -246,7 +257,7 @@ class Network:
             for l, item in enumerate(model._modules.values())
         ]
         writes_output = writes and _may_write_input(LossFun)
-        self.loss = Layer(LossFun, "LossFun", devices, writes_output, model=model)
+        self.loss = Layer(LossFun, "LossFun", devices, writes_output, others=(Y,), model=model)
         # All that can be replayed; a prior is added to it.
         self.functions = [*self.layers, self.loss]
         self.first: tuple[Tensor, Tensor] | None = None
@@ -269,7 +280,7 @@ class Network:
             return x
 
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
-        Loss = check_loss(self.loss(vhat[-1], self.Y))
+        Loss = check_loss(self.loss(vhat[-1]))
         return Graph(vhat, Loss)
 
     def record(self, free_input: bool) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -289,7 +300,7 @@ class Network:
                 # With gradients on, as in every replay: under no_grad some modules take another
                 # path, and autocast would cache weights that are cut off from the graph.
                 moves = free_input or len(vhat) > 1
-                output = layer.record(x, displaced=moves)
+                output = layer.record(x, moving=[x] if moves else [])
                 if not moves and (layer.has_leaves or self.X.requires_grad):
                     self.first = x, output
                 x = output.detach()
@@ -304,8 +315,8 @@ class Network:
                 "relaxed, which evaluates the items one by one; register the hook on the last item"
             )
         prediction = vhat[-1].detach().requires_grad_()
-        Loss = check_loss(self.loss.record(prediction, self.Y))
-        self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_(), self.Y)
+        Loss = check_loss(self.loss.record(prediction))
+        self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_())
         return vhat, Loss.detach().clone(), output_gradient(Loss, prediction)
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -352,13 +363,13 @@ def _input_copy(X: Tensor) -> Tensor:
     return copy.requires_grad_() if X.requires_grad else copy
 
 
-def own_output(output: Tensor, given: Any) -> Tensor:
+def own_output(output: Tensor, given: Sequence[Any]) -> Tensor:
     """A copy of ``output`` where it is a parameter or a buffer, or a view of one.
 
-    The optimizer would change it later. A view of the input is fine: that is ours.
+    The optimizer would change it later. A view of an input is fine: that is ours.
     """
     base = output._base if output._base is not None else output
-    of_input = isinstance(given, Tensor) and (base is given or base is given._base)
+    of_input = any([isinstance(x, Tensor) and (base is x or base is x._base) for x in given])
     return output.clone() if base.is_leaf and not of_input else output
 
 

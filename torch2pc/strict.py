@@ -439,7 +439,7 @@ class Relaxation:
     def _arriving(self, l: int, saved: Any, error: Tensor) -> Tensor | None:
         """J_l^T error, which arrives at layer l's input; None where nothing does."""
         with self._outside_autocast():
-            return self.network.layers[l - 1].displacement.backward(saved, error)
+            return self.network.layers[l - 1].displacement.backward(saved, error)[0]
 
     def _small_step(self, l: int, u: Tensor) -> Tensor:
         """How far to go along ``u`` for the derivative of layer l."""
@@ -484,7 +484,7 @@ class Relaxation:
             add_updates(updates, leaves, found)
             if asks_loss:
                 output = prediction.detach().requires_grad_()
-                _add_own_gradients(updates, network.loss.replay(output, network.Y), [output])
+                _add_own_gradients(updates, network.loss.replay(output), [output])
             del x, prediction, asked
         if self.prior is not None and self.prior.has_leaves:
             beliefs = self._free_beliefs()
@@ -543,7 +543,7 @@ class Relaxation:
         return Loss.detach(), torch.zeros_like(y) if found is None else found
 
     def _loss_at(self, y: Tensor) -> Tensor:
-        return self.network.loss.replay(y.to(self.vhat[-1].dtype), self.network.Y).reshape(())
+        return self.network.loss.replay(y.to(self.vhat[-1].dtype)).reshape(())
 
     def _outside_autocast(self) -> AbstractContextManager[Any]:
         # The rules choose the types themselves.

@@ -549,7 +549,7 @@ class Program:
             if l < L and self.skips:
                 epsilon[l] = torch.where(is_reached[l], epsilon[l], 0.0)
             with outside_autocast(delta[l - 1].device):
-                arriving = displacement.backward(saved, self._weighted(epsilon[l], pi, l))
+                (arriving,) = displacement.backward(saved, self._weighted(epsilon[l], pi, l))
             descended: Any = 0.0
             for part in (arriving, of_prior[l - 1]):
                 descended = descended if part is None else descended + part
@@ -577,7 +577,7 @@ class Program:
         for l in range(self.asked.L - 1, 0, -1):
             if g is not None:
                 with outside_autocast(g.device):
-                    g = self._displacement(l + 1, held).backward(saved.pop(), g)
+                    (g,) = self._displacement(l + 1, held).backward(saved.pop(), g)
             epsilon = hidden[l - 1]
             moved.insert(0, epsilon - eta * (epsilon if g is None else epsilon - g))
         return moved
@@ -674,7 +674,7 @@ class Program:
             if x._version != version or not output.dtype.is_floating_point:
                 raise Uncovered(f"model[{l - 1}] is no function of its input")
             if output.is_leaf or output._is_view():
-                output = own_output(output, x)
+                output = own_output(output, [x])
         self._leaves_of[l] = _places(leaves_between(output, [x]), own)
         return output
 
