@@ -30,7 +30,7 @@ from paper_figures.data import DataSet, load_digits
 from paper_figures.nets import cifar_net, mnist_net, vgg19
 from paper_figures.training import test_accuracy
 from torch2pc.distributed import PCInfer
-from torch2pc.exchange import Peers
+from torch2pc.distributed.exchange import Peers
 
 ERR_TYPE, ETA, N = "Strict", 0.1, 20
 METHOD = (

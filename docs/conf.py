@@ -35,8 +35,8 @@ exclude_patterns = ["_short_examples", "build"]
 nitpicky = True
 nitpick_ignore = [
     # What a Record keeps for its own use, and types of packages that have no inventory here.
-    ("py:class", "torch2pc.outlook.Spectrum"),
-    ("py:class", "torch2pc.outlook.ClosedForm"),
+    ("py:class", "torch2pc.follow.outlook.Spectrum"),
+    ("py:class", "torch2pc.follow.outlook.ClosedForm"),
     ("py:class", "Figure"),
     ("py:class", "torch.distributed.distributed_c10d.ProcessGroup"),
 ]

@@ -64,7 +64,7 @@ from paper_figures.training import (
     weights_of,
 )
 from torch2pc import PCInfer
-from torch2pc.step_size import PASSES
+from torch2pc.energy.curvature import PASSES
 
 DEFAULT = False
 DOWNLOADS = ("mnist",)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from benchmarks import distributed
 from benchmarks.distributed import GPUS, Machine, Settings, Waiting, network, prediction, sizes
-from torch2pc.exchange import Peers
+from torch2pc.distributed.exchange import Peers
 
 
 def test_sizes_are_the_networks_own() -> None:

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 from tests.cases import Case, assert_close, random_beliefs, squared_error
 from torch2pc import PCInferLatent, PCResult, compiled
-from torch2pc.compiled import _scalar_tensors, changing_number
+from torch2pc.compiled.calls import _scalar_tensors, changing_number
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -635,7 +635,7 @@ def test_layers_that_no_error_has_reached_stay_where_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A step may begin below the layers that errors have reached, as in deep models."""
-    monkeypatch.setattr("torch2pc.tracing.levels", lambda L, lowest: [lowest, L - 1])
+    monkeypatch.setattr("torch2pc.compiled.program.levels", lambda L, lowest: [lowest, L - 1])
     items = [nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1)) for _ in range(4)]
     model = nn.Sequential(*items, nn.Linear(3, 2)).double()
     case = Case(model, nn.MSELoss(), torch.randn(4, 3).double(), torch.randn(4, 2).double())

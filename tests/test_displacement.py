@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from tests import reference
 from tests.cases import Case, assert_close, check_against_reference
 from torch2pc import PCInfer, displacement_rule
-from torch2pc.displacement import Displacement, Recorder, Uncovered
-from torch2pc.layers import Layer, Network
-from torch2pc.rules import PREPARED, Rule, Step
-from torch2pc.strict import Relaxation
+from torch2pc.displacement.recorder import Displacement, Recorder, Uncovered
+from torch2pc.displacement.rules import PREPARED, Rule, Step
+from torch2pc.graph.layers import Layer, Network
+from torch2pc.inference.strict import Relaxation
 
 
 def layers_of(case: Case) -> list[Layer]:

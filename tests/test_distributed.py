@@ -20,8 +20,8 @@ from torch import nn
 from tests import ranks
 from tests.cases import ERR_TYPES
 from torch2pc.distributed import PCInfer
-from torch2pc.exchange import Exchange
-from torch2pc.reductions import read_count, read_reduction
+from torch2pc.distributed.exchange import Exchange
+from torch2pc.distributed.reductions import read_count, read_reduction
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch without gloo")
 

@@ -18,7 +18,7 @@ from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from tests.test_error_based import linear_case
 from torch2pc import PCResult
-from torch2pc.equilibrium import Search, largest
+from torch2pc.inference.equilibrium import Search, largest
 from torch2pc.pcinfer import EquilibriumResult
 
 

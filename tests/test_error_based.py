@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs
-from torch2pc.displacement import Displacement
-from torch2pc.error_based import ErrorRelaxation
-from torch2pc.layers import Network
+from torch2pc.displacement.recorder import Displacement
+from torch2pc.graph.layers import Network
+from torch2pc.inference.error_based import ErrorRelaxation
 
 iterations = st.integers(1, 12)
 

@@ -15,7 +15,7 @@ from torch import nn
 from tests import reference
 from tests.cases import Case, assert_close, cases
 from torch2pc import PCInfer
-from torch2pc.fixed_pred import error_factors
+from torch2pc.inference.fixed_pred import error_factors
 
 etas = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.floats(-1, 2))
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import ERR_TYPES, Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
-from torch2pc.displacement import Displacement
-from torch2pc.outlook import Spectrum, _first
+from torch2pc.displacement.recorder import Displacement
+from torch2pc.follow.outlook import Spectrum, _first
 
 # The reference starts anew for each row.
 few = settings(max_examples=12)
@@ -508,7 +508,7 @@ def test_eta_auto_is_the_step_that_the_call_takes() -> None:
 def test_where_auto_starts_anew_the_record_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
     case = network("linear", 0)
     limit = follow_case(case, "Strict", n=10).stable_eta
-    monkeypatch.setattr("torch2pc.strict.safe_step", lambda *_: 3 * limit)
+    monkeypatch.setattr("torch2pc.inference.strict.safe_step", lambda *_: 3 * limit)
     ks: list[int] = []
     case.infer("Strict", eta="auto", n=20, callback=lambda k, *_: ks.append(k))
     assert ks == [*range(1, 21)] * 2  # the second time with a quarter of it

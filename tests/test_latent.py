@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import Case, assert_close, cases, squared_error
 from torch2pc import PCInferLatent
-from torch2pc.layers import Layer, Network
-from torch2pc.strict import Relaxation
+from torch2pc.graph.layers import Layer, Network
+from torch2pc.inference.strict import Relaxation
 
 
 def quadratic(v: list[Tensor]) -> Tensor:

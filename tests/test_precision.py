@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tests import reference, reference_precise
 from tests.reference_precise import relative_error, size_of
 from torch2pc import PCInfer
-from torch2pc.layers import Network
-from torch2pc.strict import Relaxation
+from torch2pc.graph.layers import Network
+from torch2pc.inference.strict import Relaxation
 
 # Below, float32 itself has not the digits for products of errors.
 SMALLEST = 1e-25

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.cases import assert_close
-from torch2pc.displacement import Displacement, Recorder
-from torch2pc.rules.axes import ROOT_MEAN_SQUARE
-from torch2pc.rules.core import DIFFERENCE
-from torch2pc.rules.linear import BY_ROWS
+from torch2pc.displacement.recorder import Displacement, Recorder
+from torch2pc.displacement.rules.axes import ROOT_MEAN_SQUARE
+from torch2pc.displacement.rules.core import DIFFERENCE
+from torch2pc.displacement.rules.linear import BY_ROWS
 
 
 def displacement_of(function: Callable[[Tensor], Tensor], a: Tensor) -> Displacement:

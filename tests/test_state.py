@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.cases import ERR_TYPES, Case, assert_close
-from torch2pc.state import Buffers, held_by, modules_in
+from torch2pc.graph.state import Buffers, held_by, modules_in
 
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
 

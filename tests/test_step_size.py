@@ -17,8 +17,7 @@ from torch.autograd.functional import hessian, jacobian
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent
-from torch2pc.layers import Layer, Network
-from torch2pc.step_size import (
+from torch2pc.energy.curvature import (
     MOST_TRIES,
     SHRINK,
     largest_eigenvalue,
@@ -26,7 +25,8 @@ from torch2pc.step_size import (
     second_derivative,
     small_step,
 )
-from torch2pc.strict import Relaxation
+from torch2pc.graph.layers import Layer, Network
+from torch2pc.inference.strict import Relaxation
 
 
 def matrix_product(A: Tensor, sizes: list[int]) -> Any:

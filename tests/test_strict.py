@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs
 from torch2pc import PCInfer
-from torch2pc.displacement import Displacement
-from torch2pc.layers import Network
-from torch2pc.strict import Relaxation
+from torch2pc.displacement.recorder import Displacement
+from torch2pc.graph.layers import Network
+from torch2pc.inference.strict import Relaxation
 
 iterations = st.integers(1, 12)
 

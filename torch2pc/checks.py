@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -17,20 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch2pc.rules import belief_dtype
-from torch2pc.state import modules_in
-from torch2pc.step_size import AUTO
-
-
-def warn_caller(message: str) -> None:
-    """Warn at the line that called the library."""
-    level, of_library = 1, 1
-    frame = sys._getframe()
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith("torch2pc."):
-            of_library = level
-        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
-    warnings.warn(message, stacklevel=of_library + 1)
+from torch2pc.displacement.rules import belief_dtype
+from torch2pc.energy.curvature import AUTO
+from torch2pc.graph.state import modules_in
 
 
 def check_model(model: object) -> None:

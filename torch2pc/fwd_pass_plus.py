@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_LossFun, check_model, check_tensor
-from torch2pc.graph import output_gradient
-from torch2pc.layers import Network
+from torch2pc.graph.autograd import output_gradient
+from torch2pc.graph.layers import Network
 
 
 def FwdPassPlus(

@@ -17,10 +17,10 @@ from torch2pc.checks import (
     check_prior,
     check_tensor,
 )
-from torch2pc.compiled import Call
-from torch2pc.layers import Inference, Layer, Network
+from torch2pc.compiled.calls import Call
+from torch2pc.graph.layers import Inference, Layer, Network
+from torch2pc.inference.strict import Callback, Relaxation
 from torch2pc.pcinfer import PCResult, infer
-from torch2pc.strict import Callback, Relaxation
 
 
 def PCInferLatent(

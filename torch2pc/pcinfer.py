@@ -21,13 +21,13 @@ from torch2pc.checks import (
     check_update_at,
     check_vinit_length,
 )
-from torch2pc.equilibrium import equilibrium
-from torch2pc.error_based import error_based
-from torch2pc.exact import exact
-from torch2pc.fixed_pred import fixed_pred, warn_of_short_inference
-from torch2pc.layers import Inference, Network
-from torch2pc.state import Snapshot, modules_in, write_gradients
-from torch2pc.strict import Callback, strict
+from torch2pc.graph.layers import Inference, Network
+from torch2pc.graph.state import Snapshot, modules_in, write_gradients
+from torch2pc.inference.equilibrium import equilibrium
+from torch2pc.inference.error_based import error_based
+from torch2pc.inference.exact import exact
+from torch2pc.inference.fixed_pred import fixed_pred, warn_of_short_inference
+from torch2pc.inference.strict import Callback, strict
 
 ALGORITHMS: dict[str, Callable[..., Inference]] = {
     "Exact": exact,

@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 from paper_figures.data import load_digits  # noqa: E402
 from paper_figures.plotting import layer_colours, letter  # noqa: E402
 from torch2pc import PCInfer  # noqa: E402
-from torch2pc.fixed_pred import error_factors  # noqa: E402
+from torch2pc.inference.fixed_pred import error_factors  # noqa: E402
 
 VERMILLION, BLUE, GREY = "#D55E00", "#0072B2", "0.55"
 

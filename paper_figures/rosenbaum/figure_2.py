@@ -40,8 +40,8 @@ from paper_figures.training import (
     weight_gradients,
     weights_of,
 )
-from torch2pc.layers import Network
-from torch2pc.strict import Relaxation
+from torch2pc.graph.layers import Network
+from torch2pc.inference.strict import Relaxation
 
 DOWNLOADS = ("mnist",)
 

@@ -32,7 +32,7 @@ from paper_figures.training import (
     weight_gradients,
     weights_of,
 )
-from torch2pc.fixed_pred import error_factors
+from torch2pc.inference.fixed_pred import error_factors
 
 DOWNLOADS = ("mnist",)
 

@@ -33,8 +33,8 @@ from paper_figures.plotting import letter, panels
 from paper_figures.report import Number, Options, save, yes
 from paper_figures.training import relative_error, squared_error, weights_of
 from torch2pc import PCInfer
-from torch2pc.layers import Network
-from torch2pc.strict import Relaxation
+from torch2pc.graph.layers import Network
+from torch2pc.inference.strict import Relaxation
 
 DOWNLOADS = ("mnist",)
 

@@ -1,0 +1,665 @@
+"""A layer as a displacement, d(delta) = f(vhat + delta) - f(vhat), computed without a difference.
+
+Strict's prediction errors are differences of nearly equal tensors, of which float32 keeps few digits
+in the lower layers. With delta_l = v_l - vhat_l they are
+
+    epsilon_l = d_l(delta_{l-1}) - delta_l,    d_l(delta) = f_l(vhat_{l-1} + delta) - f_l(vhat_{l-1})
+
+in which nothing large is subtracted, if d_l is not. While a layer runs in the feed-forward pass, a
+``Recorder`` notes the operations that it is made of; each has a rule (``rules/``) that takes the
+displacement of its input to that of its output. Together they are the layer's ``Displacement``: it
+holds whatever depends on vhat alone (a dropout mask, batch statistics), and does not run the layer
+again. What was recorded is what was computed, so that it cannot be out of date; the first time
+that a layer's operations are met, they are also held against the layer itself at another input.
+
+A layer that cannot be recorded (it branches on values, leaves PyTorch, changes a tensor through two
+names, draws numbers from its input) is evaluated again and subtracted: a ``Reevaluation``.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch2pc.displacement.rules import (
+    COMPOSING,
+    PREPARED,
+    Call,
+    Rule,
+    Step,
+    aten,
+    base,
+    belief_dtype,
+    composed_step,
+    difference_step,
+    linear_step,
+    pooled_before_relu,
+    storage,
+)
+
+# What these return depends on the shape of a tensor, not on its values.
+_NEW_TENSORS = """
+    empty_like zeros_like ones_like full_like rand_like randn_like randint_like
+    new_empty new_zeros new_ones new_full new_empty_strided sym_size sym_numel sym_stride
+"""
+_OF_SHAPE_ALONE = {
+    getattr(getattr(aten, name), overload)
+    for name in re.findall(r"\w+", _NEW_TENSORS)
+    for overload in getattr(aten, name).overloads()
+}
+# Operations that write into an argument that is no part of what they return.
+_WRITES_ASIDE = {
+    aten.native_batch_norm.default,
+    aten._native_batch_norm_legit.default,
+    aten._batch_norm_with_update.default,
+    aten.cudnn_batch_norm.default,
+    aten.rrelu_with_noise.default,
+}
+_FLOATS_OF = aten._local_scalar_dense.default
+
+
+class Line(NamedTuple):
+    """One operation of a layer: the places of its inputs among all values, and its constants."""
+
+    rule: Rule
+    inputs: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+    static: tuple[Any, ...]
+    has_gradient: bool
+
+
+class Displacement:
+    """d(delta) = f(vhat + delta) - f(vhat) for a recorded layer, and its vector-Jacobian product.
+
+    Values 0..count-1 are the deltas of its inputs; each line computes the next value from earlier ones.
+    """
+
+    def __init__(
+        self, lines: Sequence[Line], result: int | None, like: Tensor, count: int = 1
+    ) -> None:
+        self.lines, self.result, self.like = _overwriting(lines, result, count), result, like
+        self.count = count
+        # The values that no line after this one uses.
+        used: set[int | None] = {result}
+        self._last_used: list[list[int]] = []
+        for line in reversed(lines):
+            self._last_used.insert(0, [i for i in line.inputs if i not in used])
+            used.update(line.inputs)
+
+    @functools.cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for displacements that differ in their tensors alone."""
+        lines = tuple([(*line[:2], *line[3:]) for line in self.lines])
+        return self.count, self.result, lines
+
+    def forward(self, *deltas: Tensor) -> tuple[Tensor, list[Any]]:
+        """The displacement of the output, and what ``backward`` needs."""
+        values: list[Any] = list(deltas)
+        saved: list[Any] = []
+        for (rule, inputs, tensors, static, _), last in zip(
+            self.lines, self._last_used, strict=True
+        ):
+            given = [values[i] for i in inputs]
+            for i in last:
+                values[i] = None
+            if rule.backward is not None:
+                value, kept = rule.forward(*given, *tensors, *static)
+            else:
+                value, kept = _with_graph(rule, given, tensors, static)
+            values.append(value)
+            saved.append(kept)
+            del given, value, kept
+        if self.result is None:
+            return torch.zeros_like(self.like, dtype=belief_dtype(self.like.dtype)), saved
+        return values[self.result], saved
+
+    def backward(self, saved: list[Any], e: Tensor) -> list[Any]:
+        """For each input J(vhat + delta)^T e, or None without one. ``saved`` is used up."""
+        count = self.count
+        errors: list[Any] = [None] * (len(self.lines) + count)
+        if self.result is None:
+            return errors
+        errors[self.result] = e
+        del e
+        for k in range(len(self.lines) - 1, -1, -1):
+            rule, inputs, tensors, static, has_gradient = self.lines[k]
+            error, kept = errors[k + count], saved.pop()
+            errors[k + count] = None
+            if error is None or not has_gradient:
+                continue
+            if rule.backward is None:
+                found = _through_graph(kept, error)
+            else:
+                found = rule.backward(error, kept, *tensors, *static)
+            del error, kept
+            if len(inputs) == 1 and not isinstance(found, tuple):
+                found = (found,)
+            for i, of_input in zip(inputs, found, strict=True):
+                if of_input is not None:
+                    errors[i] = of_input if errors[i] is None else errors[i] + of_input
+            del found, of_input
+        return errors[:count]
+
+
+def _overwriting(lines: Sequence[Line], result: int | None, count: int) -> list[Line]:
+    """The same lines, which write into what no other line needs."""
+    lines = list(lines)
+    uses = [0] * (len(lines) + count)
+    user: dict[int, Rule] = {}
+    for line in lines:
+        for i in line.inputs:
+            uses[i] += 1
+            user[i] = line.rule
+
+    def is_free(i: int) -> bool:
+        return i >= count and i != result and uses[i] == 1
+
+    for k, line in enumerate(lines, start=count):
+        if line.rule.forward_ is not None:
+            first = line.inputs[0]
+            d = is_free(first) and lines[first - count].rule.is_fresh
+            e = is_free(k) and user[k].is_fresh
+            lines[k - count] = line._replace(rule=line.rule.overwriting(d, e))
+    return lines
+
+
+class Reevaluation:
+    """The same by evaluating a layer again: right to what a difference of its outputs is right to."""
+
+    def __init__(
+        self,
+        evaluate: Callable[..., Tensor],
+        x: Sequence[Tensor],
+        before: Tensor,
+        buffers_kept: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._evaluate, self._x, self._before = evaluate, x, before
+        # A checkpointed module is evaluated once more in the backward pass.
+        self._buffers_kept = buffers_kept
+
+    def forward(self, *deltas: Tensor) -> tuple[Tensor, Any]:
+        """The displacement of the output, and what ``backward`` needs."""
+        with torch.enable_grad():
+            pairs = zip(self._x, deltas, strict=True)
+            x = [(a.to(d.dtype) + d).to(a.dtype).requires_grad_() for a, d in pairs]
+            output = self._evaluate(*x)
+        dtype = belief_dtype(output.dtype)
+        return output.detach().to(dtype) - self._before.to(dtype), (x, output)
+
+    def backward(self, saved: Any, e: Tensor) -> list[Any]:
+        """For each input J(vhat + delta)^T e, or None without one."""
+        x, output = saved
+        if not output.requires_grad:
+            return [None] * len(x)
+        with self._buffers_kept():
+            found = torch.autograd.grad(output, x, e.to(output.dtype), allow_unused=True)
+        return [None if g is None else g.to(belief_dtype(g.dtype)) for g in found]
+
+
+def _with_graph(
+    rule: Rule, given: list[Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
+) -> tuple[Tensor, Any]:
+    """The value of a rule that autograd differentiates, and what ``_through_graph`` needs."""
+
+    def function(*moving: Tensor) -> Tensor:
+        return rule.forward(*moving, *tensors, *static)
+
+    if torch.compiler.is_compiling():
+        return torch.func.vjp(function, *given)  # type: ignore[return-value]
+    with torch.enable_grad():
+        moving = [d.detach().requires_grad_(d.is_floating_point() or d.is_complex()) for d in given]
+        value = function(*moving)
+    return value.detach(), (moving, value)
+
+
+def _through_graph(kept: Any, error: Tensor) -> tuple[Tensor | None, ...]:
+    if not isinstance(kept, tuple):
+        return kept(error)
+    moving, value = kept
+    asked = [d for d in moving if d.requires_grad]
+    if not value.requires_grad:
+        return (None,) * len(moving)
+    found = iter(torch.autograd.grad(value, asked, error, allow_unused=True))
+    return tuple([next(found) if d.requires_grad else None for d in moving])
+
+
+class Uncovered(Exception):
+    """Why a layer has no displacement by rules."""
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether its body draws random numbers; what other threads draw does not count."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.draws = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.draws:
+            self.draws = _may_draw(func)
+        return self.dispatch(func, args, kwargs or {})
+
+    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operation."""
+        return func(*args, **kwargs)
+
+
+class Recorder(Watch):
+    """Notes the operations that turn the inputs into a layer's output, while the layer runs.
+
+    ``displacement(output)`` puts them together afterwards, or raises Uncovered.
+    """
+
+    def __init__(self, *inputs: Tensor) -> None:
+        super().__init__()
+        self.lines: list[tuple[Step, tuple[int, ...], list[int]]] = []
+        # Where the value of a tensor stands: the inputs come first, then what each line computes.
+        self.place: dict[int, int] = {id(x): k for k, x in enumerate(inputs)}
+        self._count = len(inputs)
+        self._tensors: list[Tensor] = list(inputs)  # so that no id is used twice
+        self._output_of: list[Tensor] = []
+        # The version of each, as the operation that made it left it.
+        self._versions: dict[int, int] = {id(x): x._version for x in inputs}
+        self._new: list[Tensor] = []
+        self._storages = {storage(x) for x in inputs}
+        self._reason: str | None = None
+        self._suspended = False
+
+    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operation, and note it."""
+        if self._reason is not None or self._suspended:
+            return func(*args, **kwargs)
+        for tensor in self._new:
+            # Autograd has made a view of it, or counted a write, after the operation returned.
+            self._versions[id(tensor)] = tensor._version
+        self._new.clear()
+        place = self.place
+        given = _tensors_in(args, kwargs)
+        moves = any([id(tensor) in place for tensor in given])
+        written = None
+        try:
+            self._check(func, given, moves)
+            if moves and _writes(func):
+                written = self._about_to_write(func, args)
+                before = written.detach().clone()
+        except Uncovered as reason:
+            self._reason = str(reason)
+        output = func(*args, **kwargs)
+        if moves and self._reason is None and func not in _OF_SHAPE_ALONE:
+            try:
+                if written is None:
+                    self._note(func, args, kwargs, output, output)
+                else:
+                    # The operation that does not write, on what the tensor was before.
+                    if id(written) in place:
+                        self._enter(before, place[id(written)])
+                    args = tuple([before if value is written else value for value in args])
+                    self._note(_functional(func), args, kwargs, output.detach(), written)
+            except Uncovered as reason:
+                self._reason = str(reason)
+            except Exception as error:  # the layer itself works, and must go on
+                self._reason = f"no rule could be prepared for {func}: {error!r}"
+        return output
+
+    def _check(self, func: Any, given: list[Tensor], moves: bool) -> None:
+        """Raises Uncovered for what the lines cannot describe."""
+        for tensor in given:
+            expected = self._versions.get(id(tensor))
+            if expected is None:
+                is_parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf
+                if not is_parameter and storage(tensor) in self._storages:
+                    raise Uncovered(f"{func} uses a tensor of the layer's under another name")
+            elif tensor._version != expected:
+                raise Uncovered(f"{func} uses a tensor that was changed through another name")
+        if moves and func is _FLOATS_OF:
+            raise Uncovered("a Python number is taken from a tensor that depends on the input")
+        if moves and not isinstance(func, torch._ops.OpOverload):
+            raise Uncovered(f"{func} is made of other operations")
+
+    def _about_to_write(self, func: Any, args: Any) -> Tensor:
+        """The tensor that the operation writes into, once what was saved of it is saved elsewhere."""
+        written = args[0] if args else None
+        first = func._schema.arguments[0].alias_info
+        if (
+            not isinstance(written, Tensor)
+            or first is None
+            or not first.is_write
+            or _functional(func) is None
+        ):
+            raise Uncovered(f"{func} writes into one of its arguments")
+        if written._is_view() or not written.is_floating_point():
+            raise Uncovered(f"{func} writes into a part of a tensor")
+        its = storage(written)
+        for k, (step, inputs, _) in enumerate(self.lines):
+            if any([storage(tensor) == its for tensor in step.tensors]):
+                kept = tuple([t.clone() if storage(t) == its else t for t in step.tensors])
+                versions = [tensor._version for tensor in kept]
+                self.lines[k] = step._replace(tensors=kept), inputs, versions
+        return written
+
+    def _note(
+        self, func: Any, args: Any, kwargs: dict[str, Any], output: Any, entered: Any
+    ) -> None:
+        """The lines of an operation; ``entered`` is the tensor that holds its output from now on."""
+        call = Call(func, tuple(args), kwargs, output, self.place)
+        if isinstance(output, Tensor):
+            self._append(self._step(call), entered)
+        else:
+            self._append_items(call, output)
+
+    def _step(self, call: Call) -> Step:
+        if not call.output.is_floating_point() and not call.output.is_complex():
+            return difference_step(call)
+        if call.func in COMPOSING:
+            step = composed_step(call, self._made_by)
+            if step is not None:
+                return step
+        prepare = PREPARED.get(call.func)
+        step = prepare(call) if prepare is not None else None
+        if step is not None:
+            return step
+        if torch.Tag.nondeterministic_seeded in call.func.tags:
+            raise Uncovered(f"{call.func} draws random numbers from what depends on the input")
+        return (linear_step if call.func.is_view else difference_step)(call)
+
+    def _made_by(self, tensor: object) -> Step | None:
+        place = self.place.get(id(tensor), 0) - self._count
+        return self.lines[place][0] if place >= 0 else None
+
+    def _append_items(self, call: Call, output: Any) -> None:
+        """The lines of an operation with several outputs, one for each."""
+        if not isinstance(output, list | tuple):
+            return  # a size, a flag
+        swapped = pooled_before_relu(call, self._made_by)
+        if swapped is not None:
+            pool, between, relu = swapped
+            self._append(pool, between, output[0])
+            self._append(relu, output[0])
+            return
+        prepare = PREPARED.get(call.func)
+        step = prepare(call) if prepare is not None else None
+        is_linear = call.func.is_view or call.func in _SPLITS
+        for item, tensor in enumerate(output):
+            if not isinstance(tensor, Tensor) or tensor.numel() == 0:
+                continue
+            if item == 0 and step is not None:
+                self._append(step, tensor)
+            elif is_linear:
+                self._append(linear_step(call, item), tensor)
+            else:
+                self._append(difference_step(call, item), tensor)
+
+    def _append(self, step: Step, output: Tensor, recorded: Tensor | None = None) -> None:
+        """A line that computes ``output``, on the way to ``recorded`` if that is another tensor."""
+        inputs = tuple([self.place[id(tensor)] for tensor in step.inputs])
+        self.lines.append((step, inputs, [tensor._version for tensor in step.tensors]))
+        self._output_of.append(output if recorded is None else recorded)
+        self._enter(output, self._count + len(self.lines) - 1)
+
+    def _enter(self, tensor: Tensor, place: int) -> None:
+        self.place[id(tensor)] = place
+        self._versions[id(tensor)] = tensor._version
+        self._new.append(tensor)
+        self._tensors.append(tensor)
+        self._storages.add(storage(tensor))
+
+    def __enter__(self) -> Recorder:
+        self._outer, _local.recorder = getattr(_local, "recorder", None), self
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        _local.recorder = self._outer
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Notes nothing in the body."""
+        before, self._suspended = self._suspended, True
+        try:
+            yield
+        finally:
+            self._suspended = before
+
+    def give_up(self, reason: str) -> None:
+        """There will be no displacement."""
+        self._reason = self._reason or reason
+
+    def note_module(
+        self, rule: Callable[..., Tensor], module: nn.Module, x: Tensor, output: Tensor
+    ) -> None:
+        """A line for a module with a rule of its own."""
+        if id(x) in self.place:
+            self._append(Step(Rule(_by_user), (x,), (base(x),), (rule, module)), output)
+
+    def displacement(self, output: Tensor) -> Displacement:
+        """The displacement of ``output``, of the lines that it depends on."""
+        if self._reason is not None:
+            raise Uncovered(self._reason)
+        for tensor in self._new:
+            self._versions[id(tensor)] = tensor._version
+        if id(output) in self.place and output._version != self._versions[id(output)]:
+            raise Uncovered("the output was changed through another name")
+        if id(output) not in self.place and storage(output) in self._storages:
+            raise Uncovered("the output is a tensor of the layer's under another name")
+        if any([tensor._backward_hooks for tensor in self._output_of]):
+            raise Uncovered("a tensor has a backward hook")
+        for step, _, versions in self.lines:
+            if versions != [tensor._version for tensor in step.tensors]:
+                raise Uncovered("a tensor that the layer used was changed afterwards")
+        result = self.place.get(id(output))
+        count = self._count
+        kept = set(range(count)) if result is None else {*range(count), result}
+        for k in range(len(self.lines) - 1, -1, -1):
+            if k + count in kept:
+                kept.update(self.lines[k][1])
+        place = {k: i for i, k in enumerate(sorted(kept))}
+        lines = []
+        for k in sorted(kept)[count:]:
+            step, inputs, _ = self.lines[k - count]
+            inputs = tuple([place[i] for i in inputs])
+            requires_grad = self._output_of[k - count].requires_grad
+            lines.append(Line(step.rule, inputs, step.tensors, step.static, requires_grad))
+        at = None if result is None else place[result]
+        return Displacement(lines, at, output.detach(), count)
+
+
+# Linear in their input, as views are, with several outputs.
+_SPLITS = {
+    getattr(getattr(aten, name), overload)
+    for name in ("split", "split_with_sizes", "unbind", "chunk", "unsafe_split", "unsafe_chunk")
+    for overload in getattr(aten, name).overloads()
+    if overload != "out"
+}
+
+
+@functools.cache
+def _may_draw(func: Any) -> bool:
+    """Whether an operation draws random numbers; only PyTorch's own say so."""
+    is_known = isinstance(func, torch._ops.OpOverload) and func.namespace in ("aten", "prim")
+    return not is_known or torch.Tag.nondeterministic_seeded in func.tags
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    """Whether an operation writes into an argument that is part of what it returns."""
+    return func._schema.is_mutable and func not in _WRITES_ASIDE
+
+
+@functools.cache
+def _functional(func: Any) -> Any:
+    """``aten.relu`` for ``aten.relu_``: the same without writing; None where there is none."""
+    namespace, name = func._schema.name.split("::")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    return getattr(packet, func._overloadname, None)
+
+
+def _tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [entry for entry in value if isinstance(entry, Tensor)]
+    return found
+
+
+class _Uncompiled:
+    """Runs the body without what its user has compiled, which could not be recorded.
+
+    (Nor would PyTorch compile it later, once it has met it inside a recorder.) The setting is the
+    whole process's: threads that overlap share it, and the last one puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._stance.__exit__(*exception)
+
+
+uncompiled = _Uncompiled()
+
+
+# Modules with a rule of their user's.
+
+_local = threading.local()
+
+
+def displacement_rule(
+    kind: type[nn.Module],
+) -> Callable[[Callable[[Any, Tensor, Tensor], Tensor]], Callable[[Any, Tensor, Tensor], Tensor]]:
+    r"""Give a module of your own a displacement rule, for Strict to use.
+
+    ``rule(module, a, d)`` returns ``module(a + d) - module(a)``, computed so that it is right also
+    where d is far smaller than a, by operations that autograd can differentiate with respect to d:
+    its derivative is the Jacobian at ``a + d``. Without a rule the operations that the module is
+    made of are used; a rule helps where they subtract nearly equal numbers.
+
+    Args:
+        kind: the class; instances of it that take one tensor and return one are handed to the rule,
+            wherever in a model they are. Subclasses that override ``forward`` are not.
+
+    Raises:
+        TypeError: ``kind`` is no subclass of ``nn.Module`` with a ``forward`` of its own.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch2pc import displacement_rule
+        >>> class Versine(nn.Module):
+        ...     def forward(self, x):
+        ...         return 1 - torch.cos(x)
+        >>> @displacement_rule(Versine)
+        ... def versine(module, a, d):
+        ...     return 2 * torch.sin(a + d / 2) * torch.sin(d / 2)
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and "forward" in vars(kind)):
+        raise TypeError(
+            f"kind must be a subclass of nn.Module with a forward of its own, got {kind!r}"
+        )
+
+    def enter(rule: Callable[[Any, Tensor, Tensor], Tensor]) -> Any:
+        plain = vars(kind)["forward"]
+
+        @functools.wraps(plain)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            recorder = getattr(_local, "recorder", None)
+            if recorder is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+                return plain(self, *args, **kwargs)
+            with recorder.suspended():
+                output = plain(self, args[0])
+            recorder.note_module(rule, self, args[0], output)
+            return output
+
+        forward.displacement_rule = rule  # type: ignore[attr-defined]
+        kind.forward = forward
+        return rule
+
+    return enter
+
+
+def _by_user(d: Tensor, a: Tensor, rule: Callable[..., Tensor], module: nn.Module) -> Tensor:
+    return rule(module, a, d)
+
+
+# The first time.
+
+# For each item of a model, what its recorded operations were found to be: right or not.
+# (By the hash of the operations, as these may name the item, which must not be kept by it.)
+_found: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+def agrees(
+    item: object,
+    recorded: Displacement,
+    reevaluation: Callable[[], Reevaluation],
+    x: Sequence[Tensor],
+) -> bool:
+    """Whether a displacement and its vector-Jacobian product are those of the layer itself.
+
+    Compared once for each sequence of operations of an item, at a random input as far from ``x`` as
+    x is large.
+    """
+    known = _found.setdefault(item, {})
+    key = hash(recorded.key)
+    if key not in known:
+        known[key] = _agree(recorded, reevaluation(), x)
+    return known[key]
+
+
+def _agree(recorded: Displacement, other: Reevaluation, x: Sequence[Tensor]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    dtype = belief_dtype(x[0].dtype)
+
+    def random(like: Tensor) -> Tensor:
+        drawn = torch.randn(like.shape, generator=generator, dtype=dtype, device="cpu")
+        return drawn.to(like.device)
+
+    sizes = [a.detach().to(dtype).square().mean().sqrt() for a in x]
+    d = [random(a) * torch.where(size > 0, size, 1.0) for a, size in zip(x, sizes, strict=True)]
+    plain, graph = other.forward(*d)
+    e = random(plain).to(plain.dtype)
+    expected_back = other.backward(graph, e)
+    try:
+        moved, saved = recorded.forward(*d)
+        back = zip(recorded.backward(saved, e), expected_back, x, strict=True)
+        pairs = [(moved, plain, plain), *back]
+    except Exception:
+        if any([line.rule.forward is _by_user for line in recorded.lines]):
+            raise
+        return False
+    used = {*[a.dtype for a in x], *[t.dtype for line in recorded.lines for t in line.tensors]}
+    in_half = any([belief_dtype(dtype) != dtype for dtype in used])
+    tolerance = 0.2 if in_half else _TOLERANCE[dtype]
+    for found, expected, like in pairs:
+        found = torch.zeros_like(like) if found is None else found
+        expected = torch.zeros_like(like) if expected is None else expected
+        distance, scale = (found - expected).norm(), expected.norm()
+        if not bool(distance <= tolerance * scale) and bool(scale.isfinite()):
+            return False
+    return True

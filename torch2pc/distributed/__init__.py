@@ -1,0 +1,5 @@
+"""PCInfer on several processes."""
+
+from torch2pc.distributed.pcinfer import PCInfer
+
+__all__ = ["PCInfer"]

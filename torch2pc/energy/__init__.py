@@ -1,0 +1,1 @@
+"""The energy that the relaxations descend."""

@@ -1,0 +1,497 @@
+"""Follow an inference: the same iterations as those of a call, with a record of each of them.
+
+``follow`` and ``follow_latent`` take the arguments of ``PCInfer`` and ``PCInferLatent``, run the same
+relaxation and look at it after each step (``Relaxation.here``); nothing is written into the model.
+What they return is a ``Record`` (``record.py``), which says what it means.
+How a relaxation would go on, and with which step sizes it would be stable, is found in ``outlook.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch2pc.checks import check_modules, check_no_transform
+from torch2pc.follow.outlook import ClosedForm, Outlook, largest_stable, spectrum, wide
+from torch2pc.follow.record import Record
+from torch2pc.graph.autograd import add_updates, gradient, leaves_between
+from torch2pc.graph.layers import Layer, Network
+from torch2pc.graph.state import Snapshot, Source, generators_in, generators_kept, modules_in
+from torch2pc.inference.equilibrium import Search
+from torch2pc.inference.error_based import ErrorRelaxation
+from torch2pc.inference.fixed_pred import AUTO_ETA, error_factors
+from torch2pc.inference.strict import Relaxation, round_off
+from torch2pc.latent import check_latent_arguments
+from torch2pc.pcinfer import check_arguments
+
+
+def follow(
+    model: nn.Sequential,
+    LossFun: Callable[[Tensor, Any], Tensor],
+    X: Tensor,
+    Y: Any,
+    ErrType: str,
+    eta: float | Tensor | str = 0.1,
+    n: int | None = 20,
+    vinit: Sequence[Any] | None = None,
+    *,
+    update_at: str = "v",
+) -> Record:
+    r"""Run the inference of ``PCInfer`` and return a record of it, without any other effect.
+
+    It answers whether the inference has converged, which ``eta`` and ``n`` it needs, and how far its
+    updates are from backpropagation's. Row k of the record's tables is about the state after k
+    iterations, column l about layer l:
+
+    - the energies :math:`\tfrac12\lVert\epsilon_l\rVert^2`, the loss at the output that the beliefs
+      predict, and their sum F; how far each belief has moved in iteration k;
+    - the cosine, and the relative size, of the update that ``PCInfer`` with ``n=k`` would write for
+      layer l, against the gradient of backpropagation;
+    - the distance from equilibrium, the length of F's gradient in units of the errors:
+      :math:`\lVert a - \epsilon\rVert / \max(\lVert a\rVert, \lVert\epsilon\rVert)`, where
+      :math:`a_l = J_{l+1}^T\epsilon_{l+1}` is what arrives at layer l. It is 1 at the start from the
+      feed-forward pass, and 0 at equilibrium.
+
+    And for the whole, where F was lowest: the largest stable ``eta``, :math:`2/\lambda_{\max}` of F's
+    Hessian; the ``n`` that brings the distance to 1 %; and how much of each layer's errors
+    would be left in float32 if they were computed as differences of predictions and beliefs.
+
+    ``.grad``, parameters, buffers, training flags and random generators are afterwards as they were
+    before; the forward hooks of modules fire more often than in a call. An iteration takes about five
+    times as long as one of the call, and the end as long as some 100 to 200, whatever ``n`` is. With a
+    number for ``eta`` it waits for the device only at the end (but for Equilibrium, which always does).
+
+    What the rows are for each ``ErrType``:
+
+    - ``"Strict"``, ``"ErrorBased"``: the iterations. For ErrorBased the Hessian is that in epsilon.
+    - ``"Equilibrium"``: the evaluations of F; there is no step size.
+    - ``"FixedPred"``: the iterations that its closed form stands for. They descend no energy,
+      converge to the gradients, and are stable for ``eta`` up to 2 whatever the weights are.
+    - ``"Exact"``: a single row after the start, at which the errors are the gradients.
+
+    Args:
+        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at: as in ``PCInfer``.
+
+    Returns:
+        A ``Record``: print it, ``plot()`` it, or log its ``to_dict()``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``PCInfer``, for the same arguments.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch2pc import follow
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 3)))
+        >>> X, Y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> record = follow(model, nn.CrossEntropyLoss(), X, Y, "Strict", eta=0.1, n=60)
+        >>> record.converged, record.stable_eta > 1
+        (True, True)
+        >>> record.energies.shape  # after 0, 1, ... 60 iterations; of layers 0, 1 and 2
+        torch.Size([61, 3])
+    """
+    step, iterations = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at)
+
+    def walk(network: Network) -> Record:
+        if ErrType in ("Exact", "FixedPred"):
+            return _follow_closed_form(network, ErrType, step, iterations)
+        kinds: dict[str, Callable[..., Relaxation]]
+        kinds = {"Strict": Relaxation, "ErrorBased": ErrorRelaxation}
+        if ErrType == "Equilibrium":
+            relaxation: Relaxation = Search(network, vinit)
+        else:
+            relaxation = kinds[ErrType](network, step, vinit)
+        return _follow(relaxation, ErrType, iterations, update_at)
+
+    return _unchanged(walk, model, LossFun, X.detach(), Y)
+
+
+def follow_latent(
+    model: nn.Sequential,
+    LossFun: Callable[[Tensor, Any], Tensor],
+    Y: Any,
+    Xinit: Tensor,
+    eta: float | str,
+    n: int,
+    *,
+    precision: float | Sequence[float] | None = None,
+    prior: Callable[[list[Tensor]], Tensor] | None = None,
+) -> Record:
+    """Run the inference of ``PCInferLatent`` and return a record of it, without any other effect.
+
+    As ``follow``. Column 0 of the energies is the prior's, those of the hidden layers are weighed by
+    their precisions, and column 0 of the moves is the latent's. Row k of the updates is what
+    ``PCInferLatent`` with ``n=k`` would write, against the gradient of the loss of the feed-forward
+    pass from ``Xinit``.
+
+    Args:
+        model, LossFun, Y, Xinit, eta, n, precision, prior: as in ``PCInferLatent``.
+
+    Returns:
+        A ``Record``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``PCInferLatent``, for the same arguments.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch2pc import follow_latent
+        >>> decoder = nn.Sequential(nn.Sequential(nn.Linear(2, 16), nn.Tanh()), nn.Linear(16, 5))
+        >>> record = follow_latent(
+        ...     decoder, lambda yhat, Y: 0.5 * (yhat - Y).square().sum(), torch.randn(8, 5),
+        ...     torch.zeros(8, 2), eta=0.05, n=50, prior=lambda v: 0.05 * v[0].square().sum())
+        >>> record.rises_at is None
+        True
+    """
+    step, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
+
+    def walk(network: Network) -> Record:
+        of_beliefs = None if prior is None else Layer(prior, "prior", network.devices, model=model)
+        relaxation = Relaxation(network, step, free_input=True, precision=pi, prior=of_beliefs)
+        return _follow(relaxation, "Latent", n, "v", takes_errors=True)
+
+    return _unchanged(walk, model, LossFun, Xinit.detach(), Y, prior)
+
+
+def _unchanged(
+    walk: Callable[[Network], Record],
+    model: nn.Sequential,
+    LossFun: Any,
+    X: Tensor,
+    Y: Any,
+    prior: Any = None,
+) -> Record:
+    """What ``walk`` returns; whatever it draws and changes is put back."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        with torch.inference_mode(False), torch.enable_grad():
+            return _unchanged(walk, model, LossFun, X, Y, prior)
+    check_no_transform()
+    modules = modules_in(model, LossFun, prior)
+    check_modules(modules_in(model, *[f for f in (LossFun, prior) if isinstance(f, nn.Module)]))
+    network = Network(model, LossFun, X, Y, modules)
+    sources: list[Source] = [
+        *network.devices,
+        *generators_in(LossFun, modules),
+        *generators_in(prior, []),
+    ]
+    with generators_kept(sources), _state_kept(Snapshot(modules, network.devices)):
+        return walk(network)
+
+
+@contextmanager
+def _state_kept(before: Snapshot) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        before.restore(error)
+        raise
+    if before.differs():
+        failed = RuntimeError("what the modules hold could not be put back")
+        before.restore(failed)
+        if failed.__context__ is not None:
+            raise failed
+
+
+def _follow(
+    relaxation: Relaxation, ErrType: str, n: int, update_at: str, takes_errors: bool = False
+) -> Record:
+    """Run a relaxation and look at it after each step."""
+    network = relaxation.network
+    with network.replaying():
+        contributions, _ = _backpropagate(network, relaxation.vhat, relaxation.dLdy)
+        relaxation.take_updates_at(update_at)
+        looking = _Looking(relaxation, contributions, takes_errors)
+        looking(0)
+        relaxation.after_step = looking
+        relaxation.run(n)
+        relaxation.after_step = None
+        resolved = _resolved(looking.errors, relaxation.v)
+        at, row = looking.lowest, int(looking.row_of_lowest)
+        has_steps = ErrType != "Equilibrium"
+        stable_eta, outlook = None, None
+        if relaxation.free and has_steps:
+            stable_eta = largest_stable(relaxation, at)
+            outlook = spectrum(relaxation, at, row)
+    return _record(
+        network,
+        ErrType,
+        looking.rows_on_host(),
+        eta=float(relaxation.eta) if has_steps else None,
+        stable_eta=stable_eta,
+        outlook=outlook,
+        resolved=resolved,
+        dtype=relaxation.vhat[-1].dtype,
+    )
+
+
+class _Looking:
+    """Takes down a row of numbers after each step of a relaxation; they stay on its device."""
+
+    def __init__(
+        self,
+        relaxation: Relaxation,
+        contributions: list[dict[Tensor, Tensor]],
+        takes_errors: bool,
+    ) -> None:
+        self._relaxation, self._takes_errors = relaxation, takes_errors
+        self._zero = _square(relaxation.Loss.new_zeros(()))
+        self._leaves = [list(of_layer) for of_layer in contributions]
+        # Those of backpropagation; a parameter that layers share has one.
+        self._gradients: dict[Tensor, Tensor] = {}
+        for of_layer in contributions:
+            add_updates(self._gradients, of_layer.keys(), of_layer.values())
+        self._squares = {leaf: _square(g) for leaf, g in self._gradients.items()}
+        self._rows: list[list[Tensor]] = []
+        # Where the beliefs were in the last two rows.
+        self._delta: list[list[Tensor]] = []
+        self.errors: list[Tensor] = []
+        # Where F was lowest, and in which row.
+        self._F, self.row_of_lowest = self._zero, self._zero
+        self.lowest: list[Tensor] = []
+        self._start: Any = None
+
+    @torch.no_grad()
+    def __call__(self, k: int) -> None:
+        """After step k, or before the first one; again from 1 on if the relaxation starts anew."""
+        if k == 1:
+            self._F, self.lowest, self.row_of_lowest, self._delta = self._start
+        elif k < len(self._rows):
+            self._delta = self._delta[:-1]
+        del self._rows[k:]
+        relaxation, L, zero = self._relaxation, len(self._relaxation.network.layers), self._zero
+        here = relaxation.here()
+        self.errors = here.errors
+        pi, first = relaxation.precision, L - len(here.gradient)
+        clamped = [zero] * first
+        squares = list(enumerate(map(_square, here.errors[1:L]), start=1))
+        prior = zero if here.prior is None else here.prior
+        energies = [prior, *[0.5 * pi[l] * square for l, square in squares], here.Loss]
+        weighted = [zero, *[pi[l] ** 2 * square for l, square in squares]]
+        gradients = [*clamped, *map(_square, here.gradient)]
+        arriving = [*clamped, *map(_square, here.arriving)]
+        moves = [zero] * L
+        if k > 0:
+            pairs = zip(relaxation.delta[first:], self._delta[-1], strict=True)
+            moves = [*clamped, *[_square(now - before) for now, before in pairs]]
+        updates = self._of_updates() if k > 0 else [zero] * (3 * L)
+        row = [*energies, *weighted, *gradients, *arriving, *moves, *updates]
+        self._rows.append([number.to(zero) for number in row])
+
+        F, free = torch.stack(self._rows[-1][: L + 1]).sum(), relaxation.free
+        if k == 0:
+            self._F, self.lowest = F, [x.clone() for x in free]
+            self.row_of_lowest = torch.zeros_like(F)
+        else:
+            is_lower = F < self._F
+            self._F = torch.where(is_lower, F, self._F)
+            self.row_of_lowest = torch.where(is_lower, float(k), self.row_of_lowest)
+            pairs = zip(free, self.lowest, strict=True)
+            self.lowest = [torch.where(is_lower.to(x.device), x, kept) for x, kept in pairs]
+        delta = [delta_l.clone() for delta_l in relaxation.delta[first:]]
+        self._delta = [*self._delta[-1:], delta]
+        if k == 0:
+            self._start = self._F, self.lowest, self.row_of_lowest, self._delta
+
+    def _of_updates(self) -> list[Tensor]:
+        """For each layer update . gradient, |update|^2 and |gradient|^2, over its parameters."""
+        relaxation = self._relaxation
+        kept = relaxation.epsilon
+        if self._takes_errors:
+            relaxation.epsilon = self.errors
+        with torch.enable_grad():
+            _, updates = relaxation.updates()
+        relaxation.epsilon = kept
+        of_leaf = {}
+        for leaf, g in self._gradients.items():
+            update = updates.get(leaf)
+            pair = [self._zero] * 2
+            if update is not None:
+                pair = [_inner(update, g), _square(update)]
+            of_leaf[leaf] = [*pair, self._squares[leaf]]
+        numbers = []
+        for leaves in self._leaves:
+            for i in range(3):
+                found = [of_leaf[leaf][i].to(self._zero) for leaf in leaves]
+                numbers.append(torch.stack(found).sum() if found else self._zero)
+        return numbers
+
+    def rows_on_host(self) -> Tensor:
+        """All numbers, in one transfer."""
+        return torch.stack([torch.stack(row) for row in self._rows]).double().cpu()
+
+
+def _square(x: Tensor) -> Tensor:
+    x = x.to_dense() if x.is_sparse else x
+    return torch.linalg.vector_norm(x, dtype=wide(x)).square()
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    x, y = (z.to_dense() if z.is_sparse else z for z in (x, y))
+    return (x.to(wide(x)) * y.to(wide(y))).sum()
+
+
+def _backpropagate(
+    network: Network, vhat: Sequence[Tensor], dLdy: Tensor
+) -> tuple[list[dict[Tensor, Tensor]], list[Tensor]]:
+    """What each layer adds to the gradients of its parameters, and dLoss/dvhat_l for l = 0..L.
+
+    One recorded layer after the other, so that nothing is drawn anew.
+    """
+    error, errors = dLdy, [dLdy]
+    contributions: list[dict[Tensor, Tensor]] = []
+    for layer, a in zip(reversed(network.layers), reversed(vhat[:-1]), strict=True):
+        x = a.detach().requires_grad_(a.is_floating_point())
+        prediction = layer.replay(x)
+        leaves = leaves_between(prediction, [x])
+        asked = [*leaves, x] if x.requires_grad else leaves
+        found = gradient([prediction], asked, [error.to(prediction.dtype)])
+        arriving = found[len(leaves)] if x.requires_grad else None
+        error = torch.zeros_like(x) if arriving is None else arriving
+        of_leaves = zip(leaves, found, strict=False)
+        contributions.insert(0, {leaf: g.detach() for leaf, g in of_leaves if g is not None})
+        errors.insert(0, error)
+    return contributions, errors
+
+
+@torch.no_grad()
+def _resolved(errors: Sequence[Tensor], v: Sequence[Tensor]) -> list[float]:
+    """What of epsilon_l, for l = 1..L-1, is left in float32 if it is taken as a difference."""
+    shares = []
+    for epsilon_l, v_l in zip(errors[1:-1], v[1:-1], strict=True):
+        dtype = wide(epsilon_l)
+        epsilon, belief = epsilon_l.to(dtype), v_l.to(dtype)
+        difference = (belief + epsilon).float() - belief.float()
+        size, lost = epsilon.norm(), (difference.to(dtype) - epsilon).norm()
+        shares.append(torch.where(size > 0, 1 - lost / size, 1.0).clamp(min=0))
+    if not shares:
+        return []
+    return torch.stack([share.to(shares[0]) for share in shares]).tolist()
+
+
+def _follow_closed_form(network: Network, ErrType: str, eta: float | str, n: int) -> Record:
+    """The rows of Exact, or of the iterations of FixedPred: multiples of the gradients."""
+    vhat, Loss, dLdy = network.record(free_input=False)
+    L = len(network.layers)
+    with network.replaying():
+        contributions, g = _backpropagate(network, vhat, dLdy)
+    step = AUTO_ETA if isinstance(eta, str) else eta
+    is_stepping = ErrType == "FixedPred"
+    # The share of the gradient that is at layer l after k iterations, and the update's.
+    if ErrType == "Exact":
+        start = [0.0] * (L - 1) + [1.0]
+        shares, of_updates = torch.tensor([start, [1.0] * L]).double(), torch.ones(1, L).double()
+    else:
+        found = [error_factors(step, k, L)[::-1] for k in range(n + 1)]
+        shares = torch.tensor(found, dtype=torch.float64)
+        of_updates = shares[:-1]
+    like = _square(Loss.new_zeros(()))
+    sizes = torch.stack([_square(e).to(like) for e in g[1:]]).cpu().double()
+    rows = torch.zeros(len(shares), 8 * L + 1, dtype=torch.float64)
+    energies, weighted, gradients, arriving, moves, updates = _parts(rows, L)
+    hidden = slice(0, L - 1)
+    energies[:, 1:L] = 0.5 * shares[:, hidden].square() * sizes[hidden]
+    energies[:, L] = Loss.double().item()
+    weighted[:, 1:] = shares[:, hidden].square() * sizes[hidden]
+    arriving[:, 1:] = shares[:, 1:].square() * sizes[hidden]
+    gradients[:, 1:] = (shares[:, hidden] - shares[:, 1:]).square() * sizes[hidden]
+    moves[1:, 1:] = (shares[1:, hidden] - shares[:-1, hidden]).square() * sizes[hidden]
+    # update = sum_a c_a g_a and gradient = sum_b g_b, over the layers that share a parameter.
+    for l, products in enumerate(_products(contributions, like)):
+        for (a, b), product in products.items():
+            updates[1:, 3 * l] += of_updates[:, a] * product
+            updates[1:, 3 * l + 1] += of_updates[:, a] * of_updates[:, b] * product
+            updates[1:, 3 * l + 2] += product
+    errors = [g_l * c for g_l, c in zip(g, [0.0, *shares[-1].tolist()], strict=True)]
+    beliefs = [a.to(e.dtype) - e for a, e in zip(vhat, errors, strict=True)]
+    return _record(
+        network,
+        ErrType,
+        rows,
+        eta=step if is_stepping else None,
+        stable_eta=2.0 if is_stepping and L > 1 else None,
+        outlook=ClosedForm(tuple(sizes[:-1].tolist())) if is_stepping and L > 1 else None,
+        resolved=_resolved(errors, beliefs),
+        dtype=vhat[-1].dtype,
+    )
+
+
+def _products(
+    contributions: list[dict[Tensor, Tensor]], like: Tensor
+) -> list[dict[tuple[int, int], float]]:
+    """For each layer g_a . g_b, summed over its parameters, for layers a and b that use them too."""
+    users: dict[Tensor, list[int]] = {}
+    for l, of_layer in enumerate(contributions):
+        for leaf in of_layer:
+            users.setdefault(leaf, []).append(l)
+    places, products = [], []
+    for l, of_layer in enumerate(contributions):
+        for leaf in of_layer:
+            for a in users[leaf]:
+                for b in users[leaf]:
+                    places.append((l, (a, b)))
+                    products.append(_inner(contributions[a][leaf], contributions[b][leaf]).to(like))
+    result: list[dict[tuple[int, int], float]] = [{} for _ in contributions]
+    if products:
+        for (l, pair), product in zip(places, torch.stack(products).tolist(), strict=True):
+            result[l][pair] = result[l].get(pair, 0.0) + product
+    return result
+
+
+def _parts(rows: Tensor, L: int) -> tuple[Tensor, ...]:
+    """Views of a row's parts: energies, weighted errors, gradients, arriving, moves and updates."""
+    return torch.split(rows, [L + 1, L, L, L, L, 3 * L], dim=1)
+
+
+def _record(
+    network: Network,
+    ErrType: str,
+    rows: Tensor,
+    *,
+    eta: float | None,
+    stable_eta: float | None,
+    outlook: Outlook | None,
+    resolved: list[float],
+    dtype: torch.dtype,
+) -> Record:
+    """The record of what was taken down: sums of squares become lengths and their ratios."""
+    L = len(network.layers)
+    energies, weighted, gradients, arriving, moves, updates = _parts(rows, L)
+    scale = torch.maximum(weighted, arriving)
+    whole = torch.maximum(weighted.sum(1), arriving.sum(1))
+    scale[:, 0] = whole  # the latent has no error of its own
+    product, square, of_backprop = updates.reshape(-1, L, 3).unbind(2)
+    none = torch.full((len(rows), 1), torch.nan, dtype=rows.dtype)
+    zero = torch.zeros_like(none)
+    cosine = product / (square * of_backprop).sqrt()
+    size = (square / of_backprop).sqrt()
+    cosine[0], size[0] = torch.nan, torch.nan
+    return Record(
+        ErrType=ErrType,
+        eta=eta,
+        names=["input", *[layer.name for layer in network.layers]],
+        energies=energies.clone(),
+        moves=torch.cat([moves.sqrt(), zero], dim=1),
+        gradient=torch.cat([gradients.sqrt(), zero], dim=1),
+        distance=_ratio(gradients.sum(1), whole),
+        distances=torch.cat([_ratio(gradients, scale), zero], dim=1),
+        cosine=torch.cat([none, cosine.clamp(-1, 1)], dim=1),
+        size=torch.cat([none, size], dim=1),
+        stable_eta=stable_eta,
+        resolved=[1.0, *resolved, 1.0],
+        differences=[
+            l for l, layer in enumerate(network.layers, start=1) if layer.uncovered is not None
+        ],
+        slack=round_off(dtype),
+        outlook=outlook,
+    )
+
+
+def _ratio(square: Tensor, of: Tensor) -> Tensor:
+    """The root of the quotient, 0 for 0/0."""
+    return torch.where(square == 0, 0.0, square / of).sqrt()

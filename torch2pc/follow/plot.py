@@ -1,0 +1,124 @@
+"""The picture of a record. Nothing imports it, nor matplotlib, before one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch2pc.follow.record import Record
+
+MOST_IN_LEGEND = 12
+
+Numbers = NDArray[np.float64]
+
+
+def draw(record: Record, figure: Figure) -> None:
+    """Six panels; lines are layers, from dark (the first) to light."""
+    axes = list(figure.subplots(2, 3).flat)
+    figure.suptitle(record._head(), fontsize=10)
+    layers = range(1, record.L + 1)
+    hidden = [l for l in layers if l < record.L]
+    _draw_map(record, axes[0], figure, hidden)
+    _draw_lines(axes[1], "energy of each layer", record.energies, hidden, is_log=True)
+    _draw_energy(record, axes[2])
+    _draw_distance(record, axes[3], hidden)
+    _draw_lines(axes[4], "cosine of the update to backprop's", record.cosine, layers)
+    _draw_lines(axes[5], "size of the update / backprop's", record.size, layers, True)
+    axes[5].axhline(1, color="0.6", linewidth=0.8, zorder=0)
+    for panel in axes:
+        panel.set_xlabel("evaluation" if record.ErrType == "Equilibrium" else "iteration")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if panel is not axes[0]:
+            panel.set_xlim(0, max(record.n, 1))
+        panel.title.set_fontsize(9)
+        panel.xaxis.label.set_fontsize(9)
+        panel.tick_params(labelsize=8)
+    if 1 < record.L <= MOST_IN_LEGEND:
+        handles, labels = axes[5].get_legend_handles_labels()
+        if handles:
+            legend = figure.legend(handles, labels, loc="outside right center", title="layer")
+            legend.get_title().set_fontsize(8)
+            for text in legend.get_texts():
+                text.set_fontsize(8)
+
+
+def _draw_map(record: Record, axes: Axes, figure: Figure, hidden: list[int]) -> None:
+    axes.set_title("energy of each layer")
+    energies = _drawable(record.energies[:, 1:-1].T.numpy(), True)
+    seen = energies[np.isfinite(energies)]
+    if not len(seen):
+        axes.text(0.5, 0.5, "no energy", ha="center", va="center", transform=axes.transAxes)
+        return
+    # What is less than a hundred-millionth of the largest would make all the rest look alike.
+    norm = LogNorm(max(seen.min(), 1e-8 * seen.max()), max(seen.max(), seen.min() * 1.0001))
+    shown = np.ma.masked_invalid(energies)
+    scale = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
+    edges = (-0.5, record.n + 0.5, hidden[0] - 0.5, hidden[-1] + 0.5)
+    image = axes.imshow(shown, aspect="auto", origin="lower", extent=edges, norm=norm, cmap=scale)
+    axes.set_ylabel("layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
+
+
+def _draw_lines(
+    axes: Axes, title: str, table: Tensor, layers: Iterable[int], is_log: bool = False
+) -> None:
+    axes.set_title(title)
+    L = table.shape[1] - 1
+    for l in layers:
+        values = table[:, l].numpy()
+        if np.isfinite(values).any():
+            axes.plot(_drawable(values, is_log), color=_colour(l, L), label=l)
+    if is_log:
+        axes.set_yscale("log")
+
+
+def _draw_energy(record: Record, axes: Axes) -> None:
+    axes.set_title("F, and the loss" if record.descends else "the loss")
+    F, loss = record.F.numpy(), record.loss.numpy()
+    if record.descends:
+        axes.plot(_drawable(F), color="#D55E00", label="F")
+    axes.plot(_drawable(loss), color="#0072B2", ls="--", label="loss")
+    if bool(record.prior.any()):
+        axes.plot(record.prior.numpy(), color="0.4", ls=":", label="prior")
+    if record.rises_at is not None and np.isfinite(_drawable(F)).any():
+        top, bottom = np.nanmax(_drawable(F)), np.nanmin(_drawable(F))
+        if bottom > 0 and top > 100 * bottom:
+            axes.set_yscale("log")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_distance(record: Record, axes: Axes, hidden: list[int]) -> None:
+    axes.set_title("distance from equilibrium")
+    for l in hidden:
+        values = _drawable(record.distances[:, l].numpy(), True)
+        axes.plot(values, color=_colour(l, record.L), linewidth=0.8)
+    axes.plot(
+        _drawable(record.distance.numpy(), True), color="k", linewidth=1.8, label="all layers"
+    )
+    axes.axhline(0.01, color="0.6", linewidth=0.8, zorder=0)
+    if bool((record.distance > 0).any()):
+        axes.set_yscale("log")
+        lowest = record.distance[record.distance > 0].min().item()
+        axes.set_ylim(min(0.005, lowest / 2), 3)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _drawable(values: Numbers, is_log: bool = False) -> Numbers:
+    """The values with a gap where there is none, or it is 0 on a logarithmic axis, or enormous."""
+    seen = np.abs(values) < 1e100
+    return np.where(seen & (values > 0) if is_log else seen, values, np.nan)
+
+
+def _colour(l: int, L: int) -> tuple[float, ...]:
+    return matplotlib.colormaps["viridis"](0.9 * (l - 1) / max(L - 1, 1))
