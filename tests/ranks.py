@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch2pc
-from torch2pc import distributed, exchange
+from torch2pc import distributed
+from torch2pc.distributed import exchange
 
 ROOT = Path(__file__).parent.parent
 

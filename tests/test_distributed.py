@@ -193,7 +193,7 @@ class Recorded:
 
 def test_buckets_leave_while_others_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one order, whatever order they fill in."""
-    monkeypatch.setattr("torch2pc.exchange.BUCKET", 4 * 10)
+    monkeypatch.setattr("torch2pc.distributed.exchange.BUCKET", 4 * 10)
     parameters = [nn.Parameter(torch.zeros(n)) for n in (6, 4, 10, 3)]
     peers = Recorded()
     exchange = Exchange(parameters, peers)  # type: ignore[arg-type]
@@ -220,9 +220,9 @@ def test_first_bucket_leaves_before_the_last_gradient(
         def sum(self, tensor: torch.Tensor) -> None:
             order.append("sent")
 
-    monkeypatch.setattr("torch2pc.exchange.BUCKET", 4 * 72)
-    monkeypatch.setattr("torch2pc.distributed.Peers", lambda group: Noting())
-    monkeypatch.setattr("torch2pc.distributed.dist", FakeDistributed)
+    monkeypatch.setattr("torch2pc.distributed.exchange.BUCKET", 4 * 72)
+    monkeypatch.setattr("torch2pc.distributed.pcinfer.Peers", lambda group: Noting())
+    monkeypatch.setattr("torch2pc.distributed.pcinfer.dist", FakeDistributed)
     model = nn.Sequential(*[nn.Sequential(nn.Tanh(), nn.Linear(8, 8)) for _ in range(4)])
     for item in model:
         item[1].weight.register_hook(lambda g: order.append("computed"))
