@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch2pc.displacement.rules import belief_dtype
-from torch2pc.energy.curvature import AUTO
+from torch2pc.inference.steps import AUTO
 from torch2pc.graph.state import modules_in
 
 
@@ -209,27 +208,6 @@ def check_vinit_length(vinit: object, length: int) -> None:
             f"vinit must have len(model) + 1 = {length} entries (entry 0 is the input), "
             f"got {len(vinit)}"
         )
-
-
-def check_vinit_entries(vinit: Sequence[Any], vhat: Sequence[Tensor]) -> None:
-    """Entries 1..L-1 of ``vinit`` are tensors like the beliefs; the two ends are not used.
-
-    Where the beliefs about a half-precision ``vhat`` are held in float32, both types are accepted.
-    """
-    for l in range(1, len(vhat) - 1):
-        given, like, dtype = vinit[l], vhat[l], belief_dtype(vhat[l].dtype)
-        accepted = f"a tensor of shape {tuple(like.shape)}, {dtype}, on {like.device}"
-        if not isinstance(given, Tensor):
-            raise TypeError(f"vinit[{l}] must be {accepted}, got {type(given).__name__}")
-        if (
-            given.shape != like.shape
-            or given.device != like.device
-            or given.dtype not in (dtype, like.dtype)
-        ):
-            raise ValueError(
-                f"vinit[{l}] must be {accepted}, "
-                f"got shape {tuple(given.shape)}, {given.dtype}, on {given.device}"
-            )
 
 
 def check_precision(precision: object, length: int) -> list[float]:

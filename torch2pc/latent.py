@@ -17,9 +17,10 @@ from torch2pc.checks import (
     check_prior,
     check_tensor,
 )
-from torch2pc.compiled.calls import Call
-from torch2pc.graph.layers import Inference, Layer, Network
-from torch2pc.inference.strict import Callback, Relaxation
+from torch2pc.compiled import Relaxing, compiled_or_plain
+from torch2pc.graph.layers import Inference, Network
+from torch2pc.inference.relax import Callback, infer_by
+from torch2pc.inference.strict import latent
 from torch2pc.pcinfer import PCResult, infer
 
 
@@ -100,22 +101,16 @@ def PCInferLatent(
     eta, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
     check_callback(callback, compile)
 
-    def relax(network: Network) -> Inference:
-        of_beliefs = None if prior is None else Layer(prior, "prior", network.devices, model=model)
-        more: Any = dict(free_input=True, precision=pi, prior=of_beliefs)
-        call = Call(network, eta, n, **more)
-        if compile and (found := call.infer()) is not None:
-            return found
-        relaxation = Relaxation(network, eta, **more)
-        if compile:
-            call.explain(relaxation.why_not_compiled())
-        relaxation.call_back(callback)
-        with network.replaying():
-            relaxation.run(n)
-            relaxation.take_errors()
-            return relaxation.result()
+    def algorithm(network: Network) -> Inference:
+        def relax() -> Inference:
+            return infer_by(latent(network, eta, pi), n, callback)
 
-    return infer(relax, model, LossFun, Xinit.detach(), Y, accumulate, prior)
+        if not compile:
+            return relax()
+        return compiled_or_plain(Relaxing(network, "Latent", eta, n, precision=pi), relax)
+
+    X = Xinit.detach()
+    return infer(algorithm, model, LossFun, X, Y, accumulate, free_input=True, prior=prior)
 
 
 def check_latent_arguments(

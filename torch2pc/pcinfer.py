@@ -21,21 +21,15 @@ from torch2pc.checks import (
     check_update_at,
     check_vinit_length,
 )
+from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.state import Snapshot, modules_in, write_gradients
-from torch2pc.inference.equilibrium import equilibrium
-from torch2pc.inference.error_based import error_based
-from torch2pc.inference.exact import exact
-from torch2pc.inference.fixed_pred import fixed_pred, warn_of_short_inference
-from torch2pc.inference.strict import Callback, strict
+from torch2pc.inference import RELAXATIONS
+from torch2pc.inference.exact import exact_factors, weighted_backpropagation
+from torch2pc.inference.fixed_pred import fixed_pred_factors, warn_of_short_inference
+from torch2pc.inference.relax import Callback, infer_by, warn_of_flat_items
 
-ALGORITHMS: dict[str, Callable[..., Inference]] = {
-    "Exact": exact,
-    "FixedPred": fixed_pred,
-    "Strict": strict,
-    "ErrorBased": error_based,
-    "Equilibrium": equilibrium,
-}
+ErrTypes = ("Exact", "FixedPred", *RELAXATIONS)
 
 
 class PCResult(NamedTuple):
@@ -266,45 +260,50 @@ def PCInfer(
     (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
     the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
     """
-    algorithm = chosen_algorithm(
-        model,
-        LossFun,
-        X,
-        ErrType,
-        eta,
-        n,
-        vinit,
-        compile=compile,
-        update_at=update_at,
-        callback=callback,
+    asked = check_arguments(
+        model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback
     )
-    return infer(algorithm, model, LossFun, X, Y, accumulate)
+    asked.warn(model)
+    return infer(asked.algorithm, model, LossFun, X, Y, accumulate)
 
 
-def chosen_algorithm(
-    model: nn.Sequential,
-    LossFun: Callable[[Tensor, Any], Tensor],
-    X: Tensor,
-    ErrType: str,
-    eta: float | Tensor | str,
-    n: int | None,
-    vinit: Sequence[Any] | None,
-    *,
-    compile: bool,
-    update_at: str,
-    callback: Callback | None,
-) -> Callable[[Network], Inference]:
-    """The algorithm that PCInfer's arguments ask for, once they have been checked."""
-    size, n = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at)
-    # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
-    if ErrType == "FixedPred" or (ErrType == "Strict" and vinit is None and n > 1):
-        warn_of_short_inference(model, size, n)
-    check_callback(callback, compile, ErrType not in ("Exact", "FixedPred"))
+class Asked(NamedTuple):
+    """What a call asks for, checked."""
 
-    algorithm = partial(
-        ALGORITHMS[ErrType], eta=size, n=n, vinit=vinit, compile=compile, update_at=update_at
-    )
-    return algorithm if callback is None else partial(algorithm, callback=callback)
+    ErrType: str
+    eta: float | str
+    n: int
+    vinit: Sequence[Any] | None = None
+    update_at: str = "v"
+    compile: bool = False
+    callback: Callback | None = None
+
+    def warn(self, model: nn.Module) -> None:
+        """Say if the errors will hardly reach some layers."""
+        # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
+        is_long = self.vinit is None and self.n > 1
+        if self.ErrType == "FixedPred" or (self.ErrType == "Strict" and is_long):
+            warn_of_short_inference(model, self.eta, self.n)
+
+    def algorithm(self, network: Network) -> Inference:
+        """Infer, by compiled graphs if that is asked for and can be done."""
+        ErrType, eta, n, vinit, update_at, compile, callback = self
+        if ErrType in ("Exact", "FixedPred"):
+            L = len(network.layers)
+            factors = exact_factors(L) if ErrType == "Exact" else fixed_pred_factors(eta, n, L)
+            backpropagate = partial(weighted_backpropagation, network, *factors)
+            if not compile:
+                return backpropagate()
+            return compiled_or_plain(Backpropagation(network, *factors), backpropagate)
+
+        def relax() -> Inference:
+            relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at)
+            warn_of_flat_items(network, ErrType, update_at)
+            return infer_by(relaxation, n, callback)
+
+        if not compile:
+            return relax()
+        return compiled_or_plain(Relaxing(network, ErrType, eta, n, vinit, update_at), relax)
 
 
 def check_arguments(
@@ -316,20 +315,27 @@ def check_arguments(
     n: int | None,
     vinit: Sequence[Any] | None,
     update_at: str,
-) -> tuple[float | str, int]:
-    """Check what describes an inference; returns eta and n (1 for Exact, which uses neither)."""
+    compile: bool = False,
+    callback: Callback | None = None,
+) -> Asked:
+    """Check what describes an inference; eta and n are 1 for Exact, which uses neither."""
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("X", X)
-    if not isinstance(ErrType, str) or ErrType not in ALGORITHMS:
-        accepted = ", ".join(f'"{name}"' for name in ALGORITHMS)
+    if not isinstance(ErrType, str) or ErrType not in ErrTypes:
+        accepted = ", ".join(f'"{name}"' for name in ErrTypes)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
-    if ErrType == "Exact":
-        return 1.0, 1
-    if ErrType != "FixedPred":
+    has_iterations = ErrType in RELAXATIONS
+    size: float | str = 1.0
+    if has_iterations:
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
-    return check_eta(eta), len(model) if n is None else check_n(n)
+    if ErrType == "Exact":
+        n = 1
+    else:
+        size, n = check_eta(eta), len(model) if n is None else check_n(n)
+    check_callback(callback, compile, has_iterations)
+    return Asked(ErrType, size, n, vinit, update_at, compile, callback)
 
 
 def infer(
@@ -339,12 +345,16 @@ def infer(
     X: Tensor,
     Y: Any,
     accumulate: bool,
-    prior: object = None,
+    *,
+    free_input: bool = False,
+    prior: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> PCResult:
     """Run a checked call: all of its effects, or an exception and none of them."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         with torch.inference_mode(False), torch.enable_grad():
-            return infer(algorithm, model, LossFun, X, Y, accumulate, prior)
+            return infer(
+                algorithm, model, LossFun, X, Y, accumulate, free_input=free_input, prior=prior
+            )
     check_no_transform()
     functions = [LossFun, prior]
     own = modules_in(model, *[f for f in functions if isinstance(f, nn.Module)])
@@ -352,7 +362,7 @@ def infer(
     # A loss that is no module may hold some, say of a trainer, whose gradients are none of ours.
     held = modules_in(*[f for f in functions if not isinstance(f, nn.Module)])
     modules = list(dict.fromkeys([*own, *held])) if held else own
-    network = Network(model, LossFun, X, Y, modules)
+    network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
     before = Snapshot(modules, network.devices)
     try:
         inference = algorithm(network)

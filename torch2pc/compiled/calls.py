@@ -1,7 +1,7 @@
 """Compiled calls, kept for as long as their model lives.
 
 ``torch.compile`` captures the layers and the loss and says, by its guards, when what was captured holds
-no more: the mode of a module, a hook, an attribute, a shape have changed. ``tracing.py`` makes the
+no more: the mode of a module, a hook, an attribute, a number, a shape have changed. ``program.py`` makes the
 graphs of the call from that. Here they are run: the feed-forward pass, ``n`` steps, the updates; for
 Exact and FixedPred one graph that does it all.
 
@@ -11,31 +11,26 @@ does, with a warning, a call that cannot be compiled.
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from platform import machine
-from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, cast
+from types import CodeType, FunctionType
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from torch2pc.checks import check_vinit_entries
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast, own
-from torch2pc.graph.layers import GLOBAL_HOOKS, HOOKS, Inference, Layer, Network, detached
+from torch2pc.graph.layers import GLOBAL_HOOKS, HOOKS, Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
+from torch2pc.inference.start import check_vinit_entries
 
 _warned: WeakSet[nn.Module] = WeakSet()
-# What holds a number that is compiled in, and its name there.
-Number = tuple[str, int, str]
-# For each model, the numbers that its layers and losses held.
-_numbers: WeakKeyDictionary[nn.Module, dict[tuple[Number, ...], list[dict[Number, float]]]] = (
-    WeakKeyDictionary()
-)
-MOST_VALUES = 2
+# How often a model's call is captured anew before what changes is taken to change on.
+MOST_CAPTURES = 8
 
 
 class _Model:
@@ -99,49 +94,28 @@ class _Captured:
 
 
 class Call:
-    """One call of Strict or ErrorBased, to be run by compiled graphs."""
+    """One call, to be run by compiled graphs."""
 
-    backpropagates = False
-
-    def __init__(
-        self,
-        network: Network,
-        eta: float | Tensor | str,
-        n: int,
-        vinit: Sequence[Any] | None = None,
-        update_at: str = "v",
-        *,
-        free_input: bool = False,
-        precision: Sequence[float] | None = None,
-        prior: Layer | None = None,
-        relaxes_errors: bool = False,
-    ) -> None:
-        self.relaxes_errors = relaxes_errors
-        self.network, self.eta, self.n, self.vinit = network, eta, n, vinit
-        self.update_at, self.free_input = update_at, free_input
-        self.precision, self.prior = precision, prior
+    def __init__(self, network: Network) -> None:
+        self.network = network
         self.captured: _Captured | None = None
         self.inference: Inference | None = None
         self.reason: object = None
         self.has_begun = False
 
-    @property
-    def _lowest(self) -> int:
-        return 1 if self.free_input else 2
+    def asks(self) -> dict[str, Any]:
+        """What is asked of ``program.Asked``, besides the network's."""
+        raise NotImplementedError
+
+    def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
+        """The call itself; returns what was to be captured."""
+        raise NotImplementedError
 
     def infer(self) -> Inference | None:
         """The result; None if the call is to be run plainly, and nothing has happened yet."""
         network, model = self.network, self.network.model
-        L = len(network.layers)
-        losses = [network.loss, *([] if self.prior is None else [self.prior])]
-        functions = [loss.function for loss in losses]
-        self.reason = _hooked(network)
-        compiles = False
-        if self.reason is None:
-            self.reason, compiles = changing_number(model, network.modules, functions)
-        if isinstance(self.eta, str):
-            self.reason = f'eta="{self.eta}" finds its step size as it runs'
-        if self.reason is not None or self._lowest > L:
+        self.reason = self.reason or _hooked(network)
+        if self.reason is not None:
             return None
         try:
             from torch2pc.compiled.program import Asked
@@ -154,29 +128,35 @@ class Call:
         if kept.error is not None:
             self.reason = kept.error
             return None
+        parents = tuple([node.parents for node in network.nodes])
+        prior = network.prior
         self.asked = Asked(
-            L,
-            self._lowest,
-            self.update_at,
-            self.precision is not None,
-            self.prior is not None,
-            self.free_input or self.relaxes_errors,
-            self.relaxes_errors,
-            self.backpropagates,
+            parents=parents,
+            free=tuple(sorted(network.free)),
+            has_prior=prior is not None,
+            **self.asks(),
         )
         before, _local.call = getattr(_local, "call", None), self
         try:
-            with torch._dynamo.config.patch(specialize_float=True) if compiles else nullcontext():
+            with torch._dynamo.config.patch(
+                # A number is compiled in: what is captured for another one is another program.
+                specialize_float=True,
+                recompile_limit=MOST_CAPTURES,
+            ):
                 kept.capture(
                     self.asked,
                     tuple([layer.function for layer in network.layers]),
+                    parents,
                     (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
-                    *(network.loss.function, None if self.prior is None else self.prior.function),
+                    *(network.loss.function, None if prior is None else prior.function),
                     *(network.X, network.Y),
                 )
         except _PlainlyError:
             assert self.captured is not None
             self.reason = self.reason or self.captured.reason
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            # What was captured before goes on being used.
+            self.reason = _what_changes(error)
         except Exception as error:
             if self.has_begun:
                 raise
@@ -185,12 +165,9 @@ class Call:
             _local.call = before
         return self.inference
 
-    def explain(self, uncovered: Sequence[str]) -> None:
-        """After a plain run: warn if it was none of the call's own choice, and learn from it.
-
-        ``uncovered`` are the reasons that the plain run has found.
-        """
-        model = self.network.model
+    def explain(self) -> None:
+        """After a plain run: warn if it was none of the call's own choice, and learn from it."""
+        model, uncovered = self.network.model, self.uncovered()
         kept = _models.get(model)
         if uncovered and self.captured is not None:
             self.captured.reason = uncovered[0]
@@ -202,43 +179,11 @@ class Call:
         if reason is not None:
             run_plainly(model, reason)
 
-    def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
-        """Feed forward, ``n`` steps, and the updates; returns what was to be captured."""
-        from torch2pc.compiled.program import find
+    def uncovered(self) -> list[str]:
+        """What the plain run has found to stand in the way of compiling a call like this one."""
+        return []
 
-        network, L, lowest = self.network, program.asked.L, program.asked.lowest
-        _begin(network.X.device)
-        held = [*inputs, *program.feed_forward(inputs)]
-        vhat = [find(held, place) for place in program.vhat]
-        dLdy = find(held, program.dLdy)
-        delta = [torch.zeros_like(in_belief_dtype(x)) for x in vhat[:L]]
-        epsilon = [*[torch.zeros_like(x) for x in delta], in_belief_dtype(dLdy).clone()]
-        if self.vinit is not None:
-            check_vinit_entries(self.vinit, vhat)
-            for l in range(1, L):
-                torch.sub(self.vinit[l].detach(), vhat[l], out=delta[l])
-        like = epsilon[L]
-        eta = self.eta if isinstance(self.eta, Tensor) else like.new_full((), self.eta)
-        pi: Sequence[Any] = [None] * (L + 1)
-        if self.precision is not None:
-            # Filled where they are: to copy numbers to a GPU waits for it.
-            pi = [like.new_full((), weight) for weight in (1.0, *self.precision, 1.0)]
-        known = [*held, eta.to(like), *pi]
-        relax = self._relax_errors if self.relaxes_errors else self._relax_beliefs
-        reached = _reached_layers(L, like.device)
-        state = relax(program, known, reached, delta, epsilon)
-        found = list(program.updates([*known, *reached[0], *state]))
-        v = found[: L + 2 - lowest]
-        if lowest == 2:
-            v.insert(0, detached(network.X))
-        del found[: L + 2 - lowest]
-        if program.asked.takes_errors:
-            epsilon[1:] = found[:L]
-            del found[:L]
-        input_error = found.pop(0) if program.asks_input else None
-        return self._end(program, inputs, held, v, input_error, [*epsilon[1:], *found])
-
-    def _end(
+    def end(
         self,
         program: Any,
         inputs: Sequence[Any],
@@ -267,44 +212,133 @@ class Call:
         self.inference = Inference(vhat, Loss, dLdy, v, errors, updates)
         return results
 
+
+class Relaxing(Call):
+    """A call that relaxes beliefs (``"Strict"``, ``"Latent"``) or errors (``"ErrorBased"``)."""
+
+    KINDS = {"Strict": "beliefs", "Latent": "beliefs", "ErrorBased": "errors"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        network: Network,
+        ErrType: str,
+        eta: float | Tensor | str,
+        n: int,
+        vinit: Sequence[Any] | None = None,
+        update_at: str = "v",
+        *,
+        precision: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(network)
+        self.ErrType, self.eta, self.n, self.vinit = ErrType, eta, n, vinit
+        # Errors belong to the beliefs that they have made.
+        before_of_errors = update_at == "before" and ErrType == "ErrorBased"
+        self.update_at, self.precision = "v" if before_of_errors else update_at, precision
+        if ErrType not in self.KINDS:
+            self.reason = f"{ErrType}'s search is not compiled"
+        elif isinstance(eta, str):
+            self.reason = f'eta="{eta}" finds its step size as it runs'
+
+    def asks(self) -> dict[str, Any]:
+        return dict(
+            kind=self.KINDS[self.ErrType],
+            update_at=self.update_at,
+            is_weighted=self.precision is not None,
+            takes_errors=self.ErrType == "Latent",
+        )
+
+    def infer(self) -> Inference | None:
+        """The result; None if the call is to be run plainly, and nothing has happened yet."""
+        # Where nothing moves there is nothing to compile.
+        return super().infer() if self.network.free else None
+
+    def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
+        """Feed forward, ``n`` steps, and the updates; returns what was to be captured."""
+        from torch2pc.compiled.program import find
+
+        network, asked, L = self.network, program.asked, program.asked.L
+        _begin(network.X.device)
+        held = [*inputs, *program.feed_forward(inputs)]
+        vhat = [find(held, place) for place in program.vhat]
+        dLdy = find(held, program.dLdy)
+        x = {i: torch.zeros_like(in_belief_dtype(vhat[i])) for i in asked.free}
+        epsilon = [torch.zeros_like(in_belief_dtype(vhat_l)) for vhat_l in vhat[1:-1]]
+        epsilon.append(in_belief_dtype(dLdy).clone())
+        check_vinit_entries(self.vinit, vhat)
+        if self.vinit is not None:
+            for i in asked.free:
+                torch.sub(self.vinit[i].detach(), vhat[i], out=x[i])
+        like = epsilon[-1]
+        eta = self.eta if isinstance(self.eta, Tensor) else like.new_full((), float(self.eta))
+        pi: Sequence[Any] = [None] * (L + 1)
+        if self.precision is not None:
+            # Filled where they are: to copy numbers to a GPU waits for it.
+            pi = [like.new_full((), weight) for weight in (1.0, *self.precision, 1.0)]
+        known = [*held, eta.to(like), *pi]
+        reached = _reached_layers(asked, like.device)
+        relax = self._relax_errors if asked.kind == "errors" else self._relax_beliefs
+        state = relax(program, known, reached, x, epsilon)
+        found = list(program.updates([*known, *reached[-1], *state]))
+        v = found[: len(asked.free) + 1]
+        if 0 not in network.free:
+            v.insert(0, detached(network.X))
+        del found[: len(asked.free) + 1]
+        if asked.takes_errors or asked.kind == "errors":
+            epsilon = found[:L]
+            del found[:L]
+        input_error = found.pop(0) if program.asks_input else None
+        return self.end(program, inputs, held, v, input_error, [*epsilon, *found])
+
     def _relax_beliefs(
         self,
         program: Any,
         known: list[Any],
         reached: Sequence[Sequence[Tensor]],
-        delta: list[Tensor],
+        x: dict[int, Tensor],
         epsilon: list[Tensor],
     ) -> list[Tensor]:
         """The state after ``n`` steps: how far the beliefs have moved, and the errors."""
-        L, lowest = program.asked.L, program.asked.lowest
-        at = lowest if self.prior is not None or self.vinit is not None else L
+        last = len(program.reach) - 1
+        k = last if self.network.prior is not None or self.vinit is not None else 0
         before: list[Tensor] = []
         for _ in range(self.n):
-            before = list(delta)
-            at = max(at, lowest)
-            level = program.level_of[at]
-            found = program.steps[level]([*known, *reached[at], *delta[level - 1 :]])
-            delta[level - 1 :], moved = found[: L - level + 1], found[L - level + 1 :]
-            epsilon[L + 1 - len(moved) :] = moved
-            at -= 1
-        return [*delta, *epsilon[1:], *(before if self.update_at == "before" else [])]
+            before = list(x.values())
+            step, moved, taken = program.step_of(k)
+            found = step([*known, *reached[min(k, last)], *x.values()])
+            x.update(zip(moved, found, strict=False))
+            for l, error in zip(taken, found[len(moved) :], strict=True):
+                epsilon[l - 1] = error
+            k += 1
+        return [*x.values(), *epsilon, *(before if self.update_at == "before" else [])]
 
     def _relax_errors(
         self,
         program: Any,
         known: list[Any],
         reached: Sequence[Sequence[Tensor]],
-        delta: list[Tensor],
+        x: dict[int, Tensor],
         epsilon: list[Tensor],
     ) -> list[Tensor]:
         """The state after ``n`` steps: the hidden errors."""
-        known, hidden = [*known, *reached[0]], epsilon[1:-1]
+        known, hidden = [*known, *reached[-1]], epsilon[:-1]
         if self.vinit is not None:
-            hidden = program.start([*known, *delta[1:]])
-        step = program.steps[program.asked.lowest]
+            hidden = program.start([*known, *x.values()])
+        step = program.steps[len(program.reach) - 1]
         for _ in range(self.n):
             hidden = step([*known, *hidden])
         return list(hidden)
+
+    def uncovered(self) -> list[str]:
+        """What the plain run has found to stand in the way of compiling a call like this one."""
+        if self.ErrType not in self.KINDS:
+            return []
+        network = self.network
+        moving = [layer for l, layer in enumerate(network.layers, start=1) if network.moving(l)]
+        reasons = [f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered]
+        for function in (network.loss, network.prior):
+            if function is not None and not function.is_pure:
+                reasons.append(f"{function.name} draws random numbers or changes its buffers")
+        return reasons
 
 
 class Backpropagation(Call):
@@ -313,11 +347,12 @@ class Backpropagation(Call):
     The factors are as in ``exact.weighted_backpropagation``.
     """
 
-    backpropagates = True
-
     def __init__(self, network: Network, c_epsilon: Sequence[float], c_v: Sequence[float]) -> None:
-        super().__init__(network, 0.0, 1, free_input=True)
+        super().__init__(network)
         self._c = (*reversed(c_epsilon), *reversed(c_v))
+
+    def asks(self) -> dict[str, Any]:
+        return dict(kind="nothing")
 
     def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
         """Forward and backward; returns what was to be captured."""
@@ -329,12 +364,7 @@ class Backpropagation(Call):
         held, v = [*inputs, *found[:adds]], [detached(network.X), *found[adds : adds + L]]
         del found[: adds + L]
         input_error = found.pop(L) if program.asks_input else None
-        return self._end(program, inputs, held, v, input_error, found)
-
-    def explain(self, uncovered: Sequence[str] = ()) -> None:
-        """After a plain run: warn if it was none of the call's own choice."""
-        if self.reason is not None:
-            run_plainly(self.network.model, self.reason)
+        return self.end(program, inputs, held, v, input_error, found)
 
 
 @lru_cache(maxsize=32)
@@ -370,10 +400,15 @@ def run_plainly(model: nn.Module, reason: object) -> None:
 
 
 @lru_cache(maxsize=32)
-def _reached_layers(L: int, device: torch.device) -> list[tuple[Tensor, ...]]:
-    """For each l, which of 0..L are at least l."""
-    layers = torch.arange(L + 1, device="cpu")
-    return [row.unbind() for row in (layers >= layers[:, None]).to(device)]
+def _reached_layers(asked: Any, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """After 0, 1, ... steps from the feed-forward pass, which layers 0..L an error has reached."""
+    from torch2pc.compiled.program import moves_of, reach
+
+    rows = []
+    for moved in reach(asked):
+        taken = moves_of(asked, moved)[1]
+        rows.append([l in taken for l in range(asked.L + 1)])
+    return [row.unbind() for row in torch.tensor(rows, device="cpu").to(device)]
 
 
 def _options(device: torch.device) -> dict[str, Any]:
@@ -412,88 +447,20 @@ def _hooked(network: Network) -> str | None:
     return None
 
 
-def changing_number(
-    model: nn.Module, modules: Iterable[nn.Module], functions: Iterable[object]
-) -> tuple[str | None, bool]:
-    """Why not to compile again, and else whether a number is new.
-
-    A Python number that a layer or a loss computes with is compiled in. The first ``MOST_VALUES``
-    values that a model meets are compiled; a number that changes on would be again and again.
-    """
-    now: dict[Number, float] = {
-        ("the loss", -1, name): value
-        for function in functions
-        for name, value in _numbers_of(function)
-    }
-    for k, module in enumerate(modules):
-        held, kind = vars(module), cast("Any", type(module))
-        for name in _names_used(kind):
-            value = held.get(name)
-            if isinstance(value, float):
-                now[type(module).__name__, k, name] = value
-    met = _numbers.setdefault(model, {}).setdefault(tuple(now), [])
-    if now in met:
-        return None, False
-    if len(met) < MOST_VALUES:
-        met.append(now)
-        return None, True
-    number = next(number for number, value in now.items() if value != met[-1][number])
-    holder, _, name = number
-    reason = (
-        f"{holder} holds a Python number {name}, now {now[number]:g}, that changes from call to "
-        "call, and each value would have to be compiled: hold it in a tensor, which would not"
+def _what_changes(error: Exception) -> str:
+    """Why a call is not captured once more."""
+    why = re.search(r"(?:last reason|recompile reason)[^:]*: *(?:\d+/\d+: *)?(.*)", str(error), re.IGNORECASE)
+    what = f" ({why[1].strip()})" if why else ""
+    return (
+        f"it was captured {MOST_CAPTURES} times, and would have to be again{what}: hold a number that "
+        "changes from call to call in a tensor"
     )
-    return reason, False
 
 
-@lru_cache(maxsize=1000)
-def _names_used(kind: type, first: tuple[str, ...] = ("forward",)) -> tuple[str, ...]:
-    """``first``, and the names that the methods of a class refer to which have names among these."""
-    names = dict.fromkeys(first)
-    waiting = list(names)
-    while waiting:
-        code = getattr(getattr(kind, waiting.pop(), None), "__code__", None)
-        new = [name for name in getattr(code, "co_names", ()) if name not in names]
-        names.update(dict.fromkeys(new))
-        waiting += [name for name in new if not hasattr(nn.Module, name)]
-    return tuple(names)
-
-
-def _numbers_of(function: Any, depth: int = 3) -> Iterator[tuple[str, float]]:
-    """The floats that a function computes with, by name: those that compiled code is specific to.
-
-    What a module holds is found with the modules of the call.
-    """
-    if not isinstance(function, FunctionType | MethodType | partial | nn.Module):
-        function = getattr(function, "__call__", None)  # noqa: B004 (what is run)
-    named: dict[str, Any] = {}
-    code: Any = getattr(function, "__code__", None)
-    if isinstance(function, partial):
-        named = {"of a partial": function.func, **function.keywords}
-        named.update((f"argument {k}", value) for k, value in enumerate(function.args))
-    elif isinstance(function, MethodType):
-        named = {"of a method": function.__func__, "self": function.__self__}
-    elif isinstance(function, FunctionType):
-        held = function.__globals__
-        named = {name: held[name] for name in code.co_names if name in held}
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            with suppress(ValueError):  # an empty cell
-                named[name] = cell.cell_contents
-        defaults = function.__defaults__ or ()
-        names = code.co_varnames[: code.co_argcount]
-        named.update(zip(names[len(names) - len(defaults) :], defaults, strict=True))
-        named.update(function.__kwdefaults__ or {})
-    for name, value in named.items():
-        if isinstance(value, float):
-            yield name, value
-        elif isinstance(value, FunctionType | MethodType | partial):
-            if depth:
-                yield from _numbers_of(value, depth - 1)
-        elif code is not None and not isinstance(value, type | ModuleType):
-            # A table of settings, or an object that has them.
-            is_table = isinstance(value, dict)
-            found = value if is_table else getattr(value, "__dict__", {})
-            kind = cast("Any", type(value))
-            keys = code.co_consts if is_table else _names_used(kind, code.co_names)
-            of_value = [(key, found.get(key)) for key in keys if isinstance(key, str)]
-            yield from [(f"{name}.{key}", x) for key, x in of_value if isinstance(x, float)]
+def compiled_or_plain(call: Call, plainly: Callable[[], Inference]) -> Inference:
+    """What a compiled call infers; where there is none, or it cannot be, what ``plainly`` does."""
+    found = call.infer()
+    if found is None:
+        found = plainly()
+        call.explain()
+    return found

@@ -1,17 +1,17 @@
-"""A captured call of Strict as graphs: the feed-forward pass, a step of the beliefs, the updates.
+"""A captured call as graphs: the feed-forward pass, a step of a relaxation, the updates.
 
 One of Exact or FixedPred is a single graph, of a forward and a backward pass.
 
 ``torch.compile`` captures the layers and the loss (``capture``), with guards that notice what changes in
-them, and hands the graph to ``Program``. That runs the parts of it on tensors without values, much as
-``strict.py`` runs the layers, and writes down the operations that come of it. So what is compiled is made
-by the same rules and the same order of steps, and holds no tensor: weights, beliefs, masks, targets and
-step sizes are its inputs. To import this file takes a second, as it imports the compiler.
+them, and hands the graph to ``Program``. That runs the parts of it on tensors without values, in a
+``Traced`` network, through the very sweep, step rule and updates of ``energy`` and ``inference``, and writes
+down the operations that come of it. So what is compiled holds no tensor: weights, beliefs, masks, targets
+and step sizes are its inputs. To import this file takes a second, as it imports the compiler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -38,25 +38,37 @@ from torch2pc.graph.autograd import (
     output_gradient,
     outside_autocast,
 )
-from torch2pc.graph.layers import own_output
+from torch2pc.energy import Beliefs, Energy, Errors
+from torch2pc.energy.factors import factors_of
+from torch2pc.graph.layers import Network, Node, own_output
+from torch2pc.inference.steps import Descent
+from torch2pc.inference.updates import OfLayer, updates
 
 
 class Asked(NamedTuple):
     """What is compiled in, besides the layers: another value of it is another program."""
 
-    L: int
-    lowest: int
-    """The lowest layer whose input moves: 2 if the input is clamped, or else 1."""
-    update_at: str
-    is_weighted: bool
+    kind: str
+    """What is moved: the ``"beliefs"``, the ``"errors"``, or ``"nothing"``, as in Exact and FixedPred."""
+    parents: tuple[tuple[int, ...], ...]
+    """Those of each layer."""
+    free: tuple[int, ...]
+    """The places whose beliefs move."""
+    update_at: str = "v"
+    is_weighted: bool = False
     """Whether the layers' errors have precisions."""
-    has_prior: bool
-    takes_errors: bool
+    has_prior: bool = False
+    takes_errors: bool = False
     """Whether the errors are those at the final beliefs, not those of the last step."""
-    relaxes_errors: bool
-    """Whether the hidden errors are the state, as in ErrorBased, and the beliefs follow."""
-    backpropagates: bool = False
-    """Whether nothing is relaxed: Exact and FixedPred."""
+
+    @property
+    def L(self) -> int:
+        """The number of layers."""
+        return len(self.parents)
+
+    def moving(self, l: int) -> tuple[int, ...]:
+        """The parents of layer l whose beliefs move."""
+        return tuple([p for p in self.parents[l - 1] if p in self.free])
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -66,7 +78,8 @@ def mark(x: Tensor, k: int) -> Tensor:
 
 
 def capture(
-    items: Sequence[Callable[[Tensor], Tensor]],
+    items: Sequence[Callable[..., Tensor]],
+    parents: Sequence[Sequence[int]],
     copies_input: Sequence[bool],
     LossFun: Callable[[Tensor, Any], Tensor],
     prior: Callable[[list[Tensor]], Tensor] | None,
@@ -75,9 +88,9 @@ def capture(
 ) -> list[Tensor]:
     """What is captured: part l is layer l, then come the loss and the prior."""
     marked = [mark(X, 0)]
-    for item, copies in zip(items, copies_input, strict=False):
-        x = marked[-1].clone() if copies else marked[-1]
-        marked.append(mark(item(x), len(marked)))
+    for item, of_item, copies in zip(items, parents, copies_input, strict=False):
+        x = [marked[p].clone() if copies else marked[p] for p in of_item]
+        marked.append(mark(item(*x), len(marked)))
     beliefs, y = list(marked[:-1]), marked[-1]
     marked.append(mark(LossFun(y.clone() if copies_input[-1] else y, Y), len(marked)))
     if prior is not None:
@@ -88,8 +101,10 @@ def capture(
 class Parts:
     """The parts of a captured call, each to be run on any inputs."""
 
-    def __init__(self, captured: fx.GraphModule, L: int) -> None:
-        self._L = L
+    def __init__(self, captured: fx.GraphModule, parents: Sequence[Sequence[int]]) -> None:
+        # The marks that each part is given: none for the input, all beliefs for the prior.
+        L = len(parents)
+        self._given = [(), *parents, (L,), tuple(range(L))]
         self._interpreter = fx.Interpreter(captured, garbage_collect_values=False)
         self.placeholders: list[fx.Node] = []
         self.marks: list[fx.Node] = []
@@ -110,8 +125,8 @@ class Parts:
         self.kept: dict[fx.Node, Any] = {}
 
     def run(self, k: int, inputs: Sequence[Any], *x: Tensor) -> Tensor:
-        """Part ``k``, at ``x``: one tensor, or the beliefs that a prior is given."""
-        given = self.marks[: len(x)] if k == self._L + 2 else self.marks[max(k - 1, 0) : k]
+        """Part ``k``, at ``x``: what its parents are, or the beliefs that a prior is given."""
+        given = [self.marks[p] for p in self._given[k]]
         values = dict(zip([*self.placeholders, *given], [*inputs, *x], strict=True))
         self._interpreter.env = values
         nodes = set(self._nodes[k])
@@ -303,40 +318,119 @@ class Graphed(NamedTuple):
         return self.function(*[given[k] for k in self.used])
 
 
+class _TracedLayer:
+    """A layer, the loss or the prior, in a graph that is being traced: what ``Layer`` is elsewhere."""
+
+    uncovered = None
+
+    def __init__(self, replay: Callable[..., Tensor], displacement: Any, has_leaves: bool) -> None:
+        self.replay, self.displacement, self.has_leaves = replay, displacement, has_leaves
+
+
+class _Masked:
+    """A displacement that is 0 until errors have reached its layer.
+
+    What is compiled may compute a displacement of 0 as the difference of two nearly equal numbers.
+    """
+
+    def __init__(self, displacement: Displacement, is_reached: Tensor) -> None:
+        self._displacement, self._is_reached = displacement, is_reached
+
+    def forward(self, *deltas: Tensor) -> tuple[Tensor, Any]:
+        moved, saved = self._displacement.forward(*deltas)
+        return torch.where(self._is_reached, moved, 0.0), saved
+
+    def backward(self, saved: Any, e: Tensor) -> Any:
+        return self._displacement.backward(saved, torch.where(self._is_reached, e, 0.0))
+
+
+class Traced(Network):
+    """A recorded network, made of the tensors that a graph is given while it is traced."""
+
+    def __init__(self, program: Program, given: Sequence[Any], is_masked: bool = False) -> None:
+        asked, L = program.asked, program.asked.L
+        held, self.eta, pi, is_reached, self.state = program.divided(given)
+        self._program, self.held = program, held
+        self.precision = pi[1:L] if asked.is_weighted else None
+        self.nodes = [Node(_no_function, parents) for parents in asked.parents]
+        self.free = set(asked.free)
+        self.asks_input, self.kept, self.arrived = program.asks_input, {}, None
+        self.vhat = [find(held, place) for place in program.vhat]
+        self.Loss, self.dLdy = find(held, program.Loss), find(held, program.dLdy)
+        inputs = program.inputs_of(held)
+        self.own = program.with_leaves(inputs)
+        self.layers = []
+        for l in range(1, L + 1):
+            d: Any = program.displacement(l, held) if asked.moving(l) else None
+            if d is not None and is_masked and l < L:
+                d = _Masked(d, is_reached[l])
+            has_leaves = bool(program.leaves_of[l])
+            self.layers.append(_TracedLayer(partial(self._replay, l), d, has_leaves))  # type: ignore[arg-type]
+        loss, prior = bool(program.leaves_of[L + 1]), bool(program.leaves_of.get(L + 2))
+        self.loss = _TracedLayer(partial(self._replay, L + 1), None, loss)  # type: ignore[assignment]
+        self.prior = None
+        if asked.has_prior:
+            self.prior = _TracedLayer(self._replay_prior, None, prior)  # type: ignore[assignment]
+
+    def _replay(self, l: int, *x: Tensor) -> Tensor:
+        program = self._program
+        drawn = [find(self.held, place) for place in program.drawn.get(l, [])]
+        with torch.enable_grad(), Watched(drawn) if drawn else nullcontext():
+            return program.parts.run(l, self.own, *x)
+
+    def _replay_prior(self, beliefs: list[Tensor]) -> Tensor:
+        return self._replay(self._program.asked.L + 2, *beliefs)
+
+    def energy(self, x: Sequence[Tensor] = (), moved: Collection[int] | None = None) -> Beliefs:
+        """The energy in the beliefs, which stand at ``x``."""
+        found = Beliefs(factors_of(self, self.precision), self.vhat, self.free)
+        if x:
+            found.stand_at([x_i.clone() for x_i in x])
+            found.moved = found.moved if moved is None else set(moved)
+        return found
+
+    def energy_in_errors(self) -> Errors:
+        """The energy in the errors, which stand at the state."""
+        found = Errors(factors_of(self, self.precision), self.vhat, self.free)
+        found.stand_at([e.clone() for e in self.state])
+        return found
+
+
+def _no_function(*x: Tensor) -> Tensor:
+    raise AssertionError("a traced layer is replayed")
+
+
 class Program:
     """The graphs of one captured call, compiled.
 
     ``feed_forward`` is given the inputs of the captured call, and returns more to be held. The other
     graphs are given all that is held, eta, the precisions, which layers are reached, and the state:
-    ``steps[level]`` moves the beliefs of layers ``level - 1`` and above, ``updates`` ends the call.
-    Where errors are relaxed, they are the state, and ``start`` takes those of given beliefs. Where
-    nothing is, ``backpropagate`` is all that there is.
+    a step moves it, ``updates`` ends the call. ``steps[j]`` is the step where the beliefs ``reach[j]``
+    have moved, and those above. Where errors are relaxed, they are the state, there is one step, and
+    ``start`` takes the errors of given beliefs. Where nothing is, ``backpropagate`` is all that there is.
     """
 
     def __init__(self, captured: fx.GraphModule, asked: Asked, options: dict[str, Any]) -> None:
-        self._parts, self.asked, self._options = Parts(captured, asked.L), asked, options
+        self.parts, self.asked, self._options = Parts(captured, asked.parents), asked, options
         L = asked.L
         # The layers whose updates are taken at vhat: the graph of the feed-forward pass serves.
         all_at_vhat = asked.update_at == "vhat"
-        self._at_vhat = [l for l in range(1, L + 1) if all_at_vhat or l < asked.lowest]
+        self._at_vhat = [l for l in range(1, L + 1) if all_at_vhat or not asked.moving(l)]
         self._lines: dict[int, Any] = {}
-        self._drawn: dict[int, list[Place]] = {}
+        self.drawn: dict[int, list[Place]] = {}
         # The inputs that require grad and that each layer, the loss and the prior use.
-        self._leaves_of: dict[int, list[int]] = {}
-        inputs = [node.meta["example_value"] for node in self._parts.placeholders]
-        values = [mark.meta["example_value"] for mark in self._parts.marks[: L + 1]]
+        self.leaves_of: dict[int, list[int]] = {}
+        inputs = [node.meta["example_value"] for node in self.parts.placeholders]
+        values = [mark.meta["example_value"] for mark in self.parts.marks[: L + 1]]
         with torch.no_grad(), tracing(None), values[0].fake_mode, enable_python_dispatcher():
             like = [torch.empty_like(x.detach()) for x in values]
-            if asked.backpropagates:
+            if asked.kind == "nothing":
                 self._compile_backpropagation(inputs, like)
-                del self._parts, self._held
+                del self.parts, self._held
                 return
             self._compile(inputs, like)
-        self.level_of = {
-            l: max(k for k in self.steps if k <= l) for l in range(asked.lowest, L + 1)
-        }
-        self.leaves = sorted({k for leaves in self._leaves_of.values() for k in leaves})
-        del self._parts, self._held, self._rest
+        self.leaves = sorted({k for leaves in self.leaves_of.values() for k in leaves})
+        del self.parts, self._held, self._rest
 
     def _compile(self, inputs: list[Any], like: list[Tensor]) -> None:
         asked, L = self.asked, self.asked.L
@@ -352,35 +446,37 @@ class Program:
         ]
         self.feed_forward = self._compiled(joint, inputs)
 
-        held = self._held.tensors
-        delta = [in_belief_dtype(torch.empty_like(x)) for x in like[:L]]
-        epsilon = [in_belief_dtype(torch.empty_like(x)) for x in like[1:]]
+        like = [in_belief_dtype(torch.empty_like(x)) for x in like]
+        x = [like[i] for i in asked.free]
         # One tensor for each layer, and not one for all: what is done in two layers is one kernel then.
-        numbers = [delta[-1].new_empty(()) for _ in range(L + 2)]
+        numbers = [like[L].new_empty(()) for _ in range(L + 2)]
         numbers += [torch.empty_like(x, dtype=torch.bool) for x in numbers[1:]]
+        given = [*self._held.tensors, *numbers]
+        self.reach = reach(asked)
         self.steps: dict[int, Graphed] = {}
-        if asked.relaxes_errors:
-            self._compile_relaxed_errors([*held, *numbers], delta[1:], epsilon[:-1])
-            return
-        starts = [asked.lowest] if asked.has_prior else levels(L, asked.lowest)
-        # Whether a step evaluates layers that no error has reached, whose errors are 0.
-        self.skips = len(starts) <= L - asked.lowest
-        for level in starts:
-            given = [*held, *numbers, *delta[level - 1 :]]
-            self.steps[level] = self._compiled(make_fx(partial(self._step, level))(*given), given)
-        before = [torch.empty_like(x) for x in delta if asked.update_at == "before"]
-        given = [*held, *numbers, *delta, *epsilon, *before]
-        self.updates = self._compiled(make_fx(self._updates)(*given), given)
+        state = x
+        if asked.kind == "errors":
+            self.start = self._traced(self._errors_of, given, x)
+            self.steps[len(self.reach) - 1] = self._traced(self._error_step, given, x)
+        else:
+            chosen = [len(self.reach) - 1] if asked.has_prior else levels(len(self.reach), L)
+            # Whether a step evaluates layers that no error has reached, whose errors are 0.
+            self.skips = len(chosen) < len(self.reach) - 1
+            for j in chosen:
+                self.steps[j] = self._traced(partial(self._step, j), given, x)
+            state = [*x, *like[1:], *(x if asked.update_at == "before" else [])]
+        self.updates = self._traced(self._updates, given, state)
 
-    def _compile_relaxed_errors(
-        self, before: list[Any], delta: list[Tensor], hidden: list[Tensor]
-    ) -> None:
-        functions = {self._errors_of: delta, self._error_step: hidden, self._updates: hidden}
-        self.start, step, self.updates = [
-            self._compiled(make_fx(function)(*before, *state), [*before, *state])
-            for function, state in functions.items()
-        ]
-        self.steps[self.asked.lowest] = step
+    def _traced(
+        self, function: Callable[..., list[Tensor]], given: list[Any], state: list[Tensor]
+    ) -> Graphed:
+        state = [torch.empty_like(x) for x in state]
+        return self._compiled(make_fx(function)(*given, *state), [*given, *state])
+
+    def step_of(self, k: int) -> tuple[Graphed, list[int], list[int]]:
+        """The step that may be taken after k steps, the beliefs that it moves, and the errors it takes."""
+        j = min([j for j in self.steps if j >= min(k, len(self.reach) - 1)])
+        return self.steps[j], *moves_of(self.asked, self.reach[j])
 
     def _compile_backpropagation(self, inputs: list[Any], like: list[Tensor]) -> None:
         tensors = [x for x in [*inputs, *like] if isinstance(x, Tensor)]
@@ -416,7 +512,7 @@ class Program:
 
     def _feed_forward(self, *given: Any) -> list[Tensor]:
         """Forward through all layers and the loss. Sets what the other graphs need to know."""
-        asked, parts, L = self.asked, self._parts, self.asked.L
+        asked, parts, L = self.asked, self.parts, self.asked.L
         count = len(parts.placeholders)
         inputs, errors = given[:count], dict(zip(self._at_vhat, given[count:], strict=True))
         held = self._held = Held(inputs)
@@ -432,9 +528,10 @@ class Program:
         X = parts.run(0, own)
         self.asks_input = X.requires_grad
         vhat = [X.detach()]
-        for l in range(1, L + 1):
-            x = vhat[-1].detach()
-            recorder = Recorder(x) if l >= asked.lowest else None
+        for l, parents in enumerate(asked.parents, start=1):
+            x = [vhat[p].detach() for p in parents]
+            moving = [a for p, a in zip(parents, x, strict=True) if p in asked.free]
+            recorder = Recorder(*moving) if moving else None
             with Watched() as watched, recorder or nullcontext():
                 output = self._evaluated(l, own, x)
             written |= watched.written
@@ -444,10 +541,13 @@ class Program:
                 except Uncovered as reason:
                     raise Uncovered(f"model[{l - 1}]: {reason}") from reason
                 places = [[held.place(x) for x in line.tensors] for line in displacement.lines]
-                self._lines[l] = displacement.result, displacement.lines, places
-            self._drawn[l] = [held.place(numbers) for numbers in watched.drawn]
+                self._lines[l] = displacement, places
+            self.drawn[l] = [held.place(numbers) for numbers in watched.drawn]
             if l in self._at_vhat:
-                found += self._found(l, output, own, x, errors[l])
+                asked_of = [own[k] for k in self.leaves_of[l]] + self._inputs_asked(l, x)
+                of_layer = gradient_of_small(output, asked_of, errors[l])
+                pairs = zip(of_layer, asked_of, strict=True)
+                found += [torch.zeros_like(y) if g is None else g for g, y in pairs]
             vhat.append(output.detach())
         prediction = vhat[-1].detach().requires_grad_()
         with torch.enable_grad(), Watched() as watched:
@@ -455,7 +555,7 @@ class Program:
         outside = {storage(x) for x in inputs if isinstance(x, Tensor)}
         if watched.drawn or watched.written & outside:
             raise Uncovered("LossFun draws random numbers or changes its buffers")
-        self._leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
+        self.leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
         dLdy = output_gradient(Loss, prediction)
         if asked.has_prior:
             beliefs = [in_belief_dtype(x).detach().requires_grad_() for x in vhat[:-1]]
@@ -464,12 +564,17 @@ class Program:
             check_scalar("prior", energy)
             if watched.drawn or watched.written & outside:
                 raise Uncovered("prior draws random numbers or changes its buffers")
-            self._leaves_of[L + 2] = _places(leaves_between(energy, beliefs), own)
+            self.leaves_of[L + 2] = _places(leaves_between(energy, beliefs), own)
         self._before = {
             k: held.place(clone) for k, clone in before.items() if storage(inputs[k]) in written
         }
         self._hold(vhat, Loss, dLdy)
         return [*held.tensors[count:], *found]
+
+    def _inputs_asked(self, l: int, x: Sequence[Tensor]) -> list[Tensor]:
+        """Those of layer l's inputs that are the model's, if its error is asked for."""
+        parents = self.asked.parents[l - 1]
+        return [a for p, a in zip(parents, x, strict=True) if p == 0 and self.asks_input]
 
     def _backpropagate(self, *given: Any) -> list[Tensor]:
         """Forward through all layers and the loss, and down again, from layer to layer.
@@ -477,7 +582,7 @@ class Program:
         After the inputs come the factors of the layers' errors and those of the beliefs' (``exact.py``).
         Returns what is to be held, the beliefs, the errors, the input's error and the updates.
         """
-        parts, L = self._parts, self.asked.L
+        parts, L = self.parts, self.asked.L
         count = len(parts.placeholders)
         inputs, c_epsilon, c_v = given[:count], given[count : count + L], given[count + L :]
         held = self._held = Held(inputs)
@@ -486,7 +591,7 @@ class Program:
         self.asks_input = X.requires_grad
         vhat, layers = [X.detach()], []
         for l in range(1, L + 1):
-            x = vhat[-1].detach()
+            x = [vhat[p].detach() for p in self.asked.parents[l - 1]]
             with SameDraws():
                 output = self._evaluated(l, own, x)
             layers.append((x, output))
@@ -494,31 +599,36 @@ class Program:
         prediction = vhat[-1].detach().requires_grad_()
         with torch.enable_grad(), SameDraws():
             Loss = check_loss(parts.run(L + 1, own, prediction))
-        leaves = self._leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
+        leaves = self.leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
         dLdy, *found = gradient([Loss], [prediction, *[own[k] for k in leaves]])
         if dLdy is None:
             raise independent_loss()
         self._hold(vhat, Loss, dLdy)
         updates: dict[int, Tensor] = {}
         _add(updates, leaves, found)
-        g: Tensor | None = dLdy
+        arriving: dict[int, Tensor] = {L: dLdy}
         v: list[Tensor] = []
         epsilon: list[Tensor] = []
         for l in range(L, 0, -1):
+            g = arriving.pop(l, None)
             of_belief = in_belief_dtype(torch.zeros_like(vhat[l]) if g is None else g)
             epsilon.insert(0, of_belief * c_epsilon[l - 1])
             v.insert(0, in_belief_dtype(vhat[l]) - of_belief * c_v[l - 1])
-            (x, output), leaves = layers[l - 1], self._leaves_of[l]
-            asked = [own[k] for k in leaves]
-            if l > 1 or self.asks_input:
-                asked.append(x)
-            found = [None] * len(asked) if g is None else gradient([output], asked, [g])
-            g = found[len(leaves)] if len(asked) > len(leaves) else None
+            if g is None:
+                continue
+            (x, output), leaves, parents = layers[l - 1], self.leaves_of[l], self.asked.parents[l - 1]
+            goes_on = [(p, a) for p, a in zip(parents, x, strict=True) if p > 0 or self.asks_input]
+            asked = [*[own[k] for k in leaves], *[a for _, a in goes_on]]
+            found = gradient([output], asked, [g])
             scaled = [None if y is None else _times(y, c_epsilon[l - 1]) for y in found]
             _add(updates, leaves, scaled[: len(leaves)])
+            for (p, _), of_p in zip(goes_on, found[len(leaves) :], strict=True):
+                if of_p is not None:
+                    arriving[p] = arriving[p] + of_p if p in arriving else of_p
         input_error = []
         if self.asks_input:
-            input_error = [_times(torch.zeros_like(vhat[0]) if g is None else g, c_epsilon[0])]
+            of_input = arriving.get(0, torch.zeros_like(vhat[0]))
+            input_error = [_times(of_input, c_epsilon[0])]
         # What the loss does not depend on has no update.
         self.leaves = sorted(updates)
         return [
@@ -529,157 +639,103 @@ class Program:
             *[updates[k] for k in self.leaves],
         ]
 
-    def _step(self, level: int, *given: Any) -> list[Tensor]:
-        """The beliefs of layers ``level - 1`` and above after a step, and the errors of it."""
-        asked, L = self.asked, self.asked.L
-        held, eta, pi, is_reached, rest = self._divided(given)
-        inputs = self._inputs_of(held)
-        delta = dict(zip(range(level - 1, L), rest, strict=True))
-        epsilon: dict[int, Tensor] = {}
-        moved: list[Tensor] = []
-        of_prior = self._of_prior(held, inputs, delta) if asked.has_prior else [None] * L
-        if level == 2 == asked.lowest:
-            epsilon[1] = -delta[1]
-        for l in range(level, L + 1):
-            displacement = self._displacement(l, held)
-            with outside_autocast(delta[l - 1].device):
-                d, saved = displacement.forward(delta[l - 1])
-            epsilon[l] = d - delta[l] if l < L else self._output_error(held, inputs, d)
-            if l < L and self.skips:
-                epsilon[l] = torch.where(is_reached[l], epsilon[l], 0.0)
-            with outside_autocast(delta[l - 1].device):
-                (arriving,) = displacement.backward(saved, self._weighted(epsilon[l], pi, l))
-            descended: Any = 0.0
-            for part in (arriving, of_prior[l - 1]):
-                descended = descended if part is None else descended + part
-            if l - 1 in epsilon:
-                descended = descended - self._weighted(epsilon[l - 1], pi, l - 1)
-            moved.append(delta[l - 1] - eta * descended)
-        return [*moved, *epsilon.values()]
+    def _step(self, j: int, *given: Any) -> list[Tensor]:
+        """The beliefs that move in a step where ``reach[j]`` have moved, and the errors of it."""
+        network = Traced(self, given, is_masked=self.skips)
+        energy = network.energy(network.state, self.reach[j])
+        _sweep(energy, network.eta)
+        moved, taken = moves_of(self.asked, self.reach[j])
+        epsilon = energy.epsilon
+        return [*[energy.x[i] for i in moved], *[epsilon[l] for l in taken]]
 
     def _errors_of(self, *given: Any) -> list[Tensor]:
         """The hidden errors of beliefs that have moved so far."""
-        held, _, _, _, delta = self._divided(given)
-        errors = [-delta[0]]
-        for l in range(2, self.asked.L):
-            with outside_autocast(delta[0].device):
-                d, _ = self._displacement(l, held).forward(delta[l - 2])
-            errors.append(d - delta[l - 1])
-        return errors
+        network = Traced(self, given)
+        energy = network.energy(network.state)
+        energy.retake()
+        return energy.epsilon[1:-1]
 
     def _error_step(self, *given: Any) -> list[Tensor]:
         """The hidden errors after a step."""
-        held, eta, _, _, hidden = self._divided(given)
-        _, saved, arriving = self._climb(held, self._inputs_of(held), hidden)
-        moved: list[Tensor] = []
-        g: Tensor | None = arriving
-        for l in range(self.asked.L - 1, 0, -1):
-            if g is not None:
-                with outside_autocast(g.device):
-                    (g,) = self._displacement(l + 1, held).backward(saved.pop(), g)
-            epsilon = hidden[l - 1]
-            moved.insert(0, epsilon - eta * (epsilon if g is None else epsilon - g))
-        return moved
-
-    def _climb(
-        self, held: Sequence[Any], inputs: Sequence[Any], hidden: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Any], Tensor]:
-        """How far beliefs 1..L-1 have moved with such errors, what each layer has saved for the way
-        down, and the output's error."""
-        delta, saved = [-hidden[0]], []
-        for l in range(2, self.asked.L + 1):
-            with outside_autocast(hidden[0].device):
-                d, of_layer = self._displacement(l, held).forward(delta[-1])
-            saved.append(of_layer)
-            if l < self.asked.L:
-                delta.append(d - hidden[l - 1])
-        return delta, saved, self._output_error(held, inputs, d)
+        network = Traced(self, given)
+        energy = network.energy_in_errors()
+        _sweep(energy, network.eta)
+        return energy.variables
 
     def _updates(self, *given: Any) -> list[Tensor]:
-        """The beliefs, the errors where they are taken at the end, the input's error, the updates."""
+        """The beliefs that move, the output's, the errors where they are taken at the end, the input's
+        error, the updates."""
         asked, L = self.asked, self.asked.L
-        held, _, pi, _, rest = self._divided(given)
-        inputs, vhat = self._inputs_of(held), [find(held, place) for place in self.vhat]
-        if asked.relaxes_errors:
-            moved, _, output_error = self._climb(held, inputs, rest)
-            rest = [torch.zeros_like(in_belief_dtype(vhat[0])), *moved, *rest, output_error]
-        delta = rest[:L]
-        epsilon: list[Any] = [None, *rest[L : 2 * L]]
-        v = [in_belief_dtype(x) + d for x, d in zip(vhat, delta, strict=False)]
-        at = v
-        if asked.update_at == "before":
-            before = rest[2 * L :]
-            at = [in_belief_dtype(x) + d for x, d in zip(vhat, before, strict=False)]
-        if asked.takes_errors and not asked.relaxes_errors:
-            for l in range(1, L + 1):
-                with outside_autocast(delta[0].device):
-                    d, _ = self._displacement(l, held).forward(delta[l - 1])
-                epsilon[l] = d - delta[l] if l < L else self._output_error(held, inputs, d)
-        errors: list[Any] = [None]
-        errors += [self._weighted(epsilon[l], pi, l) for l in range(1, L + 1)]
-        cut = [find(held, place) for place in self._cut]
-        rest = fx.Interpreter(self._rest).run(*cut, *[errors[l] for l in self._at_vhat])
-        updates: dict[int, Tensor] = {}
-        y, input_error = vhat[L], []
-        for l in range(1, L + 1):
-            leaves, output = self._leaves_of[l], vhat[L]
-            if l in self._at_vhat:
-                count = len(leaves) + (l == 1 and self.asks_input)
-                found, rest = rest[:count], rest[count:]
-                if l == 1 and self.asks_input:
-                    *found, of_input = found
-                    input_error = [of_input]
+        network = Traced(self, given)
+        count = len(asked.free)
+        energy: Energy
+        if asked.kind == "errors":
+            energy = network.energy_in_errors()
+        else:
+            energy = network.energy(network.state[:count])
+            if asked.takes_errors:
+                energy.retake()
             else:
-                if not leaves and not (l == L and self._leaves_of[L + 1]):
-                    continue
-                x = at[l - 1].to(vhat[l - 1].dtype).detach().requires_grad_()
-                drawn = [find(held, place) for place in self._drawn[l]]
-                own = self._leaves(inputs)
-                with torch.enable_grad(), Watched(drawn):
-                    output = self._parts.run(l, own, x)
-                found = self._found(l, output, own, x, errors[l])
-                y = output.detach()
-            _add(updates, leaves, found)
-        own = self._leaves(inputs)
-        if self._leaves_of[L + 1]:
-            y = y.detach().requires_grad_()
-            with torch.enable_grad():
-                Loss = self._parts.run(L + 1, own, y)
-            leaves = self._leaves_of[L + 1]
-            _add(updates, leaves, gradient([Loss], [own[k] for k in leaves]))
-        if asked.has_prior and self._leaves_of[L + 2]:
-            beliefs = [x.detach().requires_grad_() for x in v]
-            with torch.enable_grad():
-                energy = self._parts.run(L + 2, own, *beliefs)
-            leaves = self._leaves_of[L + 2]
-            _add(updates, leaves, gradient([energy], [own[k] for k in leaves]))
-        v.append(in_belief_dtype(vhat[L]).clone())
-        taken = epsilon[1:] if asked.takes_errors else []
+                for l, error in enumerate(network.state[count : count + L], start=1):
+                    factor = energy.output if l == L else energy.predictions[l]
+                    factor.error = error
+        v = at = energy.beliefs()
+        if asked.update_at == "before":
+            at, before = list(v), network.state[count + L :]
+            for i, d in zip(asked.free, before, strict=True):
+                at[i] = network.vhat[i] + d
+        weighted = energy.weighted
+        cut = [find(network.held, place) for place in self._cut]
+        rest = fx.Interpreter(self._rest).run(*cut, *[weighted[l] for l in self._at_vhat])
+
+        def of_layer(l: int, error: Tensor) -> OfLayer | None:
+            if l not in self._at_vhat:
+                return None
+            leaves = [network.own[k] for k in self.leaves_of[l]]
+            inputs = len(self._inputs_asked(l, [network.vhat[p] for p in asked.parents[l - 1]]))
+            mine = [rest.pop(0) for _ in range(len(leaves) + inputs)]
+            return OfLayer(leaves, mine[: len(leaves)], mine[len(leaves) :], network.vhat[l])
+
+        input_error, found = updates(network, at, weighted, v, of_layer)
+        place = {id(x): k for k, x in enumerate(network.own)}
+        by_place = {place[id(leaf)]: update for leaf, update in found.items()}
+        # What a layer does not depend on after all.
+        of_leaves = [
+            by_place[k] if k in by_place else torch.zeros_like(network.own[k]) for k in self.used
+        ]
+        taken = energy.epsilon[1:] if asked.takes_errors or asked.kind == "errors" else []
         return [
-            *v[asked.lowest - 1 :],
+            *[v[i] for i in asked.free],
+            v[L],
             *taken,
-            *input_error,
-            *[updates[k] for k in sorted(updates)],
+            *([input_error] if input_error is not None else []),
+            *of_leaves,
         ]
 
     # Parts of these.
 
-    def _evaluated(self, l: int, own: Sequence[Any], x: Tensor) -> Tensor:
+    @property
+    def used(self) -> list[int]:
+        """The inputs that have an update."""
+        return sorted({k for leaves in self.leaves_of.values() for k in leaves})
+
+    def _evaluated(self, l: int, own: Sequence[Any], x: Sequence[Tensor]) -> Tensor:
         """The output of layer l at ``x``, with its graph."""
-        x.requires_grad_(x.is_floating_point())
-        version = x._version
+        for a in x:
+            a.requires_grad_(a.is_floating_point())
+        versions = [a._version for a in x]
         with torch.enable_grad():
-            output = self._parts.run(l, own, x)
-            if x._version != version or not output.dtype.is_floating_point:
+            output = self.parts.run(l, own, *x)
+            if versions != [a._version for a in x] or not output.dtype.is_floating_point:
                 raise Uncovered(f"model[{l - 1}] is no function of its input")
             if output.is_leaf or output._is_view():
-                output = own_output(output, [x])
-        self._leaves_of[l] = _places(leaves_between(output, [x]), own)
+                output = own_output(output, x)
+        self.leaves_of[l] = _places(leaves_between(output, x), own)
         return output
 
     def _hold(self, vhat: Sequence[Tensor], Loss: Tensor, dLdy: Tensor) -> None:
         """Hold what a feed-forward pass has found, and what the captured call returns."""
-        held, parts = self._held, self._parts
+        held, parts = self._held, self.parts
         self.vhat = [held.place(x) for x in vhat]
         self.Loss, self.dLdy = held.place(Loss.detach().clone()), held.place(dLdy.detach())
         self.results = [
@@ -687,76 +743,96 @@ class Program:
             for result in parts.results
         ]
 
-    def _divided(self, given: Sequence[Any]) -> tuple[Any, Any, Any, Any, Any]:
+    def divided(self, given: Sequence[Any]) -> tuple[Any, Any, Any, Any, Any]:
         """What is held, eta, the precisions, which layers are reached, and the state."""
         a, L = len(self._held.tensors), self.asked.L
         b, c = a + L + 2, a + 2 * L + 3
         return given[:a], given[a], given[a + 1 : b], given[b:c], given[c:]
 
-    def _inputs_of(self, held: Sequence[Any]) -> list[Any]:
+    def inputs_of(self, held: Sequence[Any]) -> list[Any]:
         """The inputs as they were before the call."""
-        inputs = list(held[: len(self._parts.placeholders)])
+        inputs = list(held[: len(self.parts.placeholders)])
         for k, place in self._before.items():
             inputs[k] = find(held, place)
         return inputs
 
-    def _leaves(self, inputs: Sequence[Any]) -> list[Any]:
+    def with_leaves(self, inputs: Sequence[Any]) -> list[Any]:
         """Tensors that require grad where they should, and that may be written into."""
         own = list(inputs)
-        for leaves in self._leaves_of.values():
-            for k in leaves:
-                own[k] = inputs[k].detach().requires_grad_()
+        for k in self.used:
+            own[k] = inputs[k].detach().requires_grad_()
         for k in self._before:
             own[k] = inputs[k].clone()
         return own
 
-    def _displacement(self, l: int, held: Sequence[Any]) -> Displacement:
-        result, lines, places = self._lines[l]
+    def displacement(self, l: int, held: Sequence[Any]) -> Displacement:
+        """Layer l's, of tensors that are held."""
+        recorded, places = self._lines[l]
         lines = [
             line._replace(tensors=tuple([find(held, place) for place in of_line]))
-            for line, of_line in zip(lines, places, strict=True)
+            for line, of_line in zip(recorded.lines, places, strict=True)
         ]
-        return Displacement(lines, result, find(held, self.vhat[l]))
-
-    def _weighted(self, error: Tensor, pi: Sequence[Tensor], l: int) -> Tensor:
-        return error * pi[l] if self.asked.is_weighted else error
-
-    def _output_error(self, held: Sequence[Any], inputs: Sequence[Any], d: Tensor) -> Tensor:
-        """The loss's gradient where the prediction of the output has moved to."""
-        L = self.asked.L
-        vhat = find(held, self.vhat[L])
-        with torch.enable_grad():
-            prediction = (vhat.to(d.dtype) + d).to(vhat.dtype).detach().requires_grad_()
-            Loss = self._parts.run(L + 1, inputs, prediction)
-        (epsilon,) = gradient([Loss], [prediction])
-        return torch.zeros_like(d) if epsilon is None else epsilon.to(d.dtype)
-
-    def _of_prior(
-        self, held: Sequence[Any], inputs: Sequence[Any], delta: dict[int, Tensor]
-    ) -> Any:
-        vhat = [in_belief_dtype(find(held, place)) for place in self.vhat]
-        beliefs = [(vhat[l] + d).detach().requires_grad_() for l, d in delta.items()]
-        with torch.enable_grad():
-            energy = self._parts.run(self.asked.L + 2, inputs, *beliefs)
-        return gradient([energy], beliefs)
-
-    def _found(
-        self, l: int, output: Tensor, own: Sequence[Any], x: Tensor, error: Tensor
-    ) -> list[Tensor]:
-        """(df_l/dtheta_l)^T error for the leaves of layer l, and for the input where it is asked."""
-        asked = [own[k] for k in self._leaves_of[l]]
-        asked += [x] if l == 1 and self.asks_input else []
-        found = gradient_of_small(output, asked, error)
-        return [torch.zeros_like(y) if g is None else g for g, y in zip(found, asked, strict=True)]
+        vhat = find(held, self.vhat[l])
+        return Displacement(lines, recorded.result, vhat, recorded.count)
 
 
-def levels(L: int, lowest: int) -> list[int]:
-    """The lowest layers that steps begin at: ``lowest``, and some of those that errors reach first.
+def _sweep(energy: Energy, eta: Tensor) -> None:
+    """One step of a relaxation, as ``inference.relax`` makes it."""
+    rule = Descent(eta)
+    rule.begin(energy)
+    energy.sweep(rule.move, rule.down)
 
-    All of them in up to 10 layers; fewer in deeper models, as what they evaluate has to be compiled.
+
+class _Alike:
+    """A factor of which only it counts which beliefs it pulls at."""
+
+    def __init__(self, parents: tuple[int, ...], target: int | None) -> None:
+        self.parents, self.target, self.is_awake = parents, target, target is None
+        self.beliefs = frozenset([*parents, *([] if target is None else [target])])
+
+    def pulls(self, x: Sequence[Any], down: bool) -> Any:
+        for i in self.beliefs:
+            yield i, [(_nothing, 1.0)]
+
+
+_nothing = torch.zeros(())
+
+
+def reach(asked: Asked) -> list[frozenset[int]]:
+    """The beliefs that have moved after 0, 1, ... steps from the feed-forward pass, until all have."""
+    L = asked.L
+    factors = [_Alike(asked.moving(l), None if l == L else l) for l in range(L, 0, -1)]
+    energy = Beliefs(factors, [_nothing] * (L + 1), asked.free)
+    found = [frozenset[int]()]
+    while True:
+        energy.sweep(lambda i, parts: None)
+        if energy.moved == found[-1]:
+            return found
+        found.append(frozenset(energy.moved))
+
+
+def moves_of(asked: Asked, moved: frozenset[int]) -> tuple[list[int], list[int]]:
+    """The beliefs that a step moves where these have moved, and the layers whose errors it takes."""
+    L = asked.L
+    # A prior pulls at all.
+    taken = [
+        l
+        for l in range(1, L + 1)
+        if l == L or not moved.isdisjoint([l, *asked.moving(l)])
+    ]
+    pulled = {i for l in taken for i in [l, *asked.moving(l)] if i in asked.free}
+    return sorted(asked.free if asked.has_prior else pulled), taken
+
+
+def levels(count: int, L: int) -> list[int]:
+    """Of how far errors have reached, 0 to ``count - 1``, where steps are compiled for.
+
+    All in up to 10 layers, but for the last but one, whose step is nearly the last one's; fewer in deeper
+    models, as what they evaluate has to be compiled.
     """
-    apart = max(1, min(round(L * L / 80), (L + 2 - lowest) // 2))
-    return list(range(lowest, L + 1, apart))
+    apart = max(1, min(round(L * L / 80), count // 2))
+    last = count - 1
+    return [*range(last - 1 - apart, -1, -apart)][::-1] + [last]
 
 
 def inputs_of(graph: fx.GraphModule) -> list[fx.Node]:

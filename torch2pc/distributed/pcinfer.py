@@ -21,8 +21,8 @@ from torch2pc.distributed.exchange import Exchange, Peers
 from torch2pc.distributed.reductions import read_count, read_reduction
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.state import chained_to, modules_in
-from torch2pc.inference.strict import Callback
-from torch2pc.pcinfer import PCResult, chosen_algorithm
+from torch2pc.inference.relax import Callback
+from torch2pc.pcinfer import PCResult, check_arguments
 
 __all__ = ["PCInfer"]
 
@@ -141,18 +141,10 @@ def PCInfer(
         raise ValueError("group must be one that this process is in")
     peers = Peers(group)
     try:
-        algorithm = chosen_algorithm(
-            model,
-            LossFun,
-            X,
-            ErrType,
-            eta,
-            n,
-            vinit,
-            compile=compile,
-            update_at=update_at,
-            callback=callback,
+        asked = check_arguments(
+            model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback
         )
+        asked.warn(model)
         if isinstance(eta, str) and ErrType in ("Strict", "ErrorBased"):
             raise ValueError(
                 f"eta must be a number here, got {eta!r}, which would find another one on each rank"
@@ -185,7 +177,7 @@ def PCInfer(
 
     def summed(network: Network) -> Inference:
         network.arrived = exchange.arrived
-        found = algorithm(network)
+        found = asked.algorithm(network)
         updates, Loss = exchange.finish(found.updates, found.Loss)
         return found._replace(updates=updates, Loss=Loss)
 

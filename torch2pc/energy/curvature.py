@@ -1,12 +1,15 @@
-"""A step size that is safe for a relaxation, from the curvature of its energy.
+"""The curvature of the energy: the same energy made linear, and what is read off its Hessian.
+
+``linearised(energy)`` is an energy of the same factors, each with the derivative of its displacement where
+the variables are (Gauss and Newton: without the second derivatives of the layers). Its gradient at u is
+H u, so that the one sweep multiplies with the Hessian in beliefs and in errors alike.
 
 Gradient descent on F, x <- x - eta dF/dx, is stable where eta < 2 / lambda, with lambda the largest
 eigenvalue of F's Hessian. ``largest_eigenvalue`` estimates it from a few products of the Hessian with
-vectors, whichever relaxation they belong to, by the method of C. Lanczos (1950), which needs far fewer
-than repeated multiplication. ``safe_step`` is 1 / lambda, half of what would be stable: the
-estimate is one from below, and the curvature another one where the relaxation goes. Whoever takes
-that step still has to see that the energy has not risen in the end, and else to shorten it
-(``SHRINK``).
+vectors by the method of C. Lanczos (1950), which needs far fewer than repeated multiplication.
+``safe_step`` is 1 / lambda, half of what would be stable: the estimate is one from below, and the curvature
+another one where the relaxation goes. Whoever takes that step still has to see that the energy has not
+risen in the end.
 
 The first vector is the same pseudo-random one each time, and nothing is carried from call to call, so
 that the same call has the same step size whatever was called before it.
@@ -20,18 +23,114 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AUTO = "auto"
+from torch2pc.energy.energy import Beliefs, Energy
+from torch2pc.energy.factors import Displaced, Factor, Output, Prediction, Prior
+from torch2pc.graph.autograd import in_belief_dtype
+
 # Products with the Hessian, each of which costs as much as an iteration.
 PASSES = 4
-# What a step size is multiplied by if the energy has risen, and how often at most.
-SHRINK, MOST_TRIES = 0.25, 16
 
 Product = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
-def safe_step(product: Product, like: Sequence[Tensor], passes: int = PASSES) -> float:
-    """1 / lambda for the Hessian that ``product`` multiplies with; 1 where nothing curves."""
-    curvature = largest_eigenvalue(product, like, passes)
+def hessian(energy: Energy) -> Product:
+    """Multiplies with the Hessian of F where the energy stands, but for second derivatives of layers."""
+    linear = linearised(energy)
+
+    def product(u: list[Tensor]) -> Sequence[Tensor]:
+        linear.stand_at(u)
+        return linear.gradient()
+
+    return product
+
+
+@torch.no_grad()
+def linearised(energy: Energy) -> Energy:
+    """The energy whose gradient at u is H u."""
+    energy.settle()
+    factors = [_linear(factor, energy) for factor in energy.factors]
+    return type(energy)(factors, energy.vhat, energy.free)
+
+
+def _linear(factor: Factor, energy: Energy) -> Any:
+    if isinstance(factor, Prior):
+        prior, v = factor.prior, factor.given(energy.delta)
+        of_prior = second_derivative(lambda v: prior(v).reshape(()), v)
+        return _LinearPrior(of_prior, factor.beliefs)
+    assert isinstance(factor, Prediction | Output)
+    d, before = None, None
+    if factor.d is not None:
+        # Where no belief has moved, neither has the prediction.
+        is_asleep = isinstance(energy, Beliefs) and energy.moved.isdisjoint(factor.beliefs)
+        before = None if is_asleep else factor.displaced(energy.delta)[0]
+        at = [(energy.vhat[p], energy.delta[p]) for p in factor.parents]
+        own = energy.vhat[-1 if factor.target is None else factor.target]
+        d = _LinearDisplacement(factor.d, at, before, own.dtype)
+    if isinstance(factor, Prediction):
+        vhat = energy.vhat[factor.target]
+        return Prediction(d, factor.parents, factor.target, vhat, factor.precision)
+    y = in_belief_dtype(factor.vhat)
+    y = y if before is None else y + before
+    of_loss = second_derivative(lambda y: factor.loss(y[0]), [y])
+    return _LinearOutput(d, factor.parents, torch.zeros_like(y), of_loss)
+
+
+class _LinearDisplacement:
+    """The derivative of a displacement where its inputs have moved: ``at`` has (vhat, delta) of each.
+
+    ``before``: how far the output has moved there.
+    """
+
+    def __init__(
+        self,
+        d: Displaced,
+        at: Sequence[tuple[Tensor, Tensor]],
+        before: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._d, self._before = d, before
+        self._vhat, self._at = zip(*at, strict=True)
+        self._dtype = max([dtype, *[a.dtype for a in self._vhat]], key=lambda t: torch.finfo(t).eps)
+
+    def forward(self, *u: Tensor) -> tuple[Tensor, Any]:
+        """J u, and what ``backward`` needs."""
+        s = small_step(self._vhat, u, self._dtype)
+        moved, saved = self._d.forward(*[a + s * b for a, b in zip(self._at, u, strict=True)])
+        return (moved if self._before is None else moved - self._before) / s, saved
+
+    def backward(self, saved: Any, e: Tensor) -> Any:
+        """J^T e."""
+        return self._d.backward(saved, e)
+
+
+class _LinearOutput(Output):
+    """Half of u^T H u, with H the loss's Hessian in the outputs."""
+
+    def __init__(self, d: Any, parents: tuple[int, ...], zero: Tensor, of_loss: Product) -> None:
+        super().__init__(d, parents, zero, zero, zero, of_loss)  # type: ignore[arg-type]
+        self._of_loss = of_loss
+
+    def loss_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """H u as the error."""
+        return self.Loss, self._of_loss([y])[0]
+
+
+class _LinearPrior(Prior):
+    """Half of u^T H u, with H the prior's Hessian in the beliefs."""
+
+    def __init__(self, of_prior: Product, beliefs: frozenset[int]) -> None:
+        self._of_prior, self.beliefs = of_prior, beliefs
+
+    def gradient(self, x: Sequence[Any]) -> list[Tensor | None]:
+        """H u."""
+        return list(self._of_prior([x[i] for i in sorted(self.beliefs)]))
+
+
+def safe_step(energy: Energy, passes: int = PASSES) -> float:
+    """1 / lambda for the Hessian where the energy stands; 1 where nothing curves."""
+    if not energy.free:
+        return 1.0
+    curvature = largest_eigenvalue(hessian(energy), energy.variables, passes)
     return 1 / curvature if curvature > 0 else 1.0
 
 

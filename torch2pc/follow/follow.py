@@ -10,21 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_modules, check_no_transform
+from torch2pc.energy import Beliefs, Energy, Errors, Parts
+from torch2pc.energy.factors import Prior
 from torch2pc.follow.outlook import ClosedForm, Outlook, largest_stable, spectrum, wide
 from torch2pc.follow.record import Record
 from torch2pc.graph.autograd import add_updates, gradient, leaves_between
-from torch2pc.graph.layers import Layer, Network
+from torch2pc.graph.layers import Network
 from torch2pc.graph.state import Snapshot, Source, generators_in, generators_kept, modules_in
-from torch2pc.inference.equilibrium import Search
-from torch2pc.inference.error_based import ErrorRelaxation
+from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.fixed_pred import AUTO_ETA, error_factors
-from torch2pc.inference.strict import Relaxation, round_off
+from torch2pc.inference.relax import Relaxation
+from torch2pc.inference.steps import round_off
+from torch2pc.inference.strict import latent
 from torch2pc.latent import check_latent_arguments
 from torch2pc.pcinfer import check_arguments
 
@@ -95,18 +98,13 @@ def follow(
         >>> record.energies.shape  # after 0, 1, ... 60 iterations; of layers 0, 1 and 2
         torch.Size([61, 3])
     """
-    step, iterations = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at)
+    asked = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at)
 
     def walk(network: Network) -> Record:
-        if ErrType in ("Exact", "FixedPred"):
-            return _follow_closed_form(network, ErrType, step, iterations)
-        kinds: dict[str, Callable[..., Relaxation]]
-        kinds = {"Strict": Relaxation, "ErrorBased": ErrorRelaxation}
-        if ErrType == "Equilibrium":
-            relaxation: Relaxation = Search(network, vinit)
-        else:
-            relaxation = kinds[ErrType](network, step, vinit)
-        return _follow(relaxation, ErrType, iterations, update_at)
+        if ErrType not in RELAXATIONS:
+            return _follow_closed_form(network, ErrType, asked.eta, asked.n)
+        relaxation = RELAXATIONS[ErrType](network, asked.eta, vinit, update_at)
+        return _follow(relaxation, ErrType, asked.n)
 
     return _unchanged(walk, model, LossFun, X.detach(), Y)
 
@@ -152,11 +150,9 @@ def follow_latent(
     step, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
 
     def walk(network: Network) -> Record:
-        of_beliefs = None if prior is None else Layer(prior, "prior", network.devices, model=model)
-        relaxation = Relaxation(network, step, free_input=True, precision=pi, prior=of_beliefs)
-        return _follow(relaxation, "Latent", n, "v", takes_errors=True)
+        return _follow(latent(network, step, pi), "Latent", n)
 
-    return _unchanged(walk, model, LossFun, Xinit.detach(), Y, prior)
+    return _unchanged(walk, model, LossFun, Xinit.detach(), Y, free_input=True, prior=prior)
 
 
 def _unchanged(
@@ -165,16 +161,18 @@ def _unchanged(
     LossFun: Any,
     X: Tensor,
     Y: Any,
+    *,
+    free_input: bool = False,
     prior: Any = None,
 ) -> Record:
     """What ``walk`` returns; whatever it draws and changes is put back."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         with torch.inference_mode(False), torch.enable_grad():
-            return _unchanged(walk, model, LossFun, X, Y, prior)
+            return _unchanged(walk, model, LossFun, X, Y, free_input=free_input, prior=prior)
     check_no_transform()
     modules = modules_in(model, LossFun, prior)
     check_modules(modules_in(model, *[f for f in (LossFun, prior) if isinstance(f, nn.Module)]))
-    network = Network(model, LossFun, X, Y, modules)
+    network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
     sources: list[Source] = [
         *network.devices,
         *generators_in(LossFun, modules),
@@ -198,15 +196,12 @@ def _state_kept(before: Snapshot) -> Iterator[None]:
             raise failed
 
 
-def _follow(
-    relaxation: Relaxation, ErrType: str, n: int, update_at: str, takes_errors: bool = False
-) -> Record:
+def _follow(relaxation: Relaxation, ErrType: str, n: int) -> Record:
     """Run a relaxation and look at it after each step."""
-    network = relaxation.network
+    network, energy = relaxation.network, relaxation.energy
     with network.replaying():
-        contributions, _ = _backpropagate(network, relaxation.vhat, relaxation.dLdy)
-        relaxation.take_updates_at(update_at)
-        looking = _Looking(relaxation, contributions, takes_errors)
+        contributions, _ = _backpropagate(network)
+        looking = _Looking(relaxation, contributions)
         looking(0)
         relaxation.after_step = looking
         relaxation.run(n)
@@ -215,19 +210,58 @@ def _follow(
         at, row = looking.lowest, int(looking.row_of_lowest)
         has_steps = ErrType != "Equilibrium"
         stable_eta, outlook = None, None
-        if relaxation.free and has_steps:
-            stable_eta = largest_stable(relaxation, at)
-            outlook = spectrum(relaxation, at, row)
+        if energy.free and has_steps:
+            stable_eta = largest_stable(energy, at)
+            outlook = spectrum(energy, at, row, float(relaxation.rule.eta))
     return _record(
         network,
         ErrType,
         looking.rows_on_host(),
-        eta=float(relaxation.eta) if has_steps else None,
+        eta=float(relaxation.rule.eta) if has_steps else None,
         stable_eta=stable_eta,
         outlook=outlook,
         resolved=resolved,
-        dtype=relaxation.vhat[-1].dtype,
+        dtype=network.vhat[-1].dtype,
     )
+
+
+class Here(NamedTuple):
+    """What there is to know of the energy where a relaxation stands."""
+
+    errors: list[Any]
+    """None, epsilon_1..epsilon_L."""
+    Loss: Tensor
+    prior: Tensor | None
+    gradient: list[Tensor]
+    """F's gradient in the variables."""
+    arriving: list[Tensor]
+    """What arrives at each of them from above; at equilibrium, its error (times its precision)."""
+
+
+@torch.no_grad()
+def look(energy: Energy) -> Here:
+    """The energy and its gradient where it stands, and stays."""
+    of = energy.predictions
+    gradient = {i: torch.zeros_like(energy.x[i]) for i in energy.free}
+    arriving = {i: torch.zeros_like(energy.x[i]) for i in energy.free}
+    # What arrives at a belief is added to it, and subtracted from an error.
+    sign = -1.0 if isinstance(energy, Errors) else 1.0
+
+    def note(i: int, parts: Parts) -> None:
+        for part, c in parts:
+            gradient[i].add_(part, alpha=c)
+            if i not in of or part is not of[i].error:
+                arriving[i].add_(part, alpha=sign * c)
+
+    kept = energy.moved if isinstance(energy, Beliefs) else None
+    with energy.aside():
+        energy.sweep(note)
+        priors = [f.energy(energy.delta) for f in energy.factors if isinstance(f, Prior)]
+        errors, Loss = energy.epsilon, energy.output.Loss
+    if isinstance(energy, Beliefs) and kept is not None:
+        energy.moved = kept
+    prior = priors[0] if priors else None
+    return Here(errors, Loss, prior, list(gradient.values()), list(arriving.values()))
 
 
 class _Looking:
@@ -237,10 +271,9 @@ class _Looking:
         self,
         relaxation: Relaxation,
         contributions: list[dict[Tensor, Tensor]],
-        takes_errors: bool,
     ) -> None:
-        self._relaxation, self._takes_errors = relaxation, takes_errors
-        self._zero = _square(relaxation.Loss.new_zeros(()))
+        self._relaxation = relaxation
+        self._zero = _square(relaxation.network.Loss.new_zeros(()))
         self._leaves = [list(of_layer) for of_layer in contributions]
         # Those of backpropagation; a parameter that layers share has one.
         self._gradients: dict[Tensor, Tensor] = {}
@@ -265,9 +298,11 @@ class _Looking:
             self._delta = self._delta[:-1]
         del self._rows[k:]
         relaxation, L, zero = self._relaxation, len(self._relaxation.network.layers), self._zero
-        here = relaxation.here()
+        energy = relaxation.energy
+        here = look(energy)
         self.errors = here.errors
-        pi, first = relaxation.precision, L - len(here.gradient)
+        pi = {l: factor.precision for l, factor in energy.predictions.items()}
+        first = L - len(here.gradient)
         clamped = [zero] * first
         squares = list(enumerate(map(_square, here.errors[1:L]), start=1))
         prior = zero if here.prior is None else here.prior
@@ -277,13 +312,13 @@ class _Looking:
         arriving = [*clamped, *map(_square, here.arriving)]
         moves = [zero] * L
         if k > 0:
-            pairs = zip(relaxation.delta[first:], self._delta[-1], strict=True)
+            pairs = zip(energy.delta[first:L], self._delta[-1], strict=True)
             moves = [*clamped, *[_square(now - before) for now, before in pairs]]
         updates = self._of_updates() if k > 0 else [zero] * (3 * L)
         row = [*energies, *weighted, *gradients, *arriving, *moves, *updates]
         self._rows.append([number.to(zero) for number in row])
 
-        F, free = torch.stack(self._rows[-1][: L + 1]).sum(), relaxation.free
+        F, free = torch.stack(self._rows[-1][: L + 1]).sum(), energy.variables
         if k == 0:
             self._F, self.lowest = F, [x.clone() for x in free]
             self.row_of_lowest = torch.zeros_like(F)
@@ -293,7 +328,7 @@ class _Looking:
             self.row_of_lowest = torch.where(is_lower, float(k), self.row_of_lowest)
             pairs = zip(free, self.lowest, strict=True)
             self.lowest = [torch.where(is_lower.to(x.device), x, kept) for x, kept in pairs]
-        delta = [delta_l.clone() for delta_l in relaxation.delta[first:]]
+        delta = [delta_l.clone() for delta_l in energy.delta[first:L]]
         self._delta = [*self._delta[-1:], delta]
         if k == 0:
             self._start = self._F, self.lowest, self.row_of_lowest, self._delta
@@ -301,12 +336,11 @@ class _Looking:
     def _of_updates(self) -> list[Tensor]:
         """For each layer update . gradient, |update|^2 and |gradient|^2, over its parameters."""
         relaxation = self._relaxation
-        kept = relaxation.epsilon
-        if self._takes_errors:
-            relaxation.epsilon = self.errors
-        with torch.enable_grad():
-            _, updates = relaxation.updates()
-        relaxation.epsilon = kept
+        with relaxation.energy.aside():
+            if relaxation.takes_errors:
+                relaxation.energy.retake()
+            with torch.enable_grad():
+                _, updates = relaxation.updates()
         of_leaf = {}
         for leaf, g in self._gradients.items():
             update = updates.get(leaf)
@@ -336,26 +370,29 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(wide(x)) * y.to(wide(y))).sum()
 
 
-def _backpropagate(
-    network: Network, vhat: Sequence[Tensor], dLdy: Tensor
-) -> tuple[list[dict[Tensor, Tensor]], list[Tensor]]:
+def _backpropagate(network: Network) -> tuple[list[dict[Tensor, Tensor]], list[Tensor]]:
     """What each layer adds to the gradients of its parameters, and dLoss/dvhat_l for l = 0..L.
 
     One recorded layer after the other, so that nothing is drawn anew.
     """
-    error, errors = dLdy, [dLdy]
+    errors = [torch.zeros_like(vhat_l) for vhat_l in network.vhat]
+    errors[-1] = network.dLdy
     contributions: list[dict[Tensor, Tensor]] = []
-    for layer, a in zip(reversed(network.layers), reversed(vhat[:-1]), strict=True):
-        x = a.detach().requires_grad_(a.is_floating_point())
-        prediction = layer.replay(x)
-        leaves = leaves_between(prediction, [x])
-        asked = [*leaves, x] if x.requires_grad else leaves
-        found = gradient([prediction], asked, [error.to(prediction.dtype)])
-        arriving = found[len(leaves)] if x.requires_grad else None
-        error = torch.zeros_like(x) if arriving is None else arriving
+    for l in range(len(network.layers), 0, -1):
+        parents = network.nodes[l - 1].parents
+        x = [network.vhat[p].detach() for p in parents]
+        for a in x:
+            a.requires_grad_(a.is_floating_point())
+        prediction = network.layers[l - 1].replay(*x)
+        leaves = leaves_between(prediction, x)
+        inputs = [(p, a) for p, a in zip(parents, x, strict=True) if a.requires_grad]
+        asked = [*leaves, *[a for _, a in inputs]]
+        found = gradient([prediction], asked, [errors[l].to(prediction.dtype)])
+        for (p, _), arriving in zip(inputs, found[len(leaves) :], strict=True):
+            if arriving is not None:
+                errors[p] = errors[p] + arriving
         of_leaves = zip(leaves, found, strict=False)
         contributions.insert(0, {leaf: g.detach() for leaf, g in of_leaves if g is not None})
-        errors.insert(0, error)
     return contributions, errors
 
 
@@ -376,10 +413,10 @@ def _resolved(errors: Sequence[Tensor], v: Sequence[Tensor]) -> list[float]:
 
 def _follow_closed_form(network: Network, ErrType: str, eta: float | str, n: int) -> Record:
     """The rows of Exact, or of the iterations of FixedPred: multiples of the gradients."""
-    vhat, Loss, dLdy = network.record(free_input=False)
-    L = len(network.layers)
+    network.record()
+    vhat, Loss, L = network.vhat, network.Loss, len(network.layers)
     with network.replaying():
-        contributions, g = _backpropagate(network, vhat, dLdy)
+        contributions, g = _backpropagate(network)
     step = AUTO_ETA if isinstance(eta, str) else eta
     is_stepping = ErrType == "FixedPred"
     # The share of the gradient that is at layer l after k iterations, and the update's.

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch2pc.energy import Energy
 from torch2pc.energy.curvature import Product, largest_eigenvalue, tridiagonal
 from torch2pc.inference.fixed_pred import error_factors
-from torch2pc.inference.strict import Relaxation
 
 # Products with the Hessian from each of the two vectors.
 PASSES = 16
@@ -101,41 +101,43 @@ def _first(is_enough: Callable[[int], bool]) -> int | None:
     return 0 if above == 1 and is_enough(0) else above
 
 
-def largest_stable(relaxation: Relaxation, at: Sequence[Tensor]) -> float | None:
-    """2 / lambda where the relaxation's variables are ``at``; None where F is not finite.
+def largest_stable(energy: Energy, at: Sequence[Tensor]) -> float | None:
+    """2 / lambda where the energy's variables are ``at``; None where F is not finite.
 
-    The relaxation stands elsewhere afterwards. It waits for the device once.
+    The energy stands elsewhere afterwards. It waits for the device once.
     """
-    curvature = largest_eigenvalue(_hessian(relaxation, at), at, PASSES)
+    curvature = largest_eigenvalue(_hessian(energy, at), at, PASSES)
     if math.isnan(curvature):
         return None
     return 2 / curvature if curvature > 0 else math.inf
 
 
 @torch.no_grad()
-def spectrum(relaxation: Relaxation, at: Sequence[Tensor], row: int) -> Spectrum | None:
-    """The quadrature where the relaxation's variables are ``at``, to which it came after ``row`` steps."""
-    relaxation.stand_at([x.clone() for x in at])
-    g = relaxation.here().gradient
+def spectrum(
+    energy: Energy, at: Sequence[Tensor], row: int, eta: float
+) -> Spectrum | None:
+    """The quadrature where the energy's variables are ``at``, to which it came after ``row`` steps."""
+    energy.stand_at([x.clone() for x in at])
+    g = energy.gradient()
     largest = torch.stack([g_i.abs().max().to(g[0]) for g_i in g if g_i.numel()]).max()
     # Not squares of numbers that are very small.
     unit = torch.where(largest > 0, largest, 1.0)
-    T = tridiagonal(_hessian(relaxation, at), [g_i / unit.to(g_i) for g_i in g], PASSES)
+    T = tridiagonal(_hessian(energy, at), [g_i / unit.to(g_i) for g_i in g], PASSES)
     if T is None:
         return None
     theta, vectors = torch.linalg.eigh(T)
     found = Spectrum(tuple(theta.tolist()), tuple(vectors[0].square().tolist()), row)
-    return found if _comes_true(found, relaxation, at, float(relaxation.eta)) else None
+    return found if _comes_true(found, energy, at, eta) else None
 
 
-def _comes_true(found: Spectrum, relaxation: Relaxation, at: Sequence[Tensor], eta: float) -> bool:
+def _comes_true(found: Spectrum, energy: Energy, at: Sequence[Tensor], eta: float) -> bool:
     """Whether the gradient is as long after some steps from ``at`` as it should be."""
-    relaxation.stand_at([x.clone() for x in at])
-    start = g = relaxation.here().gradient
+    energy.stand_at([x.clone() for x in at])
+    start = g = energy.gradient()
     for _ in range(TRIED):
-        pairs = zip(relaxation.free, g, strict=True)
-        relaxation.stand_at([x - eta * g_i for x, g_i in pairs])
-        g = relaxation.here().gradient
+        pairs = zip(energy.variables, g, strict=True)
+        energy.stand_at([x - eta * g_i for x, g_i in pairs])
+        g = energy.gradient()
     lengths = torch.stack([_length(start), _length(g)]).tolist()
     known = {found.row: 1.0}
     foretold = found.distance(known, found.row + TRIED, eta)
@@ -145,11 +147,11 @@ def _comes_true(found: Spectrum, relaxation: Relaxation, at: Sequence[Tensor], e
     return abs(math.log(lengths[1] / lengths[0]) - decay) <= LEAST_OFF + SHARE_OFF * abs(decay)
 
 
-def _hessian(relaxation: Relaxation, at: Sequence[Tensor]) -> Product:
+def _hessian(energy: Energy, at: Sequence[Tensor]) -> Product:
     """Multiplies with F's Hessian at ``at``."""
-    beliefs = relaxation.vhat[-1 - len(at) : -1]
+    beliefs = [energy.vhat[i] for i in energy.free]
     # In half precision that is what limits the gradient, whatever it is held in.
-    eps = max([torch.finfo(x.dtype).eps for x in [*beliefs, relaxation.vhat[-1]]])
+    eps = max([torch.finfo(x.dtype).eps for x in [*beliefs, energy.vhat[-1]]])
     size = _length(beliefs)
     reach = eps ** (1 / 3) * torch.where(size > 0, size, 1.0)
 
@@ -159,8 +161,8 @@ def _hessian(relaxation: Relaxation, at: Sequence[Tensor]) -> Product:
         sides = []
         for step in (s, -s):
             pairs = zip(at, u, strict=True)
-            relaxation.stand_at([x + step.to(x) * u_i.to(x) for x, u_i in pairs])
-            sides.append(relaxation.here().gradient)
+            energy.stand_at([x + step.to(x) * u_i.to(x) for x, u_i in pairs])
+            sides.append(energy.gradient())
         return [(a - b) / (2 * s).to(a) for a, b in zip(*sides, strict=True)]
 
     return product

@@ -30,6 +30,7 @@ from torch2pc.displacement.recorder import (
 from torch2pc.graph.autograd import (
     Graph,
     check_loss,
+    check_scalar,
     ends_flat,
     in_belief_dtype,
     leaves_between,
@@ -193,6 +194,10 @@ class Layer:
                     self.displacement = reevaluation()
                 self.is_replayable(before, *x)
 
+    def forget(self) -> None:
+        """Let go of the displacement and of all that it holds."""
+        self.__dict__.pop("displacement", None)
+
     def is_replayable(self, output: Tensor, *x: Any) -> bool:
         """Whether a replay at the same input gives the same output; the first time, it says if not.
 
@@ -236,34 +241,70 @@ class Layer:
         return nullcontext() if self._buffers is None else self._buffers.swapped_in()
 
 
+class Node(NamedTuple):
+    """A layer: a function of the beliefs at ``parents``, which predicts the belief at its place.
+
+    Place 0 is the input, and the node at place i is entry i - 1 of a model's nodes.
+    """
+
+    function: Callable[..., Tensor]
+    parents: tuple[int, ...]
+
+
+def nodes_of(model: nn.Module) -> list[Node]:
+    """The layers of a model, each after its parents: in an ``nn.Sequential`` the one before it."""
+    return [Node(item, (l,)) for l, item in enumerate(model._modules.values())]  # type: ignore[arg-type]
+
+
 class Network:
-    """The layers of a model, its loss, and the data: all that the algorithms work on."""
+    """The layers of a model, its loss, and the data: all that the algorithms work on.
+
+    ``free_input``: whether the belief at the input moves with the others. ``prior``: what a relaxation
+    adds to the energy of its beliefs.
+    """
+
+    vhat: list[Tensor]
+    """The feed-forward values, once they have been recorded."""
+    Loss: Tensor
+    dLdy: Tensor
 
     def __init__(
         self,
-        model: nn.Sequential,
+        model: nn.Module,
         LossFun: Callable[[Tensor, Any], Tensor],
         X: Tensor,
         Y: Any,
         modules: list[nn.Module] | None = None,
+        *,
+        free_input: bool = False,
+        prior: Callable[[list[Tensor]], Tensor] | None = None,
     ) -> None:
-        modules = modules_in(model, LossFun) if modules is None else modules
+        modules = modules_in(model, LossFun, prior) if modules is None else modules
         devices = devices_of(modules, X)
         self.model, self.X, self.Y, self.devices = model, X, Y, devices
+        # Whether the error that arrives at the input is asked for.
+        self.asks_input = X.requires_grad
         self.modules = modules
+        self.nodes = nodes_of(model)
         writes = _any_in_place(modules)
         self.layers = [
-            Layer(item, l, devices, writes and _may_write_input(item), model=model)
-            for l, item in enumerate(model._modules.values())
+            Layer(node.function, l, devices, writes and _may_write_input(node.function), model=model)
+            for l, node in enumerate(self.nodes)
         ]
         writes_output = writes and _may_write_input(LossFun)
         self.loss = Layer(LossFun, "LossFun", devices, writes_output, others=(Y,), model=model)
-        # All that can be replayed; a prior is added to it.
-        self.functions = [*self.layers, self.loss]
-        self.first: tuple[Tensor, Tensor] | None = None
+        self.prior = None if prior is None else Layer(prior, "prior", devices, model=model)
+        self.free = set(range(0 if free_input else 1, len(self.nodes)))
+        """The places whose beliefs move. The output's does not: the target has taken its place."""
+        self.kept: dict[int, tuple[list[Tensor], Tensor]] = {}
+        """The inputs and the output, with the graph between them, of layers none of whose parents moves."""
         # Told of each parameter's update as soon as it is there, and once more if it changes.
         self.arrived: Callable[[Tensor, Tensor], None] | None = None
         self._stand_in: nn.Module | None = None
+
+    def moving(self, l: int) -> tuple[int, ...]:
+        """The parents of layer l whose beliefs move."""
+        return tuple([p for p in self.nodes[l - 1].parents if p in self.free])
 
     def feed_forward(self, from_X: bool = False) -> Graph:
         """One forward pass, with its autograd graph; ``from_X``: which goes on into what made X."""
@@ -271,42 +312,45 @@ class Network:
         vhat = [self.X.clone() if from_X else _input_copy(self.X)]
 
         def walk(x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = layer(x)
+            values = [x]
+            for layer, node in zip(self.layers, self.nodes, strict=True):
+                x = layer(*[values[p] for p in node.parents])
                 if not x.requires_grad:
                     # No parameters so far, or frozen ones, on an input that needs no gradient.
                     x = x.detach().requires_grad_()
-                vhat.append(x)
+                values.append(x)
+            vhat.extend(values[1:])
             return x
 
-        vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
-        Loss = check_loss(self.loss(vhat[-1]))
-        return Graph(vhat, Loss)
+        output = self._through_hooks_of_model(walk, vhat[0])
+        vhat[-1] = output
+        return Graph(vhat, check_loss(self.loss(output)))
 
-    def record(self, free_input: bool) -> tuple[list[Tensor], Tensor, Tensor]:
-        """One forward pass without a graph across layers; returns vhat, Loss and dLdy, detached.
+    def record(self) -> None:
+        """One forward pass without a graph across layers, which sets vhat, Loss and dLdy, detached.
 
-        After it each layer, and the loss, can be replayed, and each layer whose input moves has a
-        displacement. Layer 1's does not move unless ``free_input``: its evaluation is the only one
-        that it needs, so that its input and output stay in ``first``, with the graph between them,
-        if anything needs its gradient.
+        After it each layer, the loss and the prior can be replayed, and each layer of which a parent
+        moves has a displacement. One of which none does needs no other evaluation: its inputs and its
+        output are ``kept``, if anything needs its gradient.
         """
-        vhat = [_input_copy(self.X)]
+        vhat = self.vhat = [_input_copy(self.X)]
 
         def walk(x: Tensor) -> Tensor:
             vhat[0] = x.detach()  # a pre-hook of the model may have changed it
-            for layer in self.layers:
-                x = x.detach().requires_grad_(x.is_floating_point())
+            for l, (layer, node) in enumerate(zip(self.layers, self.nodes, strict=True), start=1):
                 # With gradients on, as in every replay: under no_grad some modules take another
                 # path, and autocast would cache weights that are cut off from the graph.
-                moves = free_input or len(vhat) > 1
-                output = layer.record(x, moving=[x] if moves else [])
-                if not moves and (layer.has_leaves or self.X.requires_grad):
-                    self.first = x, output
-                x = output.detach()
-                vhat.append(x)
+                given = [vhat[p].detach() for p in node.parents]
+                for a in given:
+                    a.requires_grad_(a.is_floating_point())
+                pairs = zip(node.parents, given, strict=True)
+                moving = [a for p, a in pairs if p in self.free]
+                output = layer.record(*given, moving=moving)
+                if not moving and (layer.has_leaves or self.asks_input):
+                    self.kept[l] = given, output
+                vhat.append(output.detach())
                 del output  # and its graph, before the next layer makes its own
-            return x
+            return vhat[-1]
 
         output = self._through_hooks_of_model(walk, vhat[0])
         if output.data_ptr() != vhat[-1].data_ptr():
@@ -317,7 +361,19 @@ class Network:
         prediction = vhat[-1].detach().requires_grad_()
         Loss = check_loss(self.loss.record(prediction))
         self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_())
-        return vhat, Loss.detach().clone(), output_gradient(Loss, prediction)
+        self.Loss, self.dLdy = Loss.detach().clone(), output_gradient(Loss, prediction)
+        if self.prior is not None:
+            beliefs = self._beliefs_of_prior()
+            energy = self.prior.record(beliefs)
+            check_scalar("prior", energy)
+            self.prior.is_replayable(energy.detach(), self._beliefs_of_prior())
+
+    def _beliefs_of_prior(self) -> list[Tensor]:
+        return [in_belief_dtype(x).detach().requires_grad_() for x in self.vhat[:-1]]
+
+    def loss_at(self, y: Tensor) -> Tensor:
+        """The recorded loss at the output ``y``, with its graph."""
+        return self.loss.replay(y.to(self.vhat[-1].dtype)).reshape(())
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``walk(x)`` in the place of the model's forward, between the hooks of the container."""
@@ -342,7 +398,8 @@ class Network:
 
         No others than those that a layer drew from: another thread may be drawing from the rest.
         """
-        return generators_kept({s for function in self.functions for s in function.drawn_sources})
+        functions = [*self.layers, self.loss, *([] if self.prior is None else [self.prior])]
+        return generators_kept({s for function in functions for s in function.drawn_sources})
 
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

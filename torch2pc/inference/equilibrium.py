@@ -26,12 +26,13 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from torch2pc.compiled.calls import run_plainly
 from torch2pc.displacement.recorder import Displacement
+from torch2pc.energy import Errors
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.warn import warn_caller
-from torch2pc.inference.error_based import ErrorRelaxation
-from torch2pc.inference.strict import Callback, relax
+from torch2pc.inference.error_based import errors_of, place_of
+from torch2pc.inference.relax import Relaxation
+from torch2pc.inference.steps import Descent
 
 # How many steps the approximation of the Hessian remembers.
 PAIRS = 8
@@ -51,29 +52,13 @@ _mixing: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 
 
 def equilibrium(
-    network: Network,
-    eta: Any,
-    n: int,
-    vinit: Sequence[Any] | None,
-    compile: bool,
-    update_at: str,
-    callback: Callback | None = None,
-) -> Inference:
-    """Infer by at most ``n`` evaluations of F, from the errors of ``vinit`` or else from 0."""
-    search = Search(network, vinit)
-    if compile:
-        run_plainly(network.model, "Equilibrium's search is not compiled")
-    found = relax(search, n, update_at, "Equilibrium", callback)
-    far = search.distance > FAR
-    if 2 * int(far.sum()) > len(far) and network.model not in _warned:
-        _warned.add(network.model)
-        warn_caller(
-            f"Equilibrium stopped after n={n} evaluations while the energy's gradient was above "
-            f"{FAR:.0%} of the errors in {int(far.sum())} of {len(far)} examples (the median is "
-            f"{search.distance.median().item():.0%}); a larger n comes closer, unless they lie where "
-            "a unit switches"
-        )
-    return found._replace(distance=search.distance, evaluations=search.evaluations)
+    network: Network, eta: Any, vinit: Sequence[Any] | None = None, update_at: str = "v"
+) -> Search:
+    """The search for a batch, from the errors of the beliefs ``vinit`` or else from 0.
+
+    ``eta`` has no use here.
+    """
+    return Search(network, errors_of(network, vinit), place_of(update_at))
 
 
 class Point(NamedTuple):
@@ -89,24 +74,26 @@ class Point(NamedTuple):
         return Point(*[torch.where(chosen[:, None], mine, its) for mine, its in pairs])
 
 
-class Search(ErrorRelaxation):
+class Search(Relaxation):
     """The minimisation; after ``run`` the errors and the beliefs are those that it came to.
 
     Within it the errors of all layers are one matrix, with a row for each separate problem.
     """
 
-    def __init__(self, network: Network, vinit: Sequence[Any] | None = None) -> None:
-        super().__init__(network, 0.0, vinit)
-        hidden = self.epsilon[1:-1]
-        self._shapes = [e.shape for e in hidden]
-        self._dtype = max((e.dtype for e in self.epsilon[1:]), key=lambda dtype: dtype.itemsize)
+    energy: Errors
+
+    def __init__(self, network: Network, energy: Errors, update_at: str = "v") -> None:
+        super().__init__(network, energy, Descent(0.0), update_at)
+        self._shapes = [e.shape for e in energy.variables]
+        errors = self.epsilon[1:]
+        self._dtype = max((e.dtype for e in errors), key=lambda dtype: dtype.itemsize)
         # In half precision that is what limits the gradient, whatever the errors are held in.
         self._eps = torch.finfo(self.vhat[-1].dtype).eps
-        sizes = {len(e) if e.dim() else 1 for e in self.epsilon[1:]}
+        sizes = {len(e) if e.dim() else 1 for e in errors}
         self._rows = max(sizes.pop(), 1) if len(sizes) == 1 else 1
         self.evaluations = 0
         """How often F and its gradient were evaluated."""
-        self.distance = self.epsilon[-1].new_zeros(self._rows)
+        self.distance = errors[-1].new_zeros(self._rows)
         """For each row the gradient's size at the last evaluation, in units of the errors."""
 
     @torch.no_grad()
@@ -114,10 +101,8 @@ class Search(ErrorRelaxation):
         """Evaluate F at most ``n`` times. It waits for the device each time, to know when to stop."""
         if not self._shapes:
             return
-        if self._vinit is not None:
-            self._take_hidden_errors(self.epsilon)
         at = self._first_point()
-        lowest = self._energy().sum(), at.epsilon
+        lowest = self.energy.terms().sum(), at.epsilon
         history, step = History(), -at.gradient
         for self.evaluations in range(1, n + 1):
             # Squares of small errors would underflow: all is measured in units of the row's largest.
@@ -132,7 +117,7 @@ class Search(ErrorRelaxation):
             # After the last evaluation it only matters whether to take the step: a pass up tells.
             is_last = self.evaluations == n
             trial = self._evaluate(at.epsilon + step, with_gradient=not is_last)
-            if bool((F := self._energy().sum()) < lowest[0]):
+            if bool((F := self.energy.terms().sum()) < lowest[0]):
                 lowest = F, trial.epsilon
             slope, (rise, terms) = dot(gradient, step / unit), self._rise(at, trial, unit)
             falls = rise <= LEAST_FALL * slope + 4 * self._eps * terms
@@ -151,25 +136,41 @@ class Search(ErrorRelaxation):
             )
         self._move_to(at.epsilon)
         # How the loss changes is not found exactly where the loss itself has kinks.
-        if bool(self._energy().sum() > lowest[0] + 8 * self._eps * lowest[0].abs()):
+        if bool(self.energy.terms().sum() > lowest[0] + 8 * self._eps * lowest[0].abs()):
             self._move_to(lowest[1])
             if self.after_step is not None:
                 self.after_step(max(1, self.evaluations))
-        self.epsilon[1:-1] = [
-            e.clone(memory_format=torch.contiguous_format) for e in self.epsilon[1:-1]
-        ]
-        self._saved = None
+        own = [e.clone(memory_format=torch.contiguous_format) for e in self.energy.variables]
+        self.energy.stand_at(own)
+
+    def _warn_if_far(self) -> None:
+        """Say, once for each model, if most of the examples are far from equilibrium."""
+        far, n = self.distance > FAR, self.evaluations
+        if 2 * int(far.sum()) > len(far) and self.network.model not in _warned:
+            _warned.add(self.network.model)
+            warn_caller(
+                f"Equilibrium stopped after n={n} evaluations while the energy's gradient was above "
+                f"{FAR:.0%} of the errors in {int(far.sum())} of {len(far)} examples (the median is "
+                f"{self.distance.median().item():.0%}); a larger n comes closer, unless they lie where "
+                "a unit switches"
+            )
+
+    def result(self) -> Inference:
+        """What was found, and how far it came."""
+        self._warn_if_far()
+        found = super().result()
+        return found._replace(distance=self.distance, evaluations=self.evaluations)
 
     def _first_point(self) -> Point:
         """The first evaluation, and whether the examples are separate problems."""
-        displacements = [layer.displacement for layer in self.network.layers[1:]]
+        displacements = [factor.d for factor in self.energy.factors if factor.d is not None]
         known = _mixing.setdefault(self.network.model, {})
         key = None
         if all([isinstance(displacement, Displacement) for displacement in displacements]):
-            key = hash(tuple([displacement.key for displacement in displacements]))  # type: ignore[union-attr]
+            key = hash(tuple([displacement.key for displacement in displacements]))
         if key is not None and known.get(key):
             self._rows = 1
-        errors = self.epsilon[1:-1]
+        errors = self.energy.variables
         at = self._evaluate(self._joined(errors))
         if self._rows == 1:
             return at
@@ -186,27 +187,25 @@ class Search(ErrorRelaxation):
     def _loss_mixes(self) -> bool:
         """Whether the loss's gradient for an example changes with the outputs for others."""
         chosen, drawn = self._some()
-        size = self.output.square().mean().sqrt()
-        moved = self.output + torch.where(chosen, drawn * torch.where(size > 0, size, 1.0), 0.0)
-        before, (_, after) = self.epsilon[-1], self._loss_and_gradient(moved)
+        output = self.energy.output
+        size = output.y.square().mean().sqrt()
+        moved = output.y + torch.where(chosen, drawn * torch.where(size > 0, size, 1.0), 0.0)
+        before, (_, after) = output.error, output.loss_gradient(moved)
         change = torch.where(chosen, 0.0, after - before).abs().max()
         return not bool(change <= self._eps**0.5 * before.abs().max())
 
     def _layers_mix(self) -> bool:
         """Whether an error of the outputs of some examples arrives at others."""
         chosen, drawn = self._some()
-        self.climb()
-        self.epsilon[-1] = torch.where(chosen, drawn, 0.0)
-        mixes = False
-        for _, g_l in self.arriving():
-            if g_l is not None:
-                mixes = mixes or bool(g_l[~chosen.flatten()].any())
-        return mixes
+        self.energy.settle()
+        self.energy.output.error = torch.where(chosen, drawn, 0.0)
+        arriving = [g for _, g in self.energy.descend() if g is not None]
+        return any([bool(g[~chosen.flatten()].any()) for g in arriving])
 
     def _some(self) -> tuple[Tensor, Tensor]:
         """Which half of the examples to try, shaped like the outputs, and numbers for each output."""
         generator = torch.Generator("cpu").manual_seed(0)
-        like = self.output
+        like = self.energy.output.y
         order = torch.randperm(self._rows, generator=generator, device="cpu")
         chosen = (order < (self._rows + 1) // 2).reshape(-1, *[1] * (like.dim() - 1))
         drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu")
@@ -214,9 +213,9 @@ class Search(ErrorRelaxation):
 
     def _evaluate(self, epsilon: Tensor, with_gradient: bool = True) -> Point:
         self._move_to(epsilon)
-        y, gradient = self.output.reshape(self._rows, -1), epsilon
+        y, gradient = self.energy.output.y.reshape(self._rows, -1), epsilon
         if with_gradient:
-            gradient = epsilon - self._joined(self.all_arriving())
+            gradient = self._joined(self.energy.gradient())
         return Point(epsilon, gradient, y)
 
     def _rise(self, at: Point, trial: Point, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +227,8 @@ class Search(ErrorRelaxation):
         rise, terms = dot(step, mean), norm(step) * norm(mean)
         y, d = norm(at.y / unit), trial.y - at.y
         for place, weight in NODES:
-            _, e = self._loss_and_gradient((at.y + place * d).reshape(self.output.shape))
+            y_between = (at.y + place * d).reshape(self.vhat[-1].shape)
+            _, e = self.energy.output.loss_gradient(y_between)
             e = e.reshape(self._rows, -1) / unit
             rise = rise + weight * dot(e, d / unit)
             terms = terms + weight * norm(e) * y  # as y is rounded, d is off by that of y
@@ -242,8 +242,9 @@ class Search(ErrorRelaxation):
     def _move_to(self, epsilon: Tensor) -> None:
         """Let the errors be these, and the beliefs follow."""
         sizes = [shape.numel() // self._rows for shape in self._shapes]
-        parts = zip(torch.split(epsilon, sizes, dim=1), self._shapes, self.free, strict=True)
-        self.stand_at([part.reshape(shape).to(e) for part, shape, e in parts])
+        now = self.energy.variables
+        parts = zip(torch.split(epsilon, sizes, dim=1), self._shapes, now, strict=True)
+        self.energy.stand_at([part.reshape(shape).to(e) for part, shape, e in parts])
 
 
 class History:

@@ -11,26 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch2pc.compiled.calls import Backpropagation
 from torch2pc.graph.autograd import in_belief_dtype, own
 from torch2pc.graph.layers import Inference, Network, detached
 
 
-def exact(
-    network: Network, eta: Any, n: Any, vinit: Any, compile: bool, update_at: Any
-) -> Inference:
-    """Infer by one forward and one backward pass; eta, n and their like have no use here."""
-    ones = [1.0] * len(network.layers)
-    return weighted_backpropagation(network, ones, ones, compile)
+def exact_factors(L: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Those of Exact's errors and beliefs, for ``weighted_backpropagation``: the gradients themselves."""
+    return [1.0] * L, [1.0] * L
 
 
 def weighted_backpropagation(
-    network: Network, c_epsilon: Sequence[float], c_v: Sequence[float], compile: bool = False
+    network: Network, c_epsilon: Sequence[float], c_v: Sequence[float]
 ) -> Inference:
     """Errors and beliefs that are multiples of the gradients g_l = dLoss/dvhat_l:
 
@@ -38,19 +33,6 @@ def weighted_backpropagation(
 
     The update of layer l's parameters is c_epsilon[L-l] times their gradient.
     """
-    if compile:
-        call = Backpropagation(network, c_epsilon, c_v)
-        if (found := call.infer()) is not None:
-            return found
-        inference = _weighted_backpropagation(network, c_epsilon, c_v)
-        call.explain()
-        return inference
-    return _weighted_backpropagation(network, c_epsilon, c_v)
-
-
-def _weighted_backpropagation(
-    network: Network, c_epsilon: Sequence[float], c_v: Sequence[float]
-) -> Inference:
     graph, L = network.feed_forward(), len(c_epsilon)
     # c[l] is layer l's; the input's error arrives through layer 1, and the loss's own parameters
     # get their gradient as it is.

@@ -20,16 +20,14 @@ the round-off of subtracting two nearly equal tensors, v_l and vhat_l.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 from torch import nn
 
-from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.warn import warn_caller
-from torch2pc.inference.exact import weighted_backpropagation
 
 # A share of the gradient that this is less than, an optimizer's epsilon and round-off take for none.
 LEAST_SHARE = 1e-6
@@ -41,14 +39,14 @@ AUTO_ETA = 1.0
 _warned: WeakSet[nn.Module] = WeakSet()
 
 
-def warn_of_short_inference(model: nn.Sequential, eta: float | str, n: int) -> None:
+def warn_of_short_inference(model: nn.Module, eta: float | str, n: int) -> None:
     """Say, the first time for a model, which layers' updates the errors hardly reach.
 
     Less than ``LEAST_SHARE`` of the gradient arrives there. At least half arrives everywhere after
     n >= 1 + (L-1)/eta iterations, the median of that coin's number of heads. With Strict no more
     arrives at first, and less later on, as its predictions follow the beliefs.
     """
-    L = len(model)
+    L = len(model._modules)
     given = eta
     if isinstance(eta, str):
         eta = AUTO_ETA  # Strict's is not known yet, and brings no more
@@ -58,7 +56,9 @@ def warn_of_short_inference(model: nn.Sequential, eta: float | str, n: int) -> N
     short = [
         l
         for l, item in enumerate(model._modules.values(), start=1)
-        if abs(share[l - 1]) < LEAST_SHARE and any(p.requires_grad for p in item.parameters())
+        if item is not None
+        and abs(share[l - 1]) < LEAST_SHARE
+        and any(p.requires_grad for p in item.parameters())
     ]
     if not short:
         return
@@ -77,16 +77,15 @@ def warn_of_short_inference(model: nn.Sequential, eta: float | str, n: int) -> N
     )
 
 
-def fixed_pred(
-    network: Network, eta: float | str, n: int, vinit: Any, compile: bool, update_at: Any
-) -> Inference:
-    """Infer by the closed form of ``n`` iterations; vinit and update_at have no use here."""
-    L = len(network.layers)
+def fixed_pred_factors(
+    eta: float | str, n: int, L: int
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Those of the errors and beliefs after ``n`` iterations, for ``weighted_backpropagation``."""
     if isinstance(eta, str):
         eta = AUTO_ETA
     # epsilon is that of the n-th iteration, computed before the n-th update of v; v_L is not moved.
     before, after = error_factors(eta, n - 1, L), error_factors(eta, n, L)
-    return weighted_backpropagation(network, before, [0.0, *after[1:]], compile)
+    return before, [0.0, *after[1:]]
 
 
 @lru_cache

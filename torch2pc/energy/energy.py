@@ -1,0 +1,366 @@
+"""The energy as a sum of factors, in two sets of variables, and the one sweep through it.
+
+In the beliefs (``Beliefs``) each factor pulls at its target and at its parents, so that a gradient is made
+of what the neighbours say: it is local. In the errors (``Errors``) the beliefs follow from them, from the
+input up,
+
+    v_i = f_i(v_parents) - e_i
+
+and what arrives at an error comes all the way down from the output,
+
+    dF/de_i = pi_i e_i - sum over children c of J_c^T (what arrives at c),    at the output the loss's gradient
+
+Either way a sweep goes through the factors from the top down. A belief's children come before its own
+factor, so that its gradient is whole there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch2pc.energy.factors import Number, Output, Parts, Prediction
+from torch2pc.graph.autograd import in_belief_dtype
+
+# What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
+# variable there and then, in ``x``.
+Move = Callable[[int, Parts], object]
+
+
+class Energy:
+    """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none."""
+
+    def __init__(self, factors: Sequence[Any], vhat: Sequence[Tensor], free: Collection[int]) -> None:
+        self.factors, self.vhat, self.free = list(factors), vhat, sorted(free)
+        self.x: list[Any] = [None] * len(vhat)
+
+    @property
+    def output(self) -> Output:
+        """The factor of the loss."""
+        return next(factor for factor in self.factors if isinstance(factor, Output))
+
+    @property
+    def predictions(self) -> dict[int, Prediction]:
+        """The factors of the hidden layers, by the beliefs that they predict."""
+        return {f.target: f for f in self.factors if isinstance(f, Prediction)}
+
+    @property
+    def epsilon(self) -> list[Any]:
+        """The errors as they were last taken: None for the input, then those of the layers."""
+        of = self.predictions
+        return [None, *[of[i].error for i in range(1, len(self.vhat) - 1)], self.output.error]
+
+    @property
+    def weighted(self) -> list[Any]:
+        """The same, times their precisions: what the updates are made of."""
+        of = self.predictions
+        return [
+            None,
+            *[of[i].weighted() for i in range(1, len(self.vhat) - 1)],
+            self.output.weighted(),
+        ]
+
+    @property
+    def variables(self) -> list[Tensor]:
+        """Those that F is descended in."""
+        return [self.x[i] for i in self.free]
+
+    def sweep(self, move: Move, down: bool = False) -> None:
+        """Go through the factors once, telling ``move`` of each variable's gradient."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def gradient(self) -> list[Tensor]:
+        """dF/dx where the variables are, which stay there. It takes the errors anew."""
+        found = {i: torch.zeros_like(self.x[i]) for i in self.free}
+
+        def add(i: int, parts: Parts) -> None:
+            for part, c in parts:
+                found[i].add_(part, alpha=c)
+
+        self.sweep(add)
+        return list(found.values())
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The body may take errors anew; afterwards they are as they were last taken before."""
+        kept = [(factor, dict(vars(factor))) for factor in self.factors]
+        for factor in self.predictions.values():
+            factor.error = factor.error.clone()
+        try:
+            yield
+        finally:
+            for factor, state in kept:
+                vars(factor).update(state)
+
+    def settle(self) -> None:
+        """Bring errors and beliefs together after a sweep, where they are variables of one another."""
+
+    def stand_at(self, variables: Sequence[Tensor]) -> None:
+        """Let the variables be these tensors."""
+        raise NotImplementedError
+
+    def restart(self) -> None:
+        """Go back to where it started."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def retake(self) -> None:
+        """Take the errors that are no variables where the beliefs are now."""
+
+    def terms(self) -> Tensor:
+        """The terms of F where the variables are, one after the other."""
+        raise NotImplementedError
+
+    def _terms(self) -> Tensor:
+        with torch.no_grad():
+            found = [in_belief_dtype(factor.energy(self.delta).reshape(())) for factor in self.factors]
+            return torch.stack([term.to(found[0]) for term in found])
+
+    delta: list[Any]
+    """How far each belief has moved from its feed-forward value; None for one that is clamped."""
+
+    def beliefs(self) -> list[Tensor]:
+        """v = vhat + delta."""
+        moved = zip(self.vhat, self.delta, strict=True)
+        v = [vhat if d is None else vhat + d for vhat, d in moved]
+        return [*v[:-1], in_belief_dtype(v[-1]).clone()]
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor]:
+        """The beliefs, in the place of their displacements; nothing can be evaluated after it."""
+        for factor in self.factors:
+            factor.d = None
+        for i in self.free:
+            torch.add(self.vhat[i], self.delta[i], out=self.delta[i])
+        v = [vhat if d is None else d for vhat, d in zip(self.vhat, self.delta, strict=True)]
+        return [*v[:-1], in_belief_dtype(v[-1]).clone()]
+
+
+class Beliefs(Energy):
+    """F in the beliefs: ``x[i]`` is how far belief i has moved.
+
+    ``start``: beliefs to start from; at their feed-forward values otherwise.
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[Any],
+        vhat: Sequence[Tensor],
+        free: Collection[int],
+        start: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__(factors, vhat, free)
+        self._start = start
+        # For each factor, the beliefs that no later one pulls at.
+        last = {i: k for k, factor in enumerate(self.factors) for i in factor.beliefs}
+        self._order = [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
+        self.restart()
+
+    @property
+    def delta(self) -> list[Any]:  # type: ignore[override]
+        """The same as the variables."""
+        return self.x
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Put the beliefs where they start."""
+        for i in self.free:
+            like = in_belief_dtype(self.vhat[i])
+            self.x[i] = torch.zeros_like(like)
+            if self._start is not None:
+                torch.sub(self._start[i].detach(), self.vhat[i], out=self.x[i])
+        # The beliefs that are no more at their feed-forward values. A factor of none of which any has
+        # moved has no error yet: it would be evaluated where it was before, to propagate zeros.
+        self.moved = set(self.free if self._start is not None else [])
+
+    def stand_at(self, variables: Sequence[Tensor]) -> None:
+        """Let the beliefs have moved so far."""
+        for i, x_i in zip(self.free, variables, strict=True):
+            self.x[i] = x_i
+        self.moved = set(self.free)
+
+    @torch.no_grad()
+    def sweep(self, move: Move, down: bool = False) -> None:
+        """Go through the factors once, from the top down.
+
+        ``down``: a belief that is moved is so before its factor's error goes on down: on a chain, Gauss
+        and Seidel's method from the top; on other graphs a sweep in sequence. Otherwise all
+        errors are those at the beliefs before the sweep.
+        """
+        x, moved = self.x, self.moved
+        pulls = {i: _Sum() for i in self.free}
+
+        def tell(i: int) -> None:
+            parts = pulls.pop(i).parts
+            if parts:
+                move(i, parts)
+                now_moved.add(i)
+
+        now_moved = set(moved)
+        for factor, last in self._order:
+            is_moved = now_moved if down else moved
+            is_awake = factor.is_awake or not is_moved.isdisjoint(factor.beliefs)
+            if is_awake or (down and factor.target in pulls and pulls[factor.target].parts):
+                for i, parts in factor.pulls(x, down):
+                    if i in pulls:
+                        pulls[i].add(parts)
+                        if i in last:
+                            tell(i)
+                    del parts
+            for i in last:
+                if i in pulls:
+                    tell(i)
+        self.moved = now_moved
+
+    @torch.no_grad()
+    def gradient(self) -> list[Tensor]:
+        """dF/dv where the beliefs are, which stay there. It takes the errors anew."""
+        moved = self.moved
+        found = super().gradient()
+        self.moved = moved
+        return found
+
+    @torch.no_grad()
+    def retake(self) -> None:
+        """Take all errors where the beliefs are now."""
+        for factor in self.factors:
+            factor.retake(self.x)
+
+    def terms(self) -> Tensor:
+        """The terms of F at the beliefs as they are now."""
+        with self.aside():
+            self.retake()
+            return self._terms()
+
+
+class Errors(Energy):
+    """F in the errors, from which the beliefs follow: ``x[i]`` is the error at place i.
+
+    It is its factor's own. ``start``: beliefs whose errors to start from; from 0 otherwise.
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[Any],
+        vhat: Sequence[Tensor],
+        free: Collection[int],
+        start: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__(factors, vhat, free)
+        self._start = start
+        self.delta = [None] * len(vhat)
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Put the errors where they start."""
+        of = self.predictions
+        for i in self.free:
+            of[i].error.zero_()
+            self.delta[i] = torch.zeros_like(of[i].error)
+            if self._start is not None:
+                torch.sub(self._start[i].detach(), self.vhat[i], out=self.delta[i])
+        for i in self.free:
+            if self._start is not None:
+                of[i].retake(self.delta)
+            self.x[i] = of[i].error
+        # What each factor has saved on the way up, for the way down; None where errors have moved since.
+        self._saved: list[Any] | None = None
+
+    def stand_at(self, variables: Sequence[Tensor]) -> None:
+        """Let the errors be these, and the beliefs follow."""
+        of = self.predictions
+        for i, x_i in zip(self.free, variables, strict=True):
+            of[i].error = self.x[i] = x_i
+        self._saved = None
+        self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Take the beliefs that the errors make, from the input up, and the output's error there."""
+        if self._saved is not None:
+            return
+        self._saved = []
+        for factor in reversed(self.factors):
+            moved, saved = factor.displaced(self.delta)
+            self._saved.append(saved)
+            if factor.target is None:
+                factor.take(moved)
+            elif moved is None:
+                torch.neg(factor.error, out=self.delta[factor.target])
+            else:
+                torch.sub(moved, factor.error, out=self.delta[factor.target])
+
+    def descend(self) -> Iterator[tuple[Prediction, Tensor | None]]:
+        """For each prediction, from the top down, what arrives there of the output's error; None if
+        nothing does. It uses up what ``settle`` has saved."""
+        self.settle()
+        saved, self._saved = self._saved, None
+        assert saved is not None
+        arriving: dict[int, Tensor] = {}
+        for factor in self.factors:
+            kept = saved.pop()
+            if factor.target is None:
+                arrived: Tensor | None = factor.error
+            else:
+                arrived = arriving.pop(factor.target, None)
+                yield factor, arrived
+            if arrived is not None:
+                for p, g in factor.arriving(kept, arrived):
+                    arriving[p] = arriving[p] + g if p in arriving else g
+
+    @torch.no_grad()
+    def sweep(self, move: Move, down: bool = False) -> None:
+        """Go up to the output and down again, telling ``move`` of each error's gradient."""
+        for factor, arrived in self.descend():
+            assert factor.target is not None
+            parts: Parts = [(factor.error, factor.precision)]
+            if arrived is not None:
+                parts.insert(0, (arrived, -1.0))
+            move(factor.target, parts)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The errors are the variables: there are no others to keep."""
+        yield
+
+    def terms(self) -> Tensor:
+        """The terms of F at the errors as they are now."""
+        self.settle()
+        return self._terms()
+
+    def finish(self) -> list[Tensor]:
+        """The beliefs, in the place of their displacements; nothing can be evaluated after it."""
+        self.settle()
+        self._saved = None
+        return super().finish()
+
+
+class _Sum:
+    """A gradient that is being added up, in parts.
+
+    A belief of many children does not hold as many tensors: from the third on they are added.
+    """
+
+    def __init__(self) -> None:
+        self.parts: Parts = []
+        self._is_own = False
+
+    def add(self, parts: Parts) -> None:
+        for tensor, c in parts:
+            is_plain = isinstance(c, float) and c == 1.0
+            if not is_plain or len(self.parts) < 2:
+                self.parts.append((tensor, c))
+            elif self._is_own:
+                self.parts[1][0].add_(tensor)
+            else:
+                self.parts[1] = (self.parts[1][0] + tensor, 1.0)
+                self._is_own = True
+
+
+__all__ = ["Beliefs", "Energy", "Errors", "Move", "Number", "Parts"]

@@ -1,0 +1,255 @@
+"""The terms of the energy, each of which pulls at the beliefs that it depends on.
+
+A factor is one layer's: its prediction f of the belief at its place from its parents' beliefs. It holds the
+error of that prediction as it was last taken. ``x`` is a list with, for each place, how far the belief has
+moved; a parent that is clamped does not move, and is no parent here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from torch2pc.graph.autograd import gradient, in_belief_dtype, outside_autocast
+from torch2pc.graph.layers import Network
+
+# A number, or in a compiled call a tensor without dimensions.
+Number = Any
+# A gradient as a sum of coefficient times tensor. They are never copied, so nobody may write into them.
+Parts = list[tuple[Tensor, Number]]
+
+
+class Displaced(Protocol):
+    """A layer as a displacement of its inputs (``torch2pc.displacement``)."""
+
+    def forward(self, *deltas: Tensor) -> tuple[Tensor, Any]:
+        """How far the output moves, and what ``backward`` needs, which uses it up."""
+
+    def backward(self, saved: Any, e: Tensor) -> Sequence[Tensor | None]:
+        """J^T e for each input, where the inputs have moved to."""
+
+
+class Factor(Protocol):
+    """One term of the energy."""
+
+    @property
+    def target(self) -> int | None:
+        """The place of the belief that it predicts, if any."""
+
+    @property
+    def beliefs(self) -> frozenset[int]:
+        """The places of those that it depends on."""
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether it pulls although none of its beliefs has moved.
+
+        Another one is asleep till then: its error is 0, and nothing is evaluated.
+        """
+
+    def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
+        """Its gradient in each belief, the target's first.
+
+        ``down``: the target is moved as soon as its part is handed out, and the error is taken again
+        before it goes on down.
+        """
+
+    def retake(self, x: Sequence[Any]) -> None:
+        """Take its error anew, where the beliefs are now."""
+
+    def energy(self, x: Sequence[Any]) -> Tensor:
+        """The term itself, where its error was last taken."""
+
+
+class _OfLayer:
+    """What the factors of layers share: how the layer's prediction moves, and what arrives at its parents."""
+
+    error: Tensor
+
+    def __init__(self, d: Displaced | None, parents: tuple[int, ...], device: torch.device) -> None:
+        self.d, self.parents, self._device = d, parents, device
+
+    def displaced(self, x: Sequence[Any]) -> tuple[Tensor | None, Any]:
+        """How far the prediction has moved, None if it does not, and what its way back needs."""
+        if self.d is None:
+            return None, None
+        with outside_autocast(self._device):  # the rules choose the types themselves
+            return self.d.forward(*[x[p] for p in self.parents])
+
+    def arriving(self, saved: Any, error: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """J^T error at each parent where anything arrives."""
+        if self.d is None:
+            return
+        with outside_autocast(self._device):
+            found = self.d.backward(saved, error)
+        for p, g in zip(self.parents, found, strict=True):
+            if g is not None:
+                yield p, g
+
+
+class Prediction(_OfLayer):
+    """pi/2 ||e||^2 with e = d(delta_parents) - delta_target: a hidden layer and its belief."""
+
+    is_awake = False
+
+    def __init__(
+        self,
+        d: Displaced | None,
+        parents: tuple[int, ...],
+        target: int,
+        vhat: Tensor,
+        precision: Number = 1.0,
+    ) -> None:
+        super().__init__(d, parents, vhat.device)
+        self.target, self.precision = target, precision
+        self.beliefs = frozenset([*parents, target])
+        self.error = torch.zeros_like(in_belief_dtype(vhat))
+
+    def take(self, moved: Tensor | None, own: Tensor) -> None:
+        """Take the error of a prediction and a belief that have moved so far."""
+        if moved is None:
+            torch.neg(own, out=self.error)
+        else:
+            torch.sub(moved, own, out=self.error)
+
+    def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
+        """-pi e at the target, and pi J^T e at the parents."""
+        moved, saved = self.displaced(x)
+        self.take(moved, x[self.target])
+        yield self.target, [(self.error, -self.precision)]
+        if down:
+            self.take(moved, x[self.target])
+        del moved
+        if self.d is not None:
+            for p, g in self.arriving(saved, self.weighted()):
+                yield p, [(g, 1.0)]
+                del g
+
+    def weighted(self) -> Tensor:
+        """pi e, which goes down, and which the layer's update is made of."""
+        is_one = isinstance(self.precision, float) and self.precision == 1
+        return self.error if is_one else self.error * self.precision
+
+    def retake(self, x: Sequence[Any]) -> None:
+        """Take the error anew."""
+        self.take(self.displaced(x)[0], x[self.target])
+
+    def energy(self, x: Sequence[Any]) -> Tensor:
+        """pi/2 ||e||^2"""
+        return 0.5 * self.precision * torch.linalg.vector_norm(self.error).square()
+
+
+class Output(_OfLayer):
+    """LossFun of the output layer's prediction, whose place the target of the loss has taken."""
+
+    target, is_awake = None, True
+
+    def __init__(
+        self,
+        d: Displaced | None,
+        parents: tuple[int, ...],
+        vhat: Tensor,
+        Loss: Tensor,
+        dLdy: Tensor,
+        loss: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(d, parents, vhat.device)
+        self.beliefs = frozenset(parents)
+        self.vhat, self.loss = vhat, loss
+        self.Loss, self.error = Loss, in_belief_dtype(dLdy).clone()
+        self.y = vhat
+        """The output, as it was last taken."""
+
+    def take(self, moved: Tensor | None) -> None:
+        """Take the loss, and its gradient as the error, of a prediction that has moved so far."""
+        if moved is not None:
+            self.y = self.vhat.to(moved.dtype) + moved
+            self.Loss, self.error = self.loss_gradient(self.y)
+
+    def loss_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss for such outputs, and its gradient there."""
+        y = y.detach()
+        with torch.enable_grad():
+            y.requires_grad_()
+            Loss = self.loss(y)
+        (found,) = gradient([Loss], [y])
+        return Loss.detach(), torch.zeros_like(y) if found is None else found
+
+    def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
+        """J^T e at the parents."""
+        moved, saved = self.displaced(x)
+        self.take(moved)
+        del moved
+        for p, g in self.arriving(saved, self.error):
+            yield p, [(g, 1.0)]
+            del g
+
+    def weighted(self) -> Tensor:
+        """What goes down, and what the layer's update is made of."""
+        return self.error
+
+    def retake(self, x: Sequence[Any]) -> None:
+        """Take the loss and the error anew."""
+        self.take(self.displaced(x)[0])
+
+    def energy(self, x: Sequence[Any]) -> Tensor:
+        """The loss."""
+        return self.Loss
+
+
+class Prior:
+    """An energy of all beliefs that no layer computes."""
+
+    target, is_awake = None, True
+
+    def __init__(self, prior: Callable[[list[Tensor]], Tensor], vhat: Sequence[Tensor]) -> None:
+        self.prior, self._vhat = prior, vhat[:-1]
+        self.beliefs = frozenset(range(len(self._vhat)))
+
+    def given(self, x: Sequence[Any]) -> list[Tensor]:
+        """The beliefs v_0..v_{L-1} as the prior is given them."""
+        pairs = zip(self._vhat, x, strict=False)
+        return [(vhat_i + x_i).detach().requires_grad_() for vhat_i, x_i in pairs]
+
+    def gradient(self, x: Sequence[Any]) -> list[Tensor | None]:
+        """dE/dv at each belief."""
+        beliefs = self.given(x)
+        with torch.enable_grad():
+            energy = self.prior(beliefs)
+        return gradient([energy], beliefs)
+
+    def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
+        """Its gradient at each belief."""
+        for i, g in enumerate(self.gradient(x)):
+            if g is not None:
+                yield i, [(g, 1.0)]
+
+    def retake(self, x: Sequence[Any]) -> None:
+        """It has no error."""
+
+    def energy(self, x: Sequence[Any]) -> Tensor:
+        """The energy."""
+        return self.prior(self.given(x)).detach().reshape(())
+
+
+def factors_of(network: Network, precision: Sequence[float] | None = None) -> list[Factor]:
+    """The terms of the energy of a recorded network, from the top down.
+
+    ``precision``: one number for each hidden layer, in their order; 1 if not given.
+    """
+    found: list[Factor] = []
+    if network.prior is not None:
+        found.append(Prior(network.prior.replay, network.vhat))
+    L = len(network.layers)
+    for l in range(L, 0, -1):
+        parents, vhat = network.moving(l), network.vhat[l]
+        d = network.layers[l - 1].displacement if parents else None
+        if l == L:
+            found.append(Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at))
+        else:
+            pi = 1.0 if precision is None else precision[l - 1]
+            found.append(Prediction(d, parents, l, vhat, pi))
+    return found

@@ -1,0 +1,101 @@
+"""The parameters' updates: (df_i(v_parents)/dtheta)^T epsilon_i, layer by layer.
+
+Each layer is evaluated where the updates are taken, and asked for the gradient of its own error alone. A
+parameter that several layers share has the sum of what each of them makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch2pc.graph.autograd import (
+    Updates,
+    add_updates,
+    gradient,
+    gradient_of_small,
+    has_hooks,
+    in_float16,
+    leaves_between,
+)
+from torch2pc.graph.layers import Network
+
+
+class OfLayer(NamedTuple):
+    """What one layer's error makes: a gradient for each leaf and each input that is asked for."""
+
+    leaves: list[Tensor]
+    of_leaves: Sequence[Tensor | None]
+    of_inputs: Sequence[Tensor | None]
+    prediction: Tensor
+
+
+def updates(
+    network: Network,
+    at: Sequence[Tensor],
+    errors: Sequence[Any],
+    v: Sequence[Tensor],
+    known: Callable[[int, Tensor], OfLayer | None] | None = None,
+) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
+    """The input's error (if the input requires grad) and the parameters' updates.
+
+    Args:
+        network: recorded.
+        at: the beliefs that the updates are taken at, the input's among them.
+        errors: for each place, the error of its layer, weighted by its precision.
+        v: the beliefs that a prior's own parameters are asked at.
+        known: for a layer and its error, what they make, where that is known otherwise.
+    """
+    found = Updates(network.arrived)
+    input_error: Tensor | None = None
+    for l, (layer, node) in enumerate(zip(network.layers, network.nodes, strict=True), start=1):
+        asks_input = network.asks_input and 0 in node.parents
+        asks_loss = l == len(network.layers) and network.loss.has_leaves
+        if not (layer.has_leaves or asks_input or asks_loss):
+            continue
+        of_layer = None if known is None else known(l, errors[l])
+        if of_layer is None:
+            of_layer = _of_layer(network, l, at, errors[l])
+        add_updates(found, of_layer.leaves, of_layer.of_leaves)
+        for of_input in of_layer.of_inputs:
+            of_input = torch.zeros_like(network.vhat[0]) if of_input is None else of_input
+            input_error = of_input if input_error is None else input_error + of_input
+        if asks_loss:
+            output = of_layer.prediction.detach().requires_grad_()
+            _add_own(found, network.loss.replay(output), [output])
+        del of_layer
+    if network.prior is not None and network.prior.has_leaves:
+        beliefs = [v_i.detach().requires_grad_() for v_i in v[:-1]]
+        _add_own(found, network.prior.replay(beliefs), beliefs)
+    return input_error, found
+
+
+def _of_layer(network: Network, l: int, at: Sequence[Tensor], error: Tensor) -> OfLayer:
+    layer, parents = network.layers[l - 1], network.nodes[l - 1].parents
+    if l in network.kept:
+        given, prediction = network.kept.pop(l)
+    else:
+        given = [at[p].detach().to(network.vhat[p].dtype) for p in parents]
+        for x in given:
+            x.requires_grad_(x.is_floating_point())
+        prediction = layer.replay(*given)
+    leaves, inputs = leaves_between(prediction, given), []
+    if network.asks_input:
+        inputs = [x for p, x in zip(parents, given, strict=True) if p == 0]
+    asked = [*leaves, *inputs]
+    # What was held against the layer is linear in the error, unless a hook looks at it.
+    may_vanish = bool(network.moving(l)) or in_float16(prediction)
+    if may_vanish and layer.uncovered is None and not has_hooks(asked):
+        found = gradient_of_small(prediction, asked, error)
+    else:
+        found = gradient([prediction], asked, [error.to(prediction.dtype)])
+    return OfLayer(leaves, found[: len(leaves)], found[len(leaves) :], prediction)
+
+
+def _add_own(updates: dict[Tensor, Tensor], energy: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Add the gradients of a loss's or a prior's own parameters to ``updates``."""
+    leaves = leaves_between(energy, inputs)
+    add_updates(updates, leaves, gradient([energy], leaves))
