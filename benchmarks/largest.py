@@ -116,7 +116,8 @@ def middle_layer(family: Family, width: int, batch: int) -> Layer:
     X = torch.randn(batch, *family.shape(width))
     network = Network(model, loss, X, torch.zeros_like(X))
     with network.replaying():
-        vhat, _, _ = network.record(free_input=False)
+        network.record()
+    vhat = network.vhat
     displacement = network.layers[1].displacement
     assert isinstance(displacement, Displacement)
     held = {*map(storage, model.parameters()), *map(storage, vhat)}

@@ -23,7 +23,7 @@ from paper_figures.report import Options
 from paper_figures.training import cross_entropy, trained_mnist_net
 from torch2pc import PCInfer
 from torch2pc.graph.layers import Network
-from torch2pc.inference.strict import Relaxation
+from torch2pc.inference.strict import strict
 
 ETA, N = 0.05, 500
 
@@ -123,7 +123,7 @@ def infer(model: nn.Sequential, X: Tensor, label: Tensor, n: int, title: str) ->
     """The gradient and Strict's beliefs for one picture (1, channels, height, width)."""
     exact = PCInfer(model, cross_entropy, X, label, "Exact")
     network = Network(model, cross_entropy, X, label)
-    relaxation = Relaxation(network, ETA)
+    relaxation = strict(network, ETA)
     with network.replaying():
         for _ in trange(n, desc=title, unit="iteration"):
             relaxation.step()

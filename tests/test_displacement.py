@@ -20,13 +20,13 @@ from torch2pc import PCInfer, displacement_rule
 from torch2pc.displacement.recorder import Displacement, Recorder, Uncovered
 from torch2pc.displacement.rules import PREPARED, Rule, Step
 from torch2pc.graph.layers import Layer, Network
-from torch2pc.inference.strict import Relaxation
+from torch2pc.inference.strict import strict
 
 
 def layers_of(case: Case) -> list[Layer]:
     """The model's layers, recorded."""
     network = Network(case.model, case.LossFun, case.X, case.Y)
-    Relaxation(network, 0.1)
+    strict(network, 0.1)
     return network.layers
 
 

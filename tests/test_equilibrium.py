@@ -18,7 +18,8 @@ from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from tests.test_error_based import linear_case
 from torch2pc import PCResult
-from torch2pc.inference.equilibrium import Search, largest
+from torch2pc.energy import Errors
+from torch2pc.inference.equilibrium import largest
 from torch2pc.pcinfer import EquilibriumResult
 
 
@@ -289,17 +290,17 @@ def test_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One up and one down for each evaluation, and one or two up at the end."""
     case = trained()
     case.infer("Equilibrium", n=4)
-    counts = {"climb": 0, "arriving": 0}
+    counts = {"_climb": 0, "descend": 0}
     for name in counts:
-        method = getattr(Search, name)
+        method = getattr(Errors, name)
 
-        def counted(self: Search, name: str = name, method: Any = method) -> Any:
+        def counted(self: Errors, name: str = name, method: Any = method) -> Any:
             counts[name] += 1
             return method(self)
 
-        monkeypatch.setattr(Search, name, counted)
+        monkeypatch.setattr(Errors, name, counted)
     case.infer("Equilibrium", n=5)
-    assert counts["arriving"] == 5 and counts["climb"] in (6, 7)
+    assert counts["descend"] == 5 and counts["_climb"] in (6, 7)
 
 
 def test_largest_entry_of_each_row() -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs
 from torch2pc.displacement.recorder import Displacement
+from torch2pc.energy.curvature import hessian as product_with_hessian
+from torch2pc.energy.curvature import safe_step
 from torch2pc.graph.layers import Network
-from torch2pc.inference.error_based import ErrorRelaxation
+from torch2pc.inference.error_based import error_based
 
 iterations = st.integers(1, 12)
 
@@ -84,7 +86,7 @@ def test_closed_form_for_a_linear_network_and_a_linear_loss(eta: float, n: int) 
 def test_energy_never_rises(case: Case, vinit: bool) -> None:
     network = Network(case.model, case.LossFun, case.X, case.Y)
     beliefs = random_beliefs(case) if vinit else None
-    relaxation = ErrorRelaxation(network, 0.01, beliefs)
+    relaxation = error_based(network, 0.01, beliefs)
     energies = [reference.energy(case.model, case.LossFun, case.Y, relaxation.v)]
     with network.replaying():
         for v, _ in itertools.islice(relaxation, 15):
@@ -96,7 +98,7 @@ def test_energy_never_rises(case: Case, vinit: bool) -> None:
 def test_the_iterator_follows_one_relaxation(case: Case, vinit: bool) -> None:
     beliefs = random_beliefs(case) if vinit else None
     network = Network(case.model, case.LossFun, case.X, case.Y)
-    relaxation = ErrorRelaxation(network, 0.1, beliefs)
+    relaxation = error_based(network, 0.1, beliefs)
     with network.replaying():
         for n, (v, epsilon) in zip(range(1, 6), relaxation, strict=False):
             expected = case.infer("ErrorBased", n=n, vinit=beliefs)
@@ -165,10 +167,10 @@ def test_the_step_that_is_chosen_is_the_reciprocal_of_the_largest_eigenvalue(dep
             layer.weight.mul_(2)
     largest = torch.linalg.eigvalsh(hessian(case))[-1].item()
     network = Network(case.model, case.LossFun, case.X, case.Y)
-    relaxation = ErrorRelaxation(network, "auto")
+    relaxation = error_based(network, "auto")
     with network.replaying():
-        assert relaxation.safe_step() == pytest.approx(1 / largest, rel=0.02)
-        product = relaxation._curvature()
+        assert safe_step(relaxation.energy) == pytest.approx(1 / largest, rel=0.02)
+        product = product_with_hessian(relaxation.energy)
         u = [torch.randn_like(e) for e in relaxation.epsilon[1:-1]]
         found = torch.cat([part.flatten() for part in product(u)])
         assert_close(found, hessian(case) @ torch.cat([part.flatten() for part in u]), 1e-6)
@@ -188,10 +190,10 @@ def test_with_eta_auto_it_ends_no_higher_and_is_the_iteration(
     )
     assert after <= before + 1e-12 * before.abs()
     network = Network(case.model, case.LossFun, case.X, case.Y)
-    relaxation = ErrorRelaxation(network, "auto", beliefs)
+    relaxation = error_based(network, "auto", beliefs)
     with network.replaying():
         relaxation.run(n)
-    expected = case.infer("ErrorBased", eta=relaxation.eta, n=n, vinit=beliefs)
+    expected = case.infer("ErrorBased", eta=relaxation.rule.eta, n=n, vinit=beliefs)
     assert_close(list(found), list(expected), tolerance=1e-12)
 
 

@@ -508,7 +508,7 @@ def test_eta_auto_is_the_step_that_the_call_takes() -> None:
 def test_where_auto_starts_anew_the_record_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
     case = network("linear", 0)
     limit = follow_case(case, "Strict", n=10).stable_eta
-    monkeypatch.setattr("torch2pc.inference.strict.safe_step", lambda *_: 3 * limit)
+    monkeypatch.setattr("torch2pc.inference.steps.safe_step", lambda *_: 3 * limit)
     ks: list[int] = []
     case.infer("Strict", eta="auto", n=20, callback=lambda k, *_: ks.append(k))
     assert ks == [*range(1, 21)] * 2  # the second time with a quarter of it

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import Case, assert_close, cases, squared_error
 from torch2pc import PCInferLatent
-from torch2pc.graph.layers import Layer, Network
-from torch2pc.inference.strict import Relaxation
+from torch2pc.graph.layers import Network
+from torch2pc.inference.strict import latent
 
 
 def quadratic(v: list[Tensor]) -> Tensor:
@@ -83,17 +83,16 @@ def test_output_is_clamped_and_feed_forward_values_are_kept(case: Case, eta: flo
 
 @given(case=cases(smooth=True), prior=priors)
 def test_energy_falls(case: Case, prior: Any) -> None:
-    network = Network(case.model, case.LossFun, case.X, case.Y)
-    of_beliefs = None if prior is None else Layer(prior, "prior", network.devices)
-    relaxation = Relaxation(network, 0.01, free_input=True, prior=of_beliefs)
+    network = Network(case.model, case.LossFun, case.X, case.Y, free_input=True, prior=prior)
     ones = [1.0] * len(case.model)
+    relaxation = latent(network, 0.01, ones)
     energies = []
     with network.replaying():
         for v, _ in itertools.islice(relaxation, 15):
             F = reference.latent_energy(case.model, case.LossFun, case.Y, v, ones, prior)
             energies.append(F.detach())
             # What a step size that is found is judged by.
-            assert_close(relaxation._energy().sum(), energies[-1])
+            assert_close(relaxation.energy.terms().sum(), energies[-1])
     assert all(later <= before + 1e-12 for before, later in itertools.pairwise(energies))
 
 

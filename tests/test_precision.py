@@ -13,7 +13,7 @@ from tests import reference, reference_precise
 from tests.reference_precise import relative_error, size_of
 from torch2pc import PCInfer
 from torch2pc.graph.layers import Network
-from torch2pc.inference.strict import Relaxation
+from torch2pc.inference.strict import strict
 
 # Below, float32 itself has not the digits for products of errors.
 SMALLEST = 1e-25
@@ -58,7 +58,7 @@ def check(
     eta, n = settings.get("eta", 0.1), settings.get("n", 20)
     right = reference_precise.strict(model, mean, X, Y, eta, n, vinit)
     network = Network(model, LossFun, X, Y)
-    relaxation = Relaxation(network, eta, vinit)
+    relaxation = strict(network, eta, vinit)
     with network.replaying():
         relaxation.run(n)
     result = PCInfer(model, LossFun, X, Y, "Strict", vinit=vinit, **settings)
@@ -72,7 +72,7 @@ def check(
         assert relative_error(weight.grad, right.updates[l][0]) < tolerance
         assert relative_error(bias.grad, right.updates[l][1]) < tolerance
         if l < len(model):
-            assert relative_error(relaxation.delta[l], right.delta[l]) < tolerance
+            assert relative_error(relaxation.energy.delta[l], right.delta[l]) < tolerance
     return held
 
 

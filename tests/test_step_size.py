@@ -17,16 +17,17 @@ from torch.autograd.functional import hessian, jacobian
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent
+from torch2pc.energy import Energy, curvature
 from torch2pc.energy.curvature import (
-    MOST_TRIES,
-    SHRINK,
     largest_eigenvalue,
     safe_step,
     second_derivative,
     small_step,
 )
-from torch2pc.graph.layers import Layer, Network
-from torch2pc.inference.strict import Relaxation
+from torch2pc.graph.layers import Network
+from torch2pc.inference.relax import Relaxation
+from torch2pc.inference.steps import MOST_TRIES, SHRINK, Safe
+from torch2pc.inference.strict import latent, strict
 
 
 def matrix_product(A: Tensor, sizes: list[int]) -> Any:
@@ -159,7 +160,7 @@ def gauss_newton(
 
 
 def check_product(relaxation: Relaxation, like: list[Tensor], expected: Tensor, off: float) -> None:
-    product = relaxation._curvature()
+    product = curvature.hessian(relaxation.energy)
     u = [torch.randn_like(x) for x in like]
     with torch.no_grad():
         found = product(u)
@@ -173,7 +174,7 @@ def test_the_product_is_that_with_the_gauss_newton_matrix(case: Case, vinit: boo
         return
     beliefs = random_beliefs(case) if vinit else None
     network = Network(case.model, case.LossFun, case.X, case.Y)
-    relaxation = Relaxation(network, "auto", beliefs)
+    relaxation = strict(network, "auto", beliefs)
     v, L = relaxation.v, len(case.model)
     expected = gauss_newton(case, v, 1, [1.0] * (L - 1))
     with network.replaying():
@@ -188,9 +189,8 @@ def quadratic(v: list[Tensor]) -> Tensor:
 def test_the_product_with_a_free_input_precisions_and_a_prior(case: Case, prior: Any) -> None:
     L = len(case.model)
     pi = [0.3 + l for l in range(L - 1)]
-    network = Network(case.model, case.LossFun, case.X, case.Y)
-    of_beliefs = None if prior is None else Layer(prior, "prior", network.devices)
-    relaxation = Relaxation(network, "auto", free_input=True, precision=pi, prior=of_beliefs)
+    network = Network(case.model, case.LossFun, case.X, case.Y, free_input=True, prior=prior)
+    relaxation = latent(network, "auto", pi)
     v = relaxation.v
     expected = gauss_newton(case, v, 0, pi, prior)
     with network.replaying():
@@ -218,10 +218,10 @@ def test_layers_that_are_evaluated_and_subtracted(dtype: torch.dtype) -> None:
         torch.manual_seed(1)
         X, Y = torch.randn(5, 4, dtype=dtype), torch.randn(5, 3, dtype=dtype)
         network = Network(model(kind), nn.MSELoss(), X, Y)
-        relaxation = Relaxation(network, "auto")
+        relaxation = strict(network, "auto")
         assert (network.layers[1].uncovered is not None) == (kind is Uncovered)
         with network.replaying():
-            found.append(relaxation.safe_step())
+            found.append(safe_step(relaxation.energy))
     assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
@@ -291,12 +291,12 @@ def test_the_energy_falls(name: str, activation: type[nn.Module]) -> None:
                     parameter *= scale
             X, Y = torch.randn(8, 6).double(), torch.randint(4, (8,))
             network = Network(model, LossFun, X, Y)
-            relaxation = Relaxation(network, "auto")
+            relaxation = strict(network, "auto")
             with network.replaying():
-                eta, before = relaxation.safe_step(), relaxation._energy().sum()
+                eta, before = safe_step(relaxation.energy), relaxation.energy.terms().sum()
                 relaxation.run(20)
-                after = relaxation._energy().sum()
-            assert relaxation.eta == eta
+                after = relaxation.energy.terms().sum()
+            assert relaxation.rule.eta == eta
             assert after <= before, (scale, LossFun)
 
 
@@ -340,11 +340,11 @@ def test_it_ends_no_higher_than_it_starts(case: Case, vinit: bool, n: int) -> No
 def found_eta(case: Case, n: int = 20, **options: Any) -> float:
     model = copy.deepcopy(case.model)
     network = Network(model, case.LossFun, case.X, case.Y)
-    relaxation = Relaxation(network, "auto", **options)
+    relaxation = strict(network, "auto", **options)
     with network.replaying():
         relaxation.run(n)
-    assert isinstance(relaxation.eta, float)
-    return relaxation.eta
+    assert isinstance(relaxation.rule.eta, float)
+    return relaxation.rule.eta
 
 
 @given(case=cases(), vinit=st.booleans(), update_at=st.sampled_from(["v", "vhat", "before"]))
@@ -363,15 +363,14 @@ def test_a_step_that_raises_the_energy_is_shortened(monkeypatch: pytest.MonkeyPa
     case = steep_case()
     safe = found_eta(case)
     tries: list[float] = []
-    steps = Relaxation._steps
+    begin = Safe.begin
 
-    def counted(self: Relaxation, *arguments: Any) -> None:
-        assert isinstance(self.eta, float)
+    def counted(self: Safe, energy: Energy) -> None:
+        begin(self, energy)
         tries.append(self.eta)
-        steps(self, *arguments)
 
-    monkeypatch.setattr(Relaxation, "_steps", counted)
-    monkeypatch.setattr(Relaxation, "safe_step", lambda self: 100 * safe)
+    monkeypatch.setattr(Safe, "begin", counted)
+    monkeypatch.setattr("torch2pc.inference.steps.safe_step", lambda energy: 100 * safe)
     before, after = energies(case, eta="auto")
     assert after < before
     assert len(tries) > 1
@@ -464,10 +463,10 @@ def test_in_half_precision_it_is_as_good() -> None:
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             network = Network(model, nn.CrossEntropyLoss(), X, Y)
-            relaxation = Relaxation(network, "auto")
+            relaxation = strict(network, "auto")
             with network.replaying():
                 relaxation.run(20)
-        steps.append(relaxation.eta)
+        steps.append(relaxation.rule.eta)
     assert steps[0] == pytest.approx(steps[1], rel=0.05)
 
 

@@ -17,7 +17,7 @@ from tests.cases import Case, assert_close, cases, random_beliefs
 from torch2pc import PCInfer
 from torch2pc.displacement.recorder import Displacement
 from torch2pc.graph.layers import Network
-from torch2pc.inference.strict import Relaxation
+from torch2pc.inference.strict import strict
 
 iterations = st.integers(1, 12)
 
@@ -74,7 +74,7 @@ def test_vinit_equal_to_vhat_is_the_default(case: Case, n: int) -> None:
 @given(case=cases(smooth=True), vinit=st.booleans())
 def test_energy_never_rises(case: Case, vinit: bool) -> None:
     network = Network(case.model, case.LossFun, case.X, case.Y)
-    relaxation = Relaxation(network, 0.01, random_beliefs(case) if vinit else None)
+    relaxation = strict(network, 0.01, random_beliefs(case) if vinit else None)
     energies = [reference.energy(case.model, case.LossFun, case.Y, relaxation.v)]
     with network.replaying():
         for v, _ in itertools.islice(relaxation, 15):
@@ -106,7 +106,7 @@ def test_nothing_moves_without_a_loss_gradient(case: Case) -> None:
 def test_the_iterator_follows_one_relaxation(case: Case, vinit: bool) -> None:
     beliefs = random_beliefs(case) if vinit else None
     network = Network(case.model, case.LossFun, case.X, case.Y)
-    relaxation = Relaxation(network, 0.1, beliefs)
+    relaxation = strict(network, 0.1, beliefs)
     with network.replaying():
         for n, (v, epsilon) in zip(range(1, 6), relaxation, strict=False):
             expected = case.infer("Strict", n=n, vinit=beliefs)

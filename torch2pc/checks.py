@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch2pc.inference.steps import AUTO
 from torch2pc.graph.state import modules_in
+from torch2pc.inference.steps import AUTO
 
 
 def check_model(model: object) -> None:

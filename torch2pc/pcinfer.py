@@ -260,9 +260,7 @@ def PCInfer(
     (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
     the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
     """
-    asked = check_arguments(
-        model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback
-    )
+    asked = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback)
     asked.warn(model)
     return infer(asked.algorithm, model, LossFun, X, Y, accumulate)
 

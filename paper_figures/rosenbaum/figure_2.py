@@ -41,7 +41,7 @@ from paper_figures.training import (
     weights_of,
 )
 from torch2pc.graph.layers import Network
-from torch2pc.inference.strict import Relaxation
+from torch2pc.inference.strict import strict
 
 DOWNLOADS = ("mnist",)
 
@@ -131,7 +131,7 @@ def run(options: Options) -> list[Number]:
 def follow_strict(model: nn.Sequential, batch: Batch, eta: float, iterations: int) -> Convergence:
     """torch2pc's updates after each iteration against the gradient, as far as they are numbers."""
     network, weights = Network(model, squared_error, batch.X, batch.labels), weights_of(model)
-    relaxation = Relaxation(network, eta)
+    relaxation = strict(network, eta)
 
     def updates() -> Iterator[list[Tensor]]:
         while True:

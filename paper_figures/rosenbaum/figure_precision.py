@@ -34,7 +34,7 @@ from paper_figures.report import Number, Options, save, yes
 from paper_figures.training import relative_error, squared_error, weights_of
 from torch2pc import PCInfer
 from torch2pc.graph.layers import Network
-from torch2pc.inference.strict import Relaxation
+from torch2pc.inference.strict import strict
 
 DOWNLOADS = ("mnist",)
 
@@ -164,7 +164,7 @@ def relative_errors(
 def torch2pc_updates(model: nn.Sequential, batch: Batch, ns: Sequence[int]) -> list[list[Tensor]]:
     """The weights' updates of torch2pc after each number of iterations, in the model's type."""
     network = Network(model, squared_error, batch.X, batch.labels)
-    relaxation, weights, found, done = Relaxation(network, ETA), weights_of(model), [], 0
+    relaxation, weights, found, done = strict(network, ETA), weights_of(model), [], 0
     with network.replaying():
         for n in ns:
             relaxation.run(n - done)

@@ -1,8 +1,8 @@
 """All that knows PyTorch's compiler: calls that run as compiled graphs.
 
-``calls.py`` captures a call by ``torch.compile`` and runs its graphs, ``program.py`` makes them by tracing the
-sweep, the step rule and the updates of ``energy`` and ``inference``, ``products.py`` chooses the faster product
-of matrices. Above ``inference``, which knows nothing of it; whoever infers asks through the names below.
+``calls.py`` captures a call by ``torch.compile`` and runs its graphs, ``program.py`` makes them by tracing
+the sweep, the step rule and the updates of ``energy`` and ``inference``, ``products.py`` chooses the faster
+product of matrices. Above ``inference``, which knows nothing of it; ``PCInfer`` asks through these names.
 """
 
 from torch2pc.compiled.calls import Backpropagation, Relaxing, compiled_or_plain

@@ -449,7 +449,9 @@ def _hooked(network: Network) -> str | None:
 
 def _what_changes(error: Exception) -> str:
     """Why a call is not captured once more."""
-    why = re.search(r"(?:last reason|recompile reason)[^:]*: *(?:\d+/\d+: *)?(.*)", str(error), re.IGNORECASE)
+    why = re.search(
+        r"(?:last reason|recompile reason)[^:]*: *(?:\d+/\d+: *)?(.*)", str(error), re.IGNORECASE
+    )
     what = f" ({why[1].strip()})" if why else ""
     return (
         f"it was captured {MOST_CAPTURES} times, and would have to be again{what}: hold a number that "

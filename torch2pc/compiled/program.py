@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch2pc.displacement.recorder import _WRITES_ASIDE, Displacement, Recorder, Uncovered
 from torch2pc.displacement.rules import aten, storage
+from torch2pc.energy import Beliefs, Energy, Errors
+from torch2pc.energy.factors import factors_of
 from torch2pc.graph.autograd import (
     check_loss,
     check_scalar,
@@ -36,10 +38,7 @@ from torch2pc.graph.autograd import (
     independent_loss,
     leaves_between,
     output_gradient,
-    outside_autocast,
 )
-from torch2pc.energy import Beliefs, Energy, Errors
-from torch2pc.energy.factors import factors_of
 from torch2pc.graph.layers import Network, Node, own_output
 from torch2pc.inference.steps import Descent
 from torch2pc.inference.updates import OfLayer, updates
@@ -412,7 +411,7 @@ class Program:
 
     def __init__(self, captured: fx.GraphModule, asked: Asked, options: dict[str, Any]) -> None:
         self.parts, self.asked, self._options = Parts(captured, asked.parents), asked, options
-        L = asked.L
+        L, self.reach = asked.L, reach(asked)
         # The layers whose updates are taken at vhat: the graph of the feed-forward pass serves.
         all_at_vhat = asked.update_at == "vhat"
         self._at_vhat = [l for l in range(1, L + 1) if all_at_vhat or not asked.moving(l)]
@@ -452,7 +451,6 @@ class Program:
         numbers = [like[L].new_empty(()) for _ in range(L + 2)]
         numbers += [torch.empty_like(x, dtype=torch.bool) for x in numbers[1:]]
         given = [*self._held.tensors, *numbers]
-        self.reach = reach(asked)
         self.steps: dict[int, Graphed] = {}
         state = x
         if asked.kind == "errors":
@@ -461,7 +459,11 @@ class Program:
         else:
             chosen = [len(self.reach) - 1] if asked.has_prior else levels(len(self.reach), L)
             # Whether a step evaluates layers that no error has reached, whose errors are 0.
-            self.skips = len(chosen) < len(self.reach) - 1
+            self.skips = any(
+                l not in moves_of(asked, moved)[1] and asked.moving(l)
+                for k, moved in enumerate(self.reach)
+                for l in moves_of(asked, self.reach[min(j for j in chosen if j >= k)])[1]
+            )
             for j in chosen:
                 self.steps[j] = self._traced(partial(self._step, j), given, x)
             state = [*x, *like[1:], *(x if asked.update_at == "before" else [])]
@@ -616,7 +618,11 @@ class Program:
             v.insert(0, in_belief_dtype(vhat[l]) - of_belief * c_v[l - 1])
             if g is None:
                 continue
-            (x, output), leaves, parents = layers[l - 1], self.leaves_of[l], self.asked.parents[l - 1]
+            (x, output), leaves, parents = (
+                layers[l - 1],
+                self.leaves_of[l],
+                self.asked.parents[l - 1],
+            )
             goes_on = [(p, a) for p, a in zip(parents, x, strict=True) if p > 0 or self.asks_input]
             asked = [*[own[k] for k in leaves], *[a for _, a in goes_on]]
             found = gradient([output], asked, [g])
@@ -686,7 +692,7 @@ class Program:
                 at[i] = network.vhat[i] + d
         weighted = energy.weighted
         cut = [find(network.held, place) for place in self._cut]
-        rest = fx.Interpreter(self._rest).run(*cut, *[weighted[l] for l in self._at_vhat])
+        rest = list(fx.Interpreter(self._rest).run(*cut, *[weighted[l] for l in self._at_vhat]))
 
         def of_layer(l: int, error: Tensor) -> OfLayer | None:
             if l not in self._at_vhat:
@@ -815,11 +821,7 @@ def moves_of(asked: Asked, moved: frozenset[int]) -> tuple[list[int], list[int]]
     """The beliefs that a step moves where these have moved, and the layers whose errors it takes."""
     L = asked.L
     # A prior pulls at all.
-    taken = [
-        l
-        for l in range(1, L + 1)
-        if l == L or not moved.isdisjoint([l, *asked.moving(l)])
-    ]
+    taken = [l for l in range(1, L + 1) if l == L or not moved.isdisjoint([l, *asked.moving(l)])]
     pulled = {i for l in taken for i in [l, *asked.moving(l)] if i in asked.free}
     return sorted(asked.free if asked.has_prior else pulled), taken
 
@@ -832,7 +834,7 @@ def levels(count: int, L: int) -> list[int]:
     """
     apart = max(1, min(round(L * L / 80), count // 2))
     last = count - 1
-    return [*range(last - 1 - apart, -1, -apart)][::-1] + [last]
+    return [last, *range(last - 1 - apart, -1, -apart)]
 
 
 def inputs_of(graph: fx.GraphModule) -> list[fx.Node]:

@@ -8,7 +8,9 @@ input up,
 
 and what arrives at an error comes all the way down from the output,
 
-    dF/de_i = pi_i e_i - sum over children c of J_c^T (what arrives at c),    at the output the loss's gradient
+    dF/de_i = pi_i e_i - sum over children c of J_c^T (what arrives at c)
+
+where the loss's gradient arrives at the output.
 
 Either way a sweep goes through the factors from the top down. A belief's children come before its own
 factor, so that its gradient is whole there.
@@ -34,7 +36,9 @@ Move = Callable[[int, Parts], object]
 class Energy:
     """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none."""
 
-    def __init__(self, factors: Sequence[Any], vhat: Sequence[Tensor], free: Collection[int]) -> None:
+    def __init__(
+        self, factors: Sequence[Any], vhat: Sequence[Tensor], free: Collection[int]
+    ) -> None:
         self.factors, self.vhat, self.free = list(factors), vhat, sorted(free)
         self.x: list[Any] = [None] * len(vhat)
 
@@ -118,7 +122,9 @@ class Energy:
 
     def _terms(self) -> Tensor:
         with torch.no_grad():
-            found = [in_belief_dtype(factor.energy(self.delta).reshape(())) for factor in self.factors]
+            found = [
+                in_belief_dtype(factor.energy(self.delta).reshape(())) for factor in self.factors
+            ]
             return torch.stack([term.to(found[0]) for term in found])
 
     delta: list[Any]
@@ -283,18 +289,22 @@ class Errors(Energy):
     @torch.no_grad()
     def settle(self) -> None:
         """Take the beliefs that the errors make, from the input up, and the output's error there."""
-        if self._saved is not None:
-            return
-        self._saved = []
+        if self._saved is None:
+            self._saved = self._climb()
+
+    def _climb(self) -> list[Any]:
+        """Once up; returns what each factor has saved."""
+        kept = []
         for factor in reversed(self.factors):
             moved, saved = factor.displaced(self.delta)
-            self._saved.append(saved)
+            kept.append(saved)
             if factor.target is None:
                 factor.take(moved)
             elif moved is None:
                 torch.neg(factor.error, out=self.delta[factor.target])
             else:
                 torch.sub(moved, factor.error, out=self.delta[factor.target])
+        return kept
 
     def descend(self) -> Iterator[tuple[Prediction, Tensor | None]]:
         """For each prediction, from the top down, what arrives there of the output's error; None if

@@ -113,9 +113,7 @@ def largest_stable(energy: Energy, at: Sequence[Tensor]) -> float | None:
 
 
 @torch.no_grad()
-def spectrum(
-    energy: Energy, at: Sequence[Tensor], row: int, eta: float
-) -> Spectrum | None:
+def spectrum(energy: Energy, at: Sequence[Tensor], row: int, eta: float) -> Spectrum | None:
     """The quadrature where the energy's variables are ``at``, to which it came after ``row`` steps."""
     energy.stand_at([x.clone() for x in at])
     g = energy.gradient()

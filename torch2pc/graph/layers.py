@@ -288,7 +288,9 @@ class Network:
         self.nodes = nodes_of(model)
         writes = _any_in_place(modules)
         self.layers = [
-            Layer(node.function, l, devices, writes and _may_write_input(node.function), model=model)
+            Layer(
+                node.function, l, devices, writes and _may_write_input(node.function), model=model
+            )
             for l, node in enumerate(self.nodes)
         ]
         writes_output = writes and _may_write_input(LossFun)

@@ -77,9 +77,7 @@ def warn_of_short_inference(model: nn.Module, eta: float | str, n: int) -> None:
     )
 
 
-def fixed_pred_factors(
-    eta: float | str, n: int, L: int
-) -> tuple[Sequence[float], Sequence[float]]:
+def fixed_pred_factors(eta: float | str, n: int, L: int) -> tuple[Sequence[float], Sequence[float]]:
     """Those of the errors and beliefs after ``n`` iterations, for ``weighted_backpropagation``."""
     if isinstance(eta, str):
         eta = AUTO_ETA
