@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 
 import pytest
@@ -20,7 +21,8 @@ settings.register_profile(
     "torch2pc",
     derandomize=True,
     deadline=None,
-    max_examples=40,
+    # Fewer for a quick look: TORCH2PC_TEST_EXAMPLES=5 python -m pytest
+    max_examples=int(os.environ.get("TORCH2PC_TEST_EXAMPLES", "40")),
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("torch2pc")

@@ -17,7 +17,10 @@ from torch.autograd.functional import hessian, jacobian
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent
-from torch2pc.energy import Energy, curvature
+from torch2pc.energy import Energy
+from torch2pc.energy.curvature import (
+    hessian as product_with_hessian,
+)
 from torch2pc.energy.curvature import (
     largest_eigenvalue,
     safe_step,
@@ -28,6 +31,12 @@ from torch2pc.graph.layers import Network
 from torch2pc.inference.relax import Relaxation
 from torch2pc.inference.steps import MOST_TRIES, SHRINK, Safe
 from torch2pc.inference.strict import latent, strict
+
+
+def step_of(relaxation: Relaxation) -> float:
+    """The safe step size where a relaxation stands."""
+    energy = relaxation.energy
+    return safe_step(product_with_hessian(energy), energy.variables)
 
 
 def matrix_product(A: Tensor, sizes: list[int]) -> Any:
@@ -160,7 +169,7 @@ def gauss_newton(
 
 
 def check_product(relaxation: Relaxation, like: list[Tensor], expected: Tensor, off: float) -> None:
-    product = curvature.hessian(relaxation.energy)
+    product = product_with_hessian(relaxation.energy)
     u = [torch.randn_like(x) for x in like]
     with torch.no_grad():
         found = product(u)
@@ -221,7 +230,7 @@ def test_layers_that_are_evaluated_and_subtracted(dtype: torch.dtype) -> None:
         relaxation = strict(network, "auto")
         assert (network.layers[1].uncovered is not None) == (kind is Uncovered)
         with network.replaying():
-            found.append(safe_step(relaxation.energy))
+            found.append(step_of(relaxation))
     assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
@@ -293,7 +302,10 @@ def test_the_energy_falls(name: str, activation: type[nn.Module]) -> None:
             network = Network(model, LossFun, X, Y)
             relaxation = strict(network, "auto")
             with network.replaying():
-                eta, before = safe_step(relaxation.energy), relaxation.energy.terms().sum()
+                eta, before = (
+                    step_of(relaxation),
+                    relaxation.energy.terms().sum(),
+                )
                 relaxation.run(20)
                 after = relaxation.energy.terms().sum()
             assert relaxation.rule.eta == eta
@@ -370,7 +382,7 @@ def test_a_step_that_raises_the_energy_is_shortened(monkeypatch: pytest.MonkeyPa
         tries.append(self.eta)
 
     monkeypatch.setattr(Safe, "begin", counted)
-    monkeypatch.setattr("torch2pc.inference.steps.safe_step", lambda energy: 100 * safe)
+    monkeypatch.setattr("torch2pc.inference.steps.safe_step", lambda *_: 100 * safe)
     before, after = energies(case, eta="auto")
     assert after < before
     assert len(tries) > 1

@@ -126,11 +126,9 @@ class _LinearPrior(Prior):
         return list(self._of_prior([x[i] for i in sorted(self.beliefs)]))
 
 
-def safe_step(energy: Energy, passes: int = PASSES) -> float:
-    """1 / lambda for the Hessian where the energy stands; 1 where nothing curves."""
-    if not energy.free:
-        return 1.0
-    curvature = largest_eigenvalue(hessian(energy), energy.variables, passes)
+def safe_step(product: Product, like: Sequence[Tensor], passes: int = PASSES) -> float:
+    """1 / lambda for the Hessian that ``product`` multiplies with; 1 where nothing curves."""
+    curvature = largest_eigenvalue(product, like, passes) if like else 0.0
     return 1 / curvature if curvature > 0 else 1.0
 
 

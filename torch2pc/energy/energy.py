@@ -77,6 +77,11 @@ class Energy:
         """Go through the factors once, telling ``move`` of each variable's gradient."""
         raise NotImplementedError
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The body sweeps without moving anything."""
+        yield
+
     @torch.no_grad()
     def gradient(self) -> list[Tensor]:
         """dF/dx where the variables are, which stay there. It takes the errors anew."""
@@ -86,17 +91,19 @@ class Energy:
             for part, c in parts:
                 found[i].add_(part, alpha=c)
 
-        self.sweep(add)
+        with self.still():
+            self.sweep(add)
         return list(found.values())
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """The body may take errors anew; afterwards they are as they were last taken before."""
+        """The same, and afterwards the errors are as they were last taken before."""
         kept = [(factor, dict(vars(factor))) for factor in self.factors]
         for factor in self.predictions.values():
             factor.error = factor.error.clone()
         try:
-            yield
+            with self.still():
+                yield
         finally:
             for factor, state in kept:
                 vars(factor).update(state)
@@ -180,6 +187,8 @@ class Beliefs(Energy):
             self.x[i] = torch.zeros_like(like)
             if self._start is not None:
                 torch.sub(self._start[i].detach(), self.vhat[i], out=self.x[i])
+        for factor in self.predictions.values():
+            factor.error.zero_()
         # The beliefs that are no more at their feed-forward values. A factor of none of which any has
         # moved has no error yet: it would be evaluated where it was before, to propagate zeros.
         self.moved = set(self.free if self._start is not None else [])
@@ -223,13 +232,12 @@ class Beliefs(Energy):
                     tell(i)
         self.moved = now_moved
 
-    @torch.no_grad()
-    def gradient(self) -> list[Tensor]:
-        """dF/dv where the beliefs are, which stay there. It takes the errors anew."""
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The body sweeps without moving anything."""
         moved = self.moved
-        found = super().gradient()
+        yield
         self.moved = moved
-        return found
 
     @torch.no_grad()
     def retake(self) -> None:
@@ -275,7 +283,9 @@ class Errors(Energy):
             if self._start is not None:
                 of[i].retake(self.delta)
             self.x[i] = of[i].error
-        # What each factor has saved on the way up, for the way down; None where errors have moved since.
+        # Whether the beliefs and the output's error are those that the errors make, and what each factor
+        # has saved on the way up, for the way down.
+        self._is_settled = False
         self._saved: list[Any] | None = None
 
     def stand_at(self, variables: Sequence[Tensor]) -> None:
@@ -283,14 +293,14 @@ class Errors(Energy):
         of = self.predictions
         for i, x_i in zip(self.free, variables, strict=True):
             of[i].error = self.x[i] = x_i
-        self._saved = None
+        self._is_settled = False
         self.settle()
 
     @torch.no_grad()
     def settle(self) -> None:
         """Take the beliefs that the errors make, from the input up, and the output's error there."""
-        if self._saved is None:
-            self._saved = self._climb()
+        if not self._is_settled:
+            self._saved, self._is_settled = self._climb(), True
 
     def _climb(self) -> list[Any]:
         """Once up; returns what each factor has saved."""
@@ -310,8 +320,7 @@ class Errors(Energy):
         """For each prediction, from the top down, what arrives there of the output's error; None if
         nothing does. It uses up what ``settle`` has saved."""
         self.settle()
-        saved, self._saved = self._saved, None
-        assert saved is not None
+        saved, self._saved = self._saved or self._climb(), None
         arriving: dict[int, Tensor] = {}
         for factor in self.factors:
             kept = saved.pop()
@@ -333,11 +342,20 @@ class Errors(Energy):
             if arrived is not None:
                 parts.insert(0, (arrived, -1.0))
             move(factor.target, parts)
+            self._is_settled = False
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The body sweeps without moving anything."""
+        self.settle()
+        yield
+        self._is_settled = True
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """The errors are the variables: there are no others to keep."""
-        yield
+        """The same: the errors are the variables, and there are no others to keep."""
+        with self.still():
+            yield
 
     def terms(self) -> Tensor:
         """The terms of F at the errors as they are now."""

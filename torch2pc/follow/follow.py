@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_modules, check_no_transform
-from torch2pc.energy import Beliefs, Energy, Errors, Parts
+from torch2pc.energy import Energy, Errors, Parts
 from torch2pc.energy.factors import Prior
 from torch2pc.follow.outlook import ClosedForm, Outlook, largest_stable, spectrum, wide
 from torch2pc.follow.record import Record
@@ -253,13 +253,10 @@ def look(energy: Energy) -> Here:
             if i not in of or part is not of[i].error:
                 arriving[i].add_(part, alpha=sign * c)
 
-    kept = energy.moved if isinstance(energy, Beliefs) else None
     with energy.aside():
         energy.sweep(note)
         priors = [f.energy(energy.delta) for f in energy.factors if isinstance(f, Prior)]
         errors, Loss = energy.epsilon, energy.output.Loss
-    if isinstance(energy, Beliefs) and kept is not None:
-        energy.moved = kept
     prior = priors[0] if priors else None
     return Here(errors, Loss, prior, list(gradient.values()), list(arriving.values()))
 

@@ -2,7 +2,7 @@
 
 ``relax.py`` has the one loop of the relaxations, ``steps.py`` how a variable is moved, ``updates.py`` what
 the errors make of the parameters. ``strict.py``, ``error_based.py`` and ``equilibrium.py`` say what is
-relaxed; ``exact.py`` and ``fixed_pred.py`` relax nothing. Above ``energy``; nothing here knows of compilation.
+relaxed; ``exact.py`` and ``fixed_pred.py`` relax nothing. Above ``energy``; it knows nothing of compilation.
 """
 
 from torch2pc.inference.equilibrium import equilibrium

@@ -140,8 +140,9 @@ class Search(Relaxation):
             self._move_to(lowest[1])
             if self.after_step is not None:
                 self.after_step(max(1, self.evaluations))
-        own = [e.clone(memory_format=torch.contiguous_format) for e in self.energy.variables]
-        self.energy.stand_at(own)
+        for i, factor in self.energy.predictions.items():
+            own = factor.error.clone(memory_format=torch.contiguous_format)
+            factor.error = self.energy.x[i] = own
 
     def _warn_if_far(self) -> None:
         """Say, once for each model, if most of the examples are far from equilibrium."""

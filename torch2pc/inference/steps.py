@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch2pc.energy import Energy, Parts
-from torch2pc.energy.curvature import safe_step
+from torch2pc.energy.curvature import hessian, safe_step
 
 AUTO = "auto"
 # What a step size is multiplied by if the energy has risen, and how often at most.
@@ -71,7 +71,7 @@ class Safe(Descent):
         """Find the step size, the first time."""
         super().begin(energy)
         if self._tries == 0:
-            self.eta = safe_step(energy)
+            self.eta = safe_step(hessian(energy), energy.variables)
             self._before = energy.terms()
             self._slack = round_off(energy.vhat[-1].dtype) * self._before.abs().sum()
 
