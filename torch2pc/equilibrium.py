@@ -276,6 +276,8 @@ class History:
 
 def largest(*tensors: Tensor) -> Tensor:
     """The largest entry of each row, as a column; 1 for rows of zeros."""
+    if tensors[0].shape[1] == 0:  # an empty batch
+        return tensors[0].new_ones(len(tensors[0]), 1)
     sizes = [torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True) for x in tensors]
     size = sizes[0] if len(sizes) == 1 else torch.maximum(*sizes)
     return torch.where(size > 0, size, 1.0)

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torch2pc.checks import warn_caller
 from torch2pc.displacement import (
@@ -32,11 +33,17 @@ from torch2pc.graph import (
     Graph,
     check_loss,
     ends_flat,
+    goes_to,
     in_belief_dtype,
-    leaves_between,
+    kept_tensor,
+    leaves_of,
+    next_node,
+    node_of,
+    nodes_below,
     output_gradient,
     outside_autocast,
 )
+from torch2pc.rules.core import tensors_in
 from torch2pc.state import (
     Buffers,
     RandomState,
@@ -98,6 +105,8 @@ class Layer:
     ) -> None:
         self.function, self._where, self._devices = function, where, devices
         self.copies_input, self._model = copies_input, model
+        # What the forward pass adds to autograd's graph is numbered from here on.
+        self._begun = next_node()
 
     @property
     def name(self) -> str:
@@ -107,15 +116,19 @@ class Layer:
 
     def __call__(self, x: Any, *others: Any) -> Tensor:
         given = x.clone() if self.copies_input else x
-        version = given._version if isinstance(given, Tensor) else None
+        if given is x and any(GLOBAL_HOOKS):
+            given = _no_leaves(x)
+        version = x._version if isinstance(x, Tensor) and not self.copies_input else None
         try:
             output = self.function(given, *others)
         except RuntimeError as error:
             # The error that autograd raises for a write into a leaf does not say whose it is.
-            if given is x and "leaf Variable that requires grad" in str(error):
+            if version is not None and "leaf Variable that requires grad" in str(error):
                 raise self._wrote_input() from error
+            if "not have been used in the graph" in str(error):
+                raise cut_off_from_X(self.name) from error
             raise
-        if version is not None and given is x and x._version != version:
+        if version is not None and x._version != version:
             raise self._wrote_input()
         if not isinstance(output, Tensor) or not output.dtype.is_floating_point:
             is_complex = isinstance(output, Tensor) and output.is_complex()
@@ -142,11 +155,15 @@ class Layer:
         random = random_state([*self._devices, *generators_in(self.function, modules)])
         buffers = Buffers(modules)
         recorder = Recorder(x) if displaced else Watch()
+        before = next_node()
         with uncompiled, recorder:
             output = self(x, *others)
+        nodes = nodes_below(output)
+        if any([self._begun <= node._sequence_nr() < before for node in nodes]):
+            raise kept_tensor(self.name)
         self.drawn = drawn_from(random) if recorder.draws else []
         self._buffers = buffers if buffers.differ() else None
-        self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
+        self.has_leaves = bool(leaves_of(nodes, [x] if isinstance(x, Tensor) else x))
         self.ends_flat = ends_flat(output)
         if isinstance(recorder, Recorder):
             if any([module._backward_hooks or module._backward_pre_hooks for module in modules]):
@@ -189,6 +206,8 @@ class Layer:
         """
         known = {} if self._model is None else _replayable.setdefault(self._model, {})
         key = self.name, getattr(self.function, "training", None)
+        if output.numel() == 0:
+            return True
         if key not in known:
             with torch.enable_grad(), generators_kept(self.drawn_sources):
                 again = self.replay(x, *others).detach()
@@ -269,7 +288,8 @@ class Network:
             return x
 
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
-        Loss = check_loss(self.loss(vhat[-1], self.Y))
+        with nullcontext() if from_X else self._derivatives_refused():
+            Loss = check_loss(self.loss(vhat[-1], self.Y))
         return Graph(vhat, Loss)
 
     def record(self, free_input: bool) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -304,7 +324,8 @@ class Network:
                 "relaxed, which evaluates the items one by one; register the hook on the last item"
             )
         prediction = vhat[-1].detach().requires_grad_()
-        Loss = check_loss(self.loss.record(prediction, self.Y))
+        with self._derivatives_refused():
+            Loss = check_loss(self.loss.record(prediction, self.Y))
         self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_(), self.Y)
         return vhat, Loss.detach().clone(), output_gradient(Loss, prediction)
 
@@ -326,6 +347,10 @@ class Network:
             raise TypeError(f"model must return a tensor, but a hook made it {_type_name(output)}")
         return output
 
+    def _derivatives_refused(self) -> AbstractContextManager[Any]:
+        """The body must not differentiate with respect to X, which the layers do not run on."""
+        return _NoDerivative(self.X) if self.X.requires_grad else nullcontext()
+
     def replaying(self) -> AbstractContextManager[None]:
         """Leaves the generators as they are before the body, whatever the body replays.
 
@@ -340,6 +365,45 @@ GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
 
 def _of_module(hook: Callable[..., Any], module: nn.Module, _: Any, *arguments: Any) -> Any:
     return hook(module, *arguments)
+
+
+class _NoDerivative(TorchFunctionMode):
+    """Raises an error where LossFun differentiates with respect to ``X``, or to what made it.
+
+    It would find no dependence, and with ``allow_unused`` take the derivative for 0.
+    """
+
+    def __init__(self, X: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._node = node_of(X)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad:
+            for x in tensors_in(args[1]):
+                node = node_of(x)
+                if node is not None and (
+                    goes_to(node, self._node) or goes_to(self._node, node)
+                ):
+                    raise cut_off_from_X("LossFun")
+        return func(*args, **(kwargs or {}))
+
+
+def cut_off_from_X(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} must not differentiate with respect to X, or to anything else that it does not "
+        "compute from what it is given: layers and loss run on copies, so that there is no dependence "
+        "to be found (allow_unused=True would take the derivative for 0). A loss of derivatives, as "
+        "physics-informed networks have, is no function of the output alone, whose error predictive "
+        "coding hands down: train it with loss.backward(), or make the network and its derivatives "
+        "(torch.func.jvp, jacrev) one item that returns both, so that LossFun is given them"
+    )
+
+
+def _no_leaves(x: Any) -> Any:
+    """``x`` as views. A tracker of modules hooks their inputs, which autograd refuses for leaves."""
+    if isinstance(x, Tensor):
+        return x.view_as(x) if x.requires_grad and x.is_leaf else x
+    return [_no_leaves(entry) for entry in x] if isinstance(x, list) else x
 
 
 def detached(X: Tensor) -> Tensor:

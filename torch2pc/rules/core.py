@@ -90,6 +90,8 @@ def belief_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def unit_of(d: Tensor) -> Tensor:
     """The power of two next above the largest entry; 1 for zeros. To divide by it rounds nothing."""
+    if d.numel() == 0:
+        return d.new_ones(())
     _, exponent = torch.frexp(torch.linalg.vector_norm(d, torch.inf))
     return torch.pow(2.0, exponent.clamp(-120, 120))
 
