@@ -47,6 +47,8 @@ def check_model(model: object) -> None:
             "it: predictive coding runs the items one by one and would pass it over; move what it "
             "adds into an item, or let torch2pc.group_layers(model, X) do so"
         )
+    if (check_origin := getattr(model, "check_origin", None)) is not None:
+        check_origin()  # layers that group_layers has made
 
 
 def _runs_its_items(model: nn.Sequential) -> bool:

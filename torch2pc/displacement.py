@@ -445,7 +445,7 @@ class Recorder(Watch):
             raise Uncovered("the output was changed through another name")
         if id(output) not in self.place and storage(output) in self._storages:
             raise Uncovered("the output is a tensor of the layer's under another name")
-        if any([tensor._backward_hooks for tensor in self._output_of]):
+        if any([_is_hooked(tensor) for tensor in self._output_of]):
             raise Uncovered("a tensor has a backward hook")
         for step, _, versions in self.lines:
             if versions != [tensor._version for tensor in step.tensors]:
@@ -465,6 +465,20 @@ class Recorder(Watch):
             lines.append(Line(step.rule, inputs, step.tensors, step.static, requires_grad))
         return Displacement(lines, None if result is None else place[result], output.detach())
 
+
+def _is_hooked(tensor: Tensor) -> bool:
+    """Whether a hook may change the tensor's gradient, or has to see it.
+
+    Not those of ``register_multi_grad_hook``, by which trackers of modules learn where a pass is.
+    """
+    hooks = tensor._backward_hooks
+    if not hooks:
+        return False
+    codes = [getattr(hook, "__code__", None) for hook in hooks.values()]
+    return any([code is None or code.co_filename != _OF_TRACKERS for code in codes])
+
+
+_OF_TRACKERS = torch.autograd.graph.__file__
 
 # Linear in their input, as views are, with several outputs.
 _SPLITS = {

@@ -24,6 +24,7 @@ from torch2pc.chain import (
     is_normalisation,
 )
 from torch2pc.checks import check_tensor, check_unwrapped
+from torch2pc.origin import Attributes, Origin
 from torch2pc.state import Snapshot, devices_of, generators_in, generators_kept, modules_in
 
 
@@ -106,14 +107,42 @@ def group_layers(model: nn.Module, X: Tensor, cut: str = "before") -> nn.Sequent
 
     with torch.inference_mode(False), torch.enable_grad():
         with untouched(model, X):
-            pieces = chain(model, X)
+            pieces, origin = chain(model, X)
         groups = _groups(pieces, cut)
         _check_not_one_block(groups, X)
-        layers = nn.Sequential(*map(_layer, groups))
+        layers = Grouped(*map(_layer, groups))
+        origin.keep_in([part.run for part in layers.modules() if isinstance(part, Between)])
+        layers.origin = origin
         _set_mode(layers, set(model.modules()), model.training)
         for training, sample in ((True, X), (False, torch.cat([X, X]))):
             _check_same(model, layers, sample, training)
     return layers
+
+
+class Grouped(nn.Sequential):
+    """The layers of a model, which notice where it was changed since."""
+
+    origin: Origin | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layers, if they still are the model's."""
+        self.check_origin()
+        return super().__call__(*args, **kwargs)
+
+    def check_origin(self) -> None:
+        """Raises an error if the model would now be followed to other layers."""
+        if self.origin is not None and not torch.compiler.is_compiling():
+            self.origin.check()
+
+    def __getitem__(self, index: Any) -> Any:
+        """One layer, or for a slice some, which are as watchful."""
+        found = super().__getitem__(index)
+        if isinstance(found, Grouped):
+            found.origin = self.origin
+        return found
+
+    def _get_name(self) -> str:
+        return "Sequential"
 
 
 def _groups(pieces: Sequence[Piece], cut: str) -> list[list[Piece]]:
@@ -265,11 +294,12 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 @contextmanager
 def untouched(model: nn.Module, X: Tensor) -> Iterator[None]:
-    """Leaves generators, buffers and modes as they are before the body."""
+    """Leaves generators, buffers, modes and attributes as they are before the body."""
     modules = modules_in(model)
-    before = Snapshot(modules, devices_of(modules, X))
+    before, attributes = Snapshot(modules, devices_of(modules, X)), Attributes(modules)
     with generators_kept(generators_in(model, modules)):
         try:
             yield
         finally:
             before.restore(Exception())
+            attributes.restore()

@@ -43,6 +43,7 @@ from torch2pc.graph import (
     output_gradient,
     outside_autocast,
 )
+from torch2pc.origin import HOOKS
 from torch2pc.rules.core import tensors_in
 from torch2pc.state import (
     Buffers,
@@ -359,7 +360,6 @@ class Network:
         return generators_kept({s for function in self.functions for s in function.drawn_sources})
 
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
 
 
