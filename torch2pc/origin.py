@@ -316,8 +316,8 @@ class Origin:
         return f"{self.name}.{path}" if path else self.name
 
     def _changed(self, what: str, value: _Value, now: Any) -> RuntimeError:
-        then = _word(value.value)
-        seen = f"was {then} and is {_word(now)} now" if then != _word(now) else "has changed"
+        then, here = value.word, _word(now)
+        seen = f"was {then} and is {here} now" if then != here else "has changed"
         return self._error(f"{what} {seen}")
 
     def _error(self, what: str) -> RuntimeError:
@@ -347,48 +347,56 @@ def _word(value: Any) -> str:
 class _Value:
     """A value as it is now: its parts, as far as a forward that uses ``names`` may look at them."""
 
-    def __init__(self, value: Any, names: frozenset[str]) -> None:
-        self.value, self._names = value, names
-        self._parts = _parts(value, names)
+    def __init__(self, value: Any, names: frozenset[str], is_outside: bool = False) -> None:
+        self.word, self._names = _word(value), names
+        # What is outside the model, and is no setting, is not kept: it might not be copied with it.
+        self._whole: Callable[[Any], Any] = _kind_of if is_outside else _Itself
+        self._parts = self._parts_of(value)
 
     def is_still(self, now: Any) -> bool:
         """Whether a value is the same, in what may matter."""
-        if now is self.value and isinstance(now, _PLAIN):
-            return True
-        return _same(self._parts, _parts(now, self._names))
+        return now is self._parts or _same(self._parts, self._parts_of(now))
 
+    def _parts_of(self, value: Any, depth: int = _DEEPEST) -> Any:
+        """A nested tuple of what a value consists of, to be compared by ``_same``."""
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, Tensor) and depth == _DEEPEST and value.device.type == "cpu":
+            # Read itself by a forward that may have taken numbers from it.
+            small = value.numel() <= _LONGEST
+            return _kind_of(value), value.dtype, value.tolist() if small else value.sum().item()
+        if isinstance(value, types.MethodType):
+            return self._whole(value.__func__), self._whole(value.__self__)
+        if isinstance(value, Tensor | nn.Module | type | types.FunctionType) or depth == 0:
+            return self._whole(value)
+        if isinstance(value, types.ModuleType) and _is_library(value):
+            return value.__name__
+        if isinstance(value, list | tuple | dict | set | frozenset):
+            return self._parts_of_container(value, depth - 1)
+        fields = getattr(value, "__dict__", None)
+        if fields is None and not hasattr(type(value), "__slots__"):
+            return self._whole(value)
+        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        named = sorted(self._names.intersection([*(fields or {}), *slots]))
+        parts = [(n, self._parts_of(getattr(value, n, None), depth - 1)) for n in named]
+        return _kind_of(value), *parts
 
-def _parts(value: Any, names: frozenset[str], depth: int = _DEEPEST) -> Any:
-    """A nested tuple of what a value consists of, to be compared by ``_same``."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, Tensor) and depth == _DEEPEST and value.device.type == "cpu":
-        # Read itself by a forward that may have taken numbers from it.
-        return type(value), value.dtype, value.tolist() if value.numel() <= _LONGEST else value.sum()
-    if isinstance(value, Tensor | nn.Module | type | types.FunctionType | types.BuiltinFunctionType):
-        return _Itself(value)
-    if isinstance(value, types.MethodType):
-        return _Itself(value.__func__), _Itself(value.__self__)
-    if depth == 0:
-        return _Itself(value)
-    if isinstance(value, list | tuple | dict | set | frozenset):
+    def _parts_of_container(self, value: Any, depth: int) -> Any:
         if len(value) > _LONGEST:
-            return _Itself(value)
+            return self._whole(value)
         if isinstance(value, set | frozenset):
-            return type(value), frozenset(value)
+            return _kind_of(value), frozenset(value)
         entries = value.items() if isinstance(value, dict) else enumerate(value)
-        found = [
-            (key, _parts(entry, names, depth - 1))
+        return _kind_of(value), *[
+            (key, self._parts_of(entry, depth))
             for key, entry in entries
-            if not isinstance(key, str) or key in names
+            if not isinstance(key, str) or key in self._names
         ]
-        return type(value), *found
-    fields = getattr(value, "__dict__", None)
-    if fields is None and not hasattr(type(value), "__slots__"):
-        return _Itself(value)
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    named = sorted(names.intersection([*(fields or {}), *slots]))
-    return type(value), *[(n, _parts(getattr(value, n, None), names, depth - 1)) for n in named]
+
+
+def _kind_of(value: Any) -> str:
+    """Its class in words, as a class itself may not be pickled."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 class _Itself:
@@ -417,13 +425,12 @@ def _functions_of(modules: Iterable[nn.Module]) -> list[types.FunctionType]:
     level: list[Any] = [
         function
         for kind in kinds
-        if not kind.__module__.startswith("torch.") and kind is not object
         for name, function in vars(kind).items()
         if isinstance(function, types.FunctionType) and name != "__init__"
     ]
     for _ in range(_DEEPEST):
         new = [f for f in level if isinstance(f, types.FunctionType) and f not in found]
-        new = [f for f in new if not str(f.__module__).startswith(("torch.", "builtins"))]
+        new = [f for f in new if str(f.__module__).partition(".")[0] not in _LIBRARIES]
         found.update(dict.fromkeys(new))
         level = [_looked_up(f, name) for f in new for name in _outside(f)]
     return list(found)
@@ -478,7 +485,7 @@ def _globals_of(
             if name not in written and _may_vary(value):
                 where = function if name in function.__code__.co_freevars else None
                 key = name, where, id(function.__globals__)
-                found.setdefault(key, (function, name, _Value(value, names)))
+                found.setdefault(key, (function, name, _Value(value, names, True)))
     return list(found.values())
 
 
@@ -489,9 +496,12 @@ def _stored_globals(code: types.CodeType) -> list[str]:
 def _may_vary(value: Any) -> bool:
     """Whether a variable may hold a setting: it is no function or class, nor a library."""
     if isinstance(value, types.ModuleType):
-        library = value.__name__.partition(".")[0]
-        return library not in _LIBRARIES
+        return not _is_library(value)
     return value is not _ABSENT and not callable(value)
+
+
+def _is_library(module: types.ModuleType) -> bool:
+    return module.__name__.partition(".")[0] in _LIBRARIES
 
 
 _LIBRARIES = {*sys.stdlib_module_names, "numpy", "timm", "torch", "torchvision", "transformers"}
