@@ -167,7 +167,9 @@ def test_what_is_read_anew_is_followed(name: str, ErrType: str, called_before: b
     found = updates(layers, ErrType)
     wanted = updates(group_layers(twin, X), ErrType)
     assert_close(found, wanted, 1e-9)
-    assert {id(p) for p in layers.parameters()} == {id(p) for p in model.parameters() if p.grad is not None}
+    assert {id(p) for p in layers.parameters()} == {
+        id(p) for p in model.parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.name is not None])

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from torch2pc.checks import warn_caller
-from torch2pc.origin import HOOKS, Attributes, Number, Origin, Reads
+from torch2pc.layers import HOOKS
+from torch2pc.origin import Attributes, Number, Origin, Reads
 
 
 class NoChain(ValueError):

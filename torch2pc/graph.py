@@ -134,6 +134,8 @@ def vjp(
                 "(or checkpoint_sequential) where a module calls it; in a model of the transformers "
                 'package, gradient_checkpointing_enable({"use_reentrant": False})'
             ) from error
+        if "through the graph a second time" in str(error):
+            raise kept_tensor("A layer, or LossFun,") from error
         raise
 
 
@@ -203,21 +205,21 @@ def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     parameters, and for those that belong to no module; faster than listing parameters, too. The
     inputs are leaves themselves.
     """
-    return leaves_of(nodes_below(output), inputs)
+    return leaves_of(nodes_below(output.grad_fn), inputs)
 
 
-def nodes_below(output: Tensor) -> list[Any]:
-    """All nodes of the autograd graph that ``output`` was computed by."""
-    layer_of = dict.fromkeys([None, output.grad_fn], 1)
-    leaves: list[Any] = []
-    if not output.is_leaf:
-        _claim(output.grad_fn, 1, layer_of, leaves)
+def nodes_below(*nodes: Any) -> list[Any]:
+    """All nodes of the autograd graph that a backward pass from ``nodes`` arrives at, and these."""
+    layer_of: dict[Any, int] = {None: 1, **dict.fromkeys(nodes, 1)}
+    for node in nodes:
+        if node is not None:
+            _claim(node, 1, layer_of, [])
     return [node for node in layer_of if node is not None]
 
 
 def leaves_of(nodes: Iterable[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """The leaves among ``nodes``, except ``inputs``."""
-    leaves = [node.variable for node in nodes if type(node) is _AccumulateGrad]
+    leaves: list[Tensor] = [n.variable for n in nodes if type(n) is _AccumulateGrad]
     given = set(map(id, inputs))
     return [leaf for leaf in leaves if id(leaf) not in given]
 
@@ -229,20 +231,13 @@ def next_node() -> int:
 
 def kept_tensor(user: str) -> RuntimeError:
     return RuntimeError(
-        f"{user} must not use a tensor that a layer has computed from its input or its parameters in "
-        "this forward pass and kept (an auxiliary loss on a module, a skip connection around an item): "
-        "it goes around the beliefs, which would be relaxed without it. detach() it if it is not to be "
+        f"{user} must not use a tensor that a layer has computed in this forward pass and kept (an "
+        "auxiliary loss on a module, a skip connection around an item): it goes around the beliefs, "
+        "which would be relaxed without it. detach() it if it is not to be "
         "learnt from; or let the layers hand it on in their outputs, to LossFun too; or compute it in "
         'LossFun, from the output or from parameters; or take ErrType="Exact", where it is '
         "backpropagated"
     )
-
-
-def goes_to(node: Any, other: Any) -> bool:
-    """Whether a backward pass that starts at ``node`` of an autograd graph may arrive at ``other``."""
-    layer_of = {None: 0, node: 1}
-    _claim(node, 1, layer_of, [])
-    return other in layer_of
 
 
 # By the names of autograd's nodes: activations that are constant over a range, and what keeps a

@@ -33,7 +33,6 @@ from torch2pc.graph import (
     Graph,
     check_loss,
     ends_flat,
-    goes_to,
     in_belief_dtype,
     kept_tensor,
     leaves_of,
@@ -43,7 +42,6 @@ from torch2pc.graph import (
     output_gradient,
     outside_autocast,
 )
-from torch2pc.origin import HOOKS
 from torch2pc.rules.core import tensors_in
 from torch2pc.state import (
     Buffers,
@@ -155,12 +153,17 @@ class Layer:
         modules = modules_in(self.function)
         random = random_state([*self._devices, *generators_in(self.function, modules)])
         buffers = Buffers(modules)
-        recorder = Recorder(x) if displaced else Watch()
         before = next_node()
+        given = _no_leaves(x) if any(GLOBAL_HOOKS) and not self.copies_input else x
+        recorder = Recorder(given) if displaced else Watch()
         with uncompiled, recorder:
-            output = self(x, *others)
-        nodes = nodes_below(output)
-        if any([self._begun <= node._sequence_nr() < before for node in nodes]):
+            output = self(given, *others)
+        nodes = nodes_below(output.grad_fn)
+        kept = [node for node in nodes if self._begun <= node._sequence_nr() < before]
+        # Of parameters alone it is no function of beliefs.
+        if kept and any(
+            [not isinstance(x, nn.Parameter) for x in leaves_of(nodes_below(*kept), [])]
+        ):
             raise kept_tensor(self.name)
         self.drawn = drawn_from(random) if recorder.draws else []
         self._buffers = buffers if buffers.differ() else None
@@ -343,7 +346,8 @@ class Network:
         for name, table in zip(HOOKS, tables, strict=True):
             told = {i: partial(_of_module, hook, model) for i, hook in table.items()}
             self._stand_in.__dict__[name] = OrderedDict(told)
-        output = self._stand_in._call_impl(x)  # type: ignore[no-untyped-call]
+        given = _no_leaves(x) if any(GLOBAL_HOOKS) else x
+        output = self._stand_in._call_impl(given)  # type: ignore[no-untyped-call]
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor, but a hook made it {_type_name(output)}")
         return output
@@ -360,6 +364,7 @@ class Network:
         return generators_kept({s for function in self.functions for s in function.drawn_sources})
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
 
 
@@ -374,16 +379,15 @@ class _NoDerivative(TorchFunctionMode):
     """
 
     def __init__(self, X: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._node = node_of(X)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.autograd.grad:
             for x in tensors_in(args[1]):
                 node = node_of(x)
-                if node is not None and (
-                    goes_to(node, self._node) or goes_to(self._node, node)
-                ):
+                below = nodes_below(node)
+                if node is not None and (self._node in below or node in nodes_below(self._node)):
                     raise cut_off_from_X("LossFun")
         return func(*args, **(kwargs or {}))
 

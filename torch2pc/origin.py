@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+from torch2pc.layers import HOOKS
+
 # How deep a value's parts, and functions that call others, are looked into; the longest container.
 _DEEPEST, _LONGEST = 4, 100
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device)
@@ -64,7 +65,21 @@ class _Int(Number, int):
 for _kind in (_Float, _Int):
     # (Arithmetic makes plain numbers, which would be others in ``Reads.tried``.)
     for _name in (
-        *("eq", "ne", "lt", "le", "gt", "ge", "bool", "hash", "int", "round", "floor", "ceil", "trunc"),
+        *(
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "bool",
+            "hash",
+            "int",
+            "round",
+            "floor",
+            "ceil",
+            "trunc",
+        ),
         *("floordiv", "rfloordiv", "mod", "rmod", "divmod", "index", "str", "repr", "format"),
     ):
         if hasattr(_kind.__mro__[2], f"__{_name}__"):
@@ -139,7 +154,7 @@ class Reads:
                         break
             return watch(module, name, value)
 
-        nn.Module.__getattribute__ = read  # type: ignore[method-assign]
+        nn.Module.__getattribute__ = read  # type: ignore[assignment,method-assign]
         try:
             yield
         finally:
@@ -246,9 +261,9 @@ class Origin:
             for parent in parents
             if isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict)
         ]
-        self._opened = [m for m in dict.fromkeys([model, *opened])]
+        self._opened = list(dict.fromkeys([model, *opened]))
         # Tensors that the layers have under the model's names, and where.
-        self._held: list[tuple[nn.Module, str, Tensor, list[nn.Module]]] = []
+        self._held: list[tuple[nn.Module, str, Any, list[nn.Module]]] = []
         for path in dict.fromkeys(held):
             *way, last = path.split(".")
             if way and way[0] == "model":
@@ -490,7 +505,9 @@ def _globals_of(
 
 
 def _stored_globals(code: types.CodeType) -> list[str]:
-    return [str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL"]
+    return [
+        str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL"
+    ]
 
 
 def _may_vary(value: Any) -> bool:
