@@ -115,6 +115,7 @@ def test_sparse_buffers_are_as_dense_ones(
         assert_close(model[1][1].held.to_dense(), twin[1][1].held, 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", OTHERS)
 @settings(max_examples=5)
 @given(ErrType=st.sampled_from(ERR_TYPES))

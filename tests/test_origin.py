@@ -282,6 +282,17 @@ def test_conversions_are_followed() -> None:
     assert layers(X.float()).dtype == torch.float32
 
 
+def test_a_state_that_is_assigned_is_taken_over() -> None:
+    model, other = model_of(WAYS["parameter"]), model_of(WAYS["parameter"])
+    layers = group_layers(model, X)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert_close(layers(X), other(X), 1e-12)
+    assert set(layers.parameters()) <= set(model.parameters())
+
+
 def test_groups_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

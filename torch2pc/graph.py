@@ -217,9 +217,10 @@ def nodes_below(*nodes: Any) -> list[Any]:
     return [node for node in layer_of if node is not None]
 
 
-def leaves_of(nodes: Iterable[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+def leaves_of(nodes: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """The leaves among ``nodes``, except ``inputs``."""
-    leaves: list[Tensor] = [n.variable for n in nodes if type(n) is _AccumulateGrad]
+    chosen: list[Any] = [node for node in nodes if type(node) is _AccumulateGrad]
+    leaves: list[Tensor] = [node.variable for node in chosen]
     given = set(map(id, inputs))
     return [leaf for leaf in leaves if id(leaf) not in given]
 

@@ -49,14 +49,19 @@ def group_layers(model: nn.Module, X: Tensor, cut: str = "before") -> nn.Sequent
 
     The layers hold the same modules as the model, not copies: their parameters, buffers and hooks are
     the model's, training one trains the other. Keep the model to save and load: its ``state_dict`` has
-    the names it always had, and what ``load_state_dict`` copies into it is in the layers as well (with
-    ``assign=True``, group anew). Move or convert it first, and group then. Call ``train()``
+    the names it always had, and what ``load_state_dict`` copies into it is in the layers as well.
+    Move or convert it first, and group then. Call ``train()``
     and ``eval()`` on the result.
 
     The result is held against the model on ``X``: in train mode on ``X`` and in eval mode on ``X`` twice
     over, outputs, gradients and buffers must be equal. Nothing of the model is changed by that (buffers,
     ``.grad``, random generators, modes). The forward is followed once: where it branches on the
     shape of its input, the branch that X took is taken ever after.
+
+    If the model is changed later, the layers follow where its forward hands a number to an operation as
+    it is (``x / self.tau``), is told a mode, or uses a tensor. Where it computed with a number, branched
+    on a flag, read a configuration or a global, or called a module, and that is another one now, they
+    raise an error that names it when they are used.
 
     Args:
         model: a module that takes one tensor and returns one.
