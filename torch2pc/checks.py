@@ -33,6 +33,8 @@ def check_model(model: object) -> None:
             "it: predictive coding runs the items one by one and would pass it over; move what it "
             "adds into an item, or let torch2pc.group_layers(model, X) do so"
         )
+    if (check_origin := getattr(model, "check_origin", None)) is not None:
+        check_origin()  # layers that group_layers has made
 
 
 def _runs_its_items(model: nn.Sequential) -> bool:
@@ -129,6 +131,11 @@ def check_tensor(name: str, value: object) -> None:
     """``value`` is a tensor that autograd can work with."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a strided tensor, got a nested one, whose examples have sizes of their "
+            f"own: pass {name}.to_padded_tensor(0.0) with a mask, or examples of one size at a time"
+        )
     if value.is_inference():
         raise ValueError(
             f"{name} must be a tensor that autograd can use, got one made under "

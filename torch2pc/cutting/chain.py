@@ -3,7 +3,8 @@
 ``torch.fx`` records what the forward does between its modules (flattening, adding an embedding), and
 each step is evaluated on a sample meanwhile, so that branches on shapes can be followed too. ``chain``
 cuts the record wherever a single tensor carries everything on. How the pieces become predictive
-coding layers is up to ``grouping.py``.
+coding layers is up to ``grouping.py``, and what the record took from the model as it was then, and
+may be another one later, to ``origin.py``.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from torch2pc.cutting.origin import Attributes, Number, Origin, Reads
+from torch2pc.graph.autograd.warn import warn_caller
 from torch2pc.graph.layers import HOOKS
 
 
@@ -46,9 +49,10 @@ class Piece:
     @property
     def has_parameters(self) -> bool:
         """Whether its operations use parameters that belong to no module called here."""
-        return any(isinstance(_attribute(self.root, node), nn.Parameter) for node in self._held())
+        return any(isinstance(_attribute(self.root, node), nn.Parameter) for node in self.held())
 
-    def _held(self) -> list[fx.Node]:
+    def held(self) -> list[fx.Node]:
+        """What its operations use of the model's attributes."""
         waiting, found = list(self.nodes), dict[fx.Node, None]()
         for node in waiting:
             for before in node.all_input_nodes:
@@ -61,7 +65,8 @@ class Piece:
 class Between(nn.Module):
     """Operations that a model's forward does between its modules, as a module.
 
-    Parameters and buffers that they use are those of the model, under the same names.
+    Parameters and buffers that they use are those of the model, under the same names. Numbers and
+    modes are read from the model in each call.
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
@@ -72,6 +77,16 @@ class Between(nn.Module):
         made: dict[fx.Node, fx.Node] = {}
         entry = next(before for before in nodes[0].all_input_nodes if before.meta["moves"])
         made[entry] = graph.placeholder("x")
+        # (A list: they are not to be parts of this module.)
+        self.reads: list[tuple[nn.Module, str]] = []
+        for node in dict.fromkeys(held for piece in pieces for held in piece.held()):
+            if (read := node.meta.get("read")) is not None:
+                if read not in self.reads:
+                    self.reads.append(read)
+                    made[node] = graph.placeholder(read[1])
+                else:
+                    place = 1 + self.reads.index(read)
+                    made[node] = list(graph.nodes)[place]
 
         def copy(node: fx.Node) -> fx.Node:
             if node not in made:
@@ -85,7 +100,14 @@ class Between(nn.Module):
         self.inplace = any(map(_writes, nodes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x)
+        return self.run(x, *[getattr(module, name) for module, name in self.reads])
+
+    def train(self, mode: bool = True) -> Between:
+        """Set the mode, also of the modules whose mode the operations ask for."""
+        for module, name in self.reads:
+            if name == "training":
+                module.training = mode
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         lines = str(self.run.code).strip().splitlines()
@@ -115,18 +137,41 @@ def is_block(module: nn.Module) -> bool:
     return any(name != "parametrizations" for name in module._modules)
 
 
-def chain(model: nn.Module, X: Tensor, name: str = "model") -> list[Piece]:
-    """The pieces of ``model``'s forward between all places where it can be cut, in order.
+class Chain(NamedTuple):
+    """A model's forward, cut."""
+
+    pieces: list[Piece]
+    """What is between all places where it can be cut, in order."""
+    origin: Origin
+    """What the record took from the model as it is now."""
+
+
+def chain(model: nn.Module, X: Tensor, name: str = "model") -> Chain:
+    """Cut ``model``'s forward wherever it can be.
 
     Containers whose children run one after the other are opened, others are one module. Raises
     ``NoChain`` where two layers cannot be cut apart.
     """
-    root = _Root(model)
-    pieces = _pieces(_follow(root, X, name, {}), root)
+    root, before = _Root(model), Attributes(model.modules())
+    try:
+        record = _follow(root, X, name, {}, numbers=True)
+        written = before.changed(record.opened)
+    finally:
+        before.restore()
+    if written:
+        warn_caller(
+            f"{name}'s forward sets {', '.join(f'{name}.{w}' for w in written)}, which the layers do not: "
+            "they run what it does between its modules, and its modules. Set it in a module, if it is "
+            "needed"
+        )
+    pieces = _pieces(record.graph, root)
     for piece in pieces:
         if len(piece.weighted) > 1:
             raise NoChain(_in_the_way(piece, name))
-    return pieces
+    called = [str(node.target) for node in record.graph.nodes if node.op == "call_module"]
+    held = [str(node.target) for node in record.graph.nodes if node.op == "get_attr"]
+    reads = [read for read in record.reads if not before.holds_other(read.module, read.name)]
+    return Chain(pieces, Origin(model, name, reads, record.opened, called, held))
 
 
 class _Root(nn.Module):
@@ -147,15 +192,46 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
     trace_asserts = True
 
-    def __init__(self, X: Tensor, name: str, opened: dict[nn.Module, bool]) -> None:
+    def __init__(
+        self, X: Tensor, name: str, opened: dict[nn.Module, bool], reads: Reads | None = None
+    ) -> None:
         super().__init__()
         self._X, self._name, self._opened = X, name, opened
+        self.reads = Reads() if reads is None else reads
         self._evaluates = False
+        # The containers whose forward is being followed, and all that were.
+        self._inside: list[nn.Module] = []
+        self.followed: dict[nn.Module, None] = {}
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        with self.reads.watched(self._read):
+            return super().trace(root, concrete_args)
+
+    def _read(self, module: nn.Module, name: str, value: Any) -> Any:
+        """What a forward is given for an attribute that it reads."""
+        if self._evaluates or module not in (self.submodule_paths or ()) or module is self.root:
+            return value
+        if isinstance(value, Tensor) and self.reads.tensors_followed:
+            with self._evaluating():  # nothing that this reads is the forward's
+                path = f"{self.path_of_module(module)}.{name}"
+            return self.create_proxy("get_attr", path, (), {})
+        return self.reads.note(module, name, value)
+
+    def create_arg(self, a: Any) -> Any:
+        if not isinstance(a, Number):
+            return super().create_arg(a)
+        a.read.is_operand = True
+        with self._evaluating():
+            path = f"{self.path_of_module(a.read.module)}.{a.read.name}"
+        node = self.create_node("get_attr", path, (), {})
+        node.meta.update(read=(a.read.module, a.read.name), value=a.read.given)
+        return node
 
     def create_node(self, kind: str, *arguments: Any, **options: Any) -> fx.Node:
         node = super().create_node(kind, *arguments, **options)
         inputs = node.all_input_nodes
         node.meta["moves"] = kind == "placeholder" or any(n.meta["moves"] for n in inputs)
+        node.meta["inside"] = self._inside[-1] if self._inside else self.root
         node.meta["value"] = None if kind == "output" else self._value(node)
         return node
 
@@ -212,12 +288,17 @@ class _Tracer(fx.Tracer):
         if type(m) is nn.TransformerEncoder and alone:
             self._check_hooks(m)
             x = args[0]
+            self.followed[m] = None
             for layer in [*m.layers, *([] if m.norm is None else [m.norm])]:
                 x = layer(x)
             return x
         if self._is_opened(m, args[0] if alone else None):
             self._check_hooks(m)
-            return forward(*args, **kwargs)
+            self.followed[m] = None
+            self._inside.append(m)
+            output = forward(*args, **kwargs)
+            self._inside.pop()
+            return output
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
     def _is_opened(self, m: nn.Module, x: Any) -> bool:
@@ -238,7 +319,7 @@ class _Tracer(fx.Tracer):
         root = _Root(m)
         with self._evaluating():  # what the tracer of its own evaluates is not to be recorded here
             try:
-                pieces = _pieces(_follow(root, x, self._name, self._opened), root)
+                pieces = _pieces(_follow(root, x, self._name, self._opened).graph, root)
             except Exception:
                 return False
         named = [
@@ -258,34 +339,98 @@ class _Tracer(fx.Tracer):
             )
 
 
-def _follow(root: _Root, X: Tensor, name: str, opened: dict[nn.Module, bool]) -> fx.Graph:
+class _Record(NamedTuple):
+    """What following a forward found."""
+
+    graph: fx.Graph
+    reads: Reads
+    opened: list[nn.Module]
+
+
+def _follow(
+    root: _Root, X: Tensor, name: str, opened: dict[nn.Module, bool], numbers: bool = False
+) -> _Record:
     """The record of the model's forward, the same in train and in eval mode.
 
     Where an operation is told the mode, as by ``dropout(x, training=self.training)``, it will be.
-    opened: which containers run their children in order, as far as it is known.
+    opened: which containers run their children in order, as far as it is known. numbers: find out
+    which may be others later.
     """
     modules = list(root.modules())
     modes = [(module, module.training) for module in modules]
-    graphs = []
+
+    def trace(into: _Root, training: bool, reads: Reads | None = None) -> _Record:
+        for module in modules:
+            module.training = training
+        return _trace(into, X, name, opened, reads)
+
+    def both(tensors_followed: bool) -> list[_Record]:
+        # Each has a root of its own, as constants are put there.
+        roots = (root, True), (_Root(root.model), False)
+        return [trace(into, mode, Reads(tensors_followed)) for into, mode in roots]
+
     try:
-        for training in (True, False):
-            for module in modules:
-                module.training = training
-            # Each time a root of its own, as constants are put there.
-            graphs.append(_trace(root if training else _Root(root.model), X, name, opened))
+        try:
+            record, in_eval = both(tensors_followed=True)
+        except NoChain:
+            # It may do with a tensor what cannot be recorded, such as to take a number from it.
+            record, in_eval = both(tensors_followed=False)
+        reads = record.reads.joined(in_eval.reads)
+        # Where one is longer, it differs at the other's output already.
+        for node, other in zip(record.graph.nodes, in_eval.graph.nodes, strict=False):
+            _tell_mode(record.graph, node, other, name)
+        if numbers:
+            _find_followed(reads, lambda others: trace(_Root(root.model), True, others).graph)
     finally:
         for module, training in modes:
             module.training = training
-    graph, in_eval = graphs
-    # Where one is longer, it differs at the other's output already.
-    for node, other in zip(graph.nodes, in_eval.nodes, strict=False):
-        _tell_mode(graph, node, other, name)
-    return graph
+    return record._replace(reads=reads)
 
 
-def _trace(root: _Root, X: Tensor, name: str, opened: dict[nn.Module, bool]) -> fx.Graph:
+def _find_followed(reads: Reads, trace: Callable[[Reads], fx.Graph]) -> None:
+    """Mark the numbers that may change: with another one, the forward does the same but for them.
+
+    They are operands in the record, and nothing else in it depends on them.
+    """
+    numbers = [read for read in reads if read.is_operand and not read.decides]
+    if not numbers:
+        return
+    plain = trace(reads.tried(()))
+
+    def may_change(chosen: Sequence[Any]) -> bool:
+        others = reads.tried(chosen)
+        try:
+            graph = trace(others)
+        except NoChain:
+            return False
+        return _same_graph(plain, graph) and not any(others.decides(read) for read in chosen)
+
+    all_may = may_change(numbers)
+    for read in numbers:
+        read.is_followed = all_may or (len(numbers) > 1 and may_change([read]))
+
+
+def _same_graph(graph: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two records have the same operations and constants, whatever numbers are followed."""
+    if len(graph.nodes) != len(other.nodes):
+        return False
+    for a, b in zip(graph.nodes, other.nodes, strict=True):
+        if (a.op, a.target, a.name) != (b.op, b.target, b.name):
+            return False
+        constant = a.op == "get_attr" and "read" not in a.meta
+        if constant and not _equal(a.meta["value"], b.meta["value"]):
+            return False
+        if repr((a.args, a.kwargs)) != repr((b.args, b.kwargs)):
+            return False
+    return True
+
+
+def _trace(
+    root: _Root, X: Tensor, name: str, opened: dict[nn.Module, bool], reads: Reads | None
+) -> _Record:
+    tracer = _Tracer(X, name, opened, reads)
     try:
-        return _Tracer(X, name, opened).trace(root)
+        return _Record(tracer.trace(root), tracer.reads, list(tracer.followed))
     except NoChain:
         raise
     except Exception as error:
@@ -316,7 +461,8 @@ def _tell_mode(graph: fx.Graph, node: fx.Node, other: fx.Node, name: str) -> Non
             if not mode:
                 with graph.inserting_before(node):
                     mode.append(graph.create_node("get_attr", "training"))
-                mode[0].meta.update(moves=False, value=True)
+                inside = node.meta["inside"]
+                mode[0].meta.update(moves=False, value=True, read=(inside, "training"))
             return mode[0]
         same = a.name == b.name if isinstance(a, fx.Node) and isinstance(b, fx.Node) else a is b
         differs = differs or not (same or (not isinstance(a, Tensor) and a == b))

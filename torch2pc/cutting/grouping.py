@@ -24,6 +24,7 @@ from torch2pc.cutting.chain import (
     is_block,
     is_normalisation,
 )
+from torch2pc.cutting.origin import Attributes, Origin
 from torch2pc.graph.state import Snapshot, devices_of, generators_in, generators_kept, modules_in
 
 
@@ -48,14 +49,19 @@ def group_layers(model: nn.Module, X: Tensor, cut: str = "before") -> nn.Sequent
 
     The layers hold the same modules as the model, not copies: their parameters, buffers and hooks are
     the model's, training one trains the other. Keep the model to save and load: its ``state_dict`` has
-    the names it always had, and what ``load_state_dict`` copies into it is in the layers as well (with
-    ``assign=True``, group anew). Move or convert it first, and group then. Call ``train()``
+    the names it always had, and what ``load_state_dict`` copies into it is in the layers as well.
+    Move or convert it first, and group then. Call ``train()``
     and ``eval()`` on the result.
 
     The result is held against the model on ``X``: in train mode on ``X`` and in eval mode on ``X`` twice
     over, outputs, gradients and buffers must be equal. Nothing of the model is changed by that (buffers,
     ``.grad``, random generators, modes). The forward is followed once: where it branches on the
     shape of its input, the branch that X took is taken ever after.
+
+    If the model is changed later, the layers follow where its forward hands a number to an operation as
+    it is (``x / self.tau``), is told a mode, or uses a tensor. Where it computed with a number, branched
+    on a flag, read a configuration or a global, or called a module, and that is another one now, they
+    raise an error that names it when they are used.
 
     Args:
         model: a module that takes one tensor and returns one.
@@ -106,14 +112,42 @@ def group_layers(model: nn.Module, X: Tensor, cut: str = "before") -> nn.Sequent
 
     with torch.inference_mode(False), torch.enable_grad():
         with untouched(model, X):
-            pieces = chain(model, X)
+            pieces, origin = chain(model, X)
         groups = _groups(pieces, cut)
         _check_not_one_block(groups, X)
-        layers = nn.Sequential(*map(_layer, groups))
+        layers = Grouped(*map(_layer, groups))
+        origin.keep_in([part.run for part in layers.modules() if isinstance(part, Between)])
+        layers.origin = origin
         _set_mode(layers, set(model.modules()), model.training)
         for training, sample in ((True, X), (False, torch.cat([X, X]))):
             _check_same(model, layers, sample, training)
     return layers
+
+
+class Grouped(nn.Sequential):
+    """The layers of a model, which notice where it was changed since."""
+
+    origin: Origin | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layers, if they still are the model's."""
+        self.check_origin()
+        return super().__call__(*args, **kwargs)
+
+    def check_origin(self) -> None:
+        """Raises an error if the model would now be followed to other layers."""
+        if self.origin is not None and not torch.compiler.is_compiling():
+            self.origin.check()
+
+    def __getitem__(self, index: Any) -> Any:
+        """One layer, or for a slice some, which are as watchful."""
+        found = super().__getitem__(index)
+        if isinstance(found, Grouped):
+            found.origin = self.origin
+        return found
+
+    def _get_name(self) -> str:
+        return "Sequential"
 
 
 def _groups(pieces: Sequence[Piece], cut: str) -> list[list[Piece]]:
@@ -265,11 +299,12 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 @contextmanager
 def untouched(model: nn.Module, X: Tensor) -> Iterator[None]:
-    """Leaves generators, buffers and modes as they are before the body."""
+    """Leaves generators, buffers, modes and attributes as they are before the body."""
     modules = modules_in(model)
-    before = Snapshot(modules, devices_of(modules, X))
+    before, attributes = Snapshot(modules, devices_of(modules, X)), Attributes(modules)
     with generators_kept(generators_in(model, modules)):
         try:
             yield
         finally:
             before.restore(Exception())
+            attributes.restore()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from torch2pc.displacement.rules import belief_dtype
-from torch2pc.displacement.rules.core import storage, unit_of
+from torch2pc.displacement.rules.core import storage, unit_of, vjp
 
 
 class Graph:
@@ -25,15 +25,20 @@ class Graph:
     def __init__(self, vhat: list[Tensor], Loss: Tensor) -> None:
         self.vhat, self.Loss = vhat, Loss
         # The leaves (parameters, mostly), and the first layer that uses each; the loss counts as
-        # layer L+1. The outputs of layers and what lies beyond them belong to none (0).
-        nodes = [_node(x) for x in vhat]
-        layer_of = dict.fromkeys([None, *nodes], 0)
+        # layer L+1. The outputs of layers belong to none, nor does what lies beyond the input (0).
+        nodes = [node_of(x) for x in vhat]
+        layer_of = {**dict.fromkeys(nodes, _BETWEEN), None: 0}
         leaves: list[Any] = []
-        self.shares_leaves = False
+        shared: list[Any] = []
         for l, node in enumerate([*nodes[1:], Loss.grad_fn], start=1):
             # A layer that returns its input has that node itself, and no leaves.
-            if node is not nodes[l - 1] and _claim(node, l, layer_of, leaves):
-                self.shares_leaves = True
+            if node is not nodes[l - 1]:
+                shared += _claim(node, l, layer_of, leaves, nodes[l - 1])
+        self.shares_leaves = bool(shared)
+        # Something goes from one layer, past the next one's input, to another layer or the loss.
+        self._goes_around = any(
+            [layer_of[x] == _BETWEEN or type(x) is not _AccumulateGrad for x in shared]
+        )
         self._leaves = [leaf.variable for leaf in leaves]
         self._l_of = [layer_of[leaf] for leaf in leaves]
 
@@ -69,6 +74,8 @@ class Graph:
         A second backward pass, for shared parameters, changed at each vhat_l so that c[l] g_l goes
         on from it: as g_l = J_{l+1}^T g_{l+1}, what arrives is c[l+1] g_l; the difference is added.
         """
+        if self._goes_around:
+            raise kept_tensor("A layer, or LossFun,")
         L = len(self.vhat) - 1
         added = [(c[l] - c[l + 1]) * g[l] for l in range(1, L)]
         start = torch.ones_like(self.Loss)
@@ -98,9 +105,7 @@ def gradient(
     try:
         # Backward passes belong outside autocast: the types were chosen in the forward pass.
         with outside_autocast(outputs[0].device):
-            found = torch.autograd.grad(
-                outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
-            )
+            found = vjp(outputs, inputs, arriving, keep_graph)
     finally:
         for handle in handles:
             handle.remove()
@@ -168,11 +173,40 @@ def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     parameters, and for those that belong to no module; faster than listing parameters, too. The
     inputs are leaves themselves.
     """
-    nodes: list[Any] = []
-    if not output.is_leaf:
-        _claim(output.grad_fn, 1, {None: 0}, nodes)
+    return leaves_of(nodes_below(output.grad_fn), inputs)
+
+
+def nodes_below(*nodes: Any) -> list[Any]:
+    """All nodes of the autograd graph that a backward pass from ``nodes`` arrives at, and these."""
+    layer_of: dict[Any, int] = {None: 1, **dict.fromkeys(nodes, 1)}
+    for node in nodes:
+        if node is not None:
+            _claim(node, 1, layer_of, [])
+    return [node for node in layer_of if node is not None]
+
+
+def leaves_of(nodes: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves among ``nodes``, except ``inputs``."""
+    chosen: list[Any] = [node for node in nodes if type(node) is _AccumulateGrad]
+    leaves: list[Tensor] = [node.variable for node in chosen]
     given = set(map(id, inputs))
-    return [leaf for leaf in [node.variable for node in nodes] if id(leaf) not in given]
+    return [leaf for leaf in leaves if id(leaf) not in given]
+
+
+def next_node() -> int:
+    """The number that the next node of the autograd graph will have, in this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def kept_tensor(user: str) -> RuntimeError:
+    return RuntimeError(
+        f"{user} must not use a tensor that a layer has computed in this forward pass and kept (an "
+        "auxiliary loss on a module, a skip connection around an item): it goes around the beliefs, "
+        "which would be relaxed without it. detach() it if it is not to be "
+        "learnt from; or let the layers hand it on in their outputs, to LossFun too; or compute it in "
+        'LossFun, from the output or from parameters; or take ErrType="Exact", where it is '
+        "backpropagated"
+    )
 
 
 # By the names of autograd's nodes: activations that are constant over a range, and what keeps a
@@ -205,26 +239,32 @@ def ends_flat(output: Tensor) -> bool:
     return False
 
 
-def _node(x: Tensor) -> Any:
+def node_of(x: Tensor) -> Any:
     """The node of the autograd graph that makes ``x``, or takes its gradient; None without one."""
     return x.grad_fn or (get_gradient_edge(x).node if x.requires_grad else None)
 
 
-def _claim(node: Any, l: int, layer_of: dict[Any, int], leaves: list[Any]) -> bool:
+# Stands for a layer where a node is the output of one and the input of the next.
+_BETWEEN = -1
+
+
+def _claim(
+    node: Any, l: int, layer_of: dict[Any, int], leaves: list[Any], given: Any = None
+) -> list[Any]:
     """Enter layer ``l`` for all new nodes below ``node``, and append those of leaves to ``leaves``.
 
-    Returns whether it met a node that another layer has claimed.
+    Returns the nodes that it met and are another layer's; ``given`` is the one that it starts from.
     """
-    meets_other = False
+    claimed: list[Any] = []
     waiting = [node]
     for node in waiting:
         for before, _ in node.next_functions:
             if before not in layer_of:
                 layer_of[before] = l
                 (leaves if type(before) is _AccumulateGrad else waiting).append(before)
-            elif layer_of[before] not in (0, l):
-                meets_other = True
-    return meets_other
+            elif layer_of[before] not in (0, l) and before is not given:
+                claimed.append(before)
+    return claimed
 
 
 with torch.inference_mode(False), torch.enable_grad():  # whatever mode this is imported in

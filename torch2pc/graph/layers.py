@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torch2pc.displacement.recorder import (
     Displacement,
@@ -27,16 +28,22 @@ from torch2pc.displacement.recorder import (
     agrees,
     uncompiled,
 )
+from torch2pc.displacement.rules.core import tensors_in
 from torch2pc.graph.autograd import (
     Graph,
     check_loss,
     check_scalar,
     ends_flat,
     in_belief_dtype,
-    leaves_between,
+    kept_tensor,
+    leaves_of,
+    next_node,
+    node_of,
+    nodes_below,
     output_gradient,
     outside_autocast,
 )
+from torch2pc.graph.autograd.warn import warn_caller
 from torch2pc.graph.state import (
     Buffers,
     RandomState,
@@ -49,7 +56,6 @@ from torch2pc.graph.state import (
     random_state,
     set_random_state,
 )
-from torch2pc.graph.warn import warn_caller
 
 
 class Inference(NamedTuple):
@@ -100,6 +106,8 @@ class Layer:
     ) -> None:
         self.function, self._where, self._devices = function, where, devices
         self.copies_input, self._others, self._model = copies_input, others, model
+        # What the forward pass adds to autograd's graph is numbered from here on.
+        self._begun = next_node()
 
     @property
     def name(self) -> str:
@@ -108,16 +116,22 @@ class Layer:
         return f"{where} ({_type_name(self.function)})"
 
     def __call__(self, *x: Any) -> Tensor:
-        given = [a.clone() for a in x] if self.copies_input else x
-        versions = [a._version for a in x if isinstance(a, Tensor)]
+        given: Sequence[Any] = [a.clone() for a in x] if self.copies_input else x
+        if given is x and any(GLOBAL_HOOKS):
+            given = _no_leaves([*x])
+        versions = None
+        if not self.copies_input:
+            versions = [a._version for a in x if isinstance(a, Tensor)]
         try:
             output = self.function(*given, *self._others)
         except RuntimeError as error:
             # The error that autograd raises for a write into a leaf does not say whose it is.
-            if given is x and "leaf Variable that requires grad" in str(error):
+            if version is not None and "leaf Variable that requires grad" in str(error):
                 raise self._wrote_input() from error
+            if "not have been used in the graph" in str(error):
+                raise cut_off_from_X(self.name) from error
             raise
-        if versions != [a._version for a in x if isinstance(a, Tensor)]:
+        if versions is not None and versions != [a._version for a in x if isinstance(a, Tensor)]:
             raise self._wrote_input()
         if not isinstance(output, Tensor) or not output.dtype.is_floating_point:
             is_complex = isinstance(output, Tensor) and output.is_complex()
@@ -140,16 +154,27 @@ class Layer:
 
         ``moving``: those of its inputs that will move; then it becomes a ``displacement`` of these.
         """
-        modules = modules_in(self.function)
+        inputs, modules = x, modules_in(self.function)
         random = random_state([*self._devices, *generators_in(self.function, modules)])
         buffers = Buffers(modules)
+        before = next_node()
+        if any(GLOBAL_HOOKS) and not self.copies_input:
+            place = {id(a): k for k, a in enumerate(x)}
+            given = _no_leaves([*x])
+            moving, x = [given[place[id(a)]] for a in moving], tuple(given)
         recorder = Recorder(*moving) if moving else Watch()
         with uncompiled, recorder:
             output = self(*x)
+        nodes = nodes_below(output.grad_fn)
+        kept = [node for node in nodes if self._begun <= node._sequence_nr() < before]
+        # Of parameters alone it is no function of beliefs.
+        if kept and any(
+            [not isinstance(x, nn.Parameter) for x in leaves_of(nodes_below(*kept), [])]
+        ):
+            raise kept_tensor(self.name)
         self.drawn = drawn_from(random) if recorder.draws else []
         self._buffers = buffers if buffers.differ() else None
-        inputs = [a for given in x for a in (given if isinstance(given, list) else [given])]
-        self.has_leaves = bool(leaves_between(output, inputs))
+        self.has_leaves = bool(leaves_of(nodes, tensors_in(list(inputs))))
         self.ends_flat = ends_flat(output)
         if isinstance(recorder, Recorder):
             if any([module._backward_hooks or module._backward_pre_hooks for module in modules]):
@@ -205,6 +230,8 @@ class Layer:
         """
         known = {} if self._model is None else _replayable.setdefault(self._model, {})
         key = self.name, getattr(self.function, "training", None)
+        if output.numel() == 0:
+            return True
         if key not in known:
             with torch.enable_grad(), generators_kept(self.drawn_sources):
                 again = self.replay(*x).detach()
@@ -324,9 +351,10 @@ class Network:
             vhat.extend(values[1:])
             return x
 
-        output = self._through_hooks_of_model(walk, vhat[0])
-        vhat[-1] = output
-        return Graph(vhat, check_loss(self.loss(output)))
+        vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
+        with nullcontext() if from_X else self._derivatives_refused():
+            Loss = check_loss(self.loss(vhat[-1]))
+        return Graph(vhat, Loss)
 
     def record(self) -> None:
         """One forward pass without a graph across layers, which sets vhat, Loss and dLdy, detached.
@@ -361,7 +389,8 @@ class Network:
                 "relaxed, which evaluates the items one by one; register the hook on the last item"
             )
         prediction = vhat[-1].detach().requires_grad_()
-        Loss = check_loss(self.loss.record(prediction))
+        with self._derivatives_refused():
+            Loss = check_loss(self.loss.record(prediction))
         self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_())
         self.Loss, self.dLdy = Loss.detach().clone(), output_gradient(Loss, prediction)
         if self.prior is not None:
@@ -390,10 +419,15 @@ class Network:
         for name, table in zip(HOOKS, tables, strict=True):
             told = {i: partial(_of_module, hook, model) for i, hook in table.items()}
             self._stand_in.__dict__[name] = OrderedDict(told)
-        output = self._stand_in._call_impl(x)  # type: ignore[no-untyped-call]
+        given = _no_leaves(x) if any(GLOBAL_HOOKS) else x
+        output = self._stand_in._call_impl(given)  # type: ignore[no-untyped-call]
         if not isinstance(output, Tensor):
             raise TypeError(f"model must return a tensor, but a hook made it {_type_name(output)}")
         return output
+
+    def _derivatives_refused(self) -> AbstractContextManager[Any]:
+        """The body must not differentiate with respect to X, which the layers do not run on."""
+        return _NoDerivative(self.X) if self.X.requires_grad else nullcontext()
 
     def replaying(self) -> AbstractContextManager[None]:
         """Leaves the generators as they are before the body, whatever the body replays.
@@ -410,6 +444,44 @@ GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
 
 def _of_module(hook: Callable[..., Any], module: nn.Module, _: Any, *arguments: Any) -> Any:
     return hook(module, *arguments)
+
+
+class _NoDerivative(TorchFunctionMode):
+    """Raises an error where LossFun differentiates with respect to ``X``, or to what made it.
+
+    It would find no dependence, and with ``allow_unused`` take the derivative for 0.
+    """
+
+    def __init__(self, X: Tensor) -> None:
+        super().__init__()
+        self._node = node_of(X)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad:
+            for x in tensors_in(args[1]):
+                node = node_of(x)
+                below = nodes_below(node)
+                if node is not None and (self._node in below or node in nodes_below(self._node)):
+                    raise cut_off_from_X("LossFun")
+        return func(*args, **(kwargs or {}))
+
+
+def cut_off_from_X(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} must not differentiate with respect to X, or to anything else that it does not "
+        "compute from what it is given: layers and loss run on copies, so that there is no dependence "
+        "to be found (allow_unused=True would take the derivative for 0). A loss of derivatives, as "
+        "physics-informed networks have, is no function of the output alone, whose error predictive "
+        "coding hands down: train it with loss.backward(), or make the network and its derivatives "
+        "(torch.func.jvp, jacrev) one item that returns both, so that LossFun is given them"
+    )
+
+
+def _no_leaves(x: Any) -> Any:
+    """``x`` as views. A tracker of modules hooks their inputs, which autograd refuses for leaves."""
+    if isinstance(x, Tensor):
+        return x.view_as(x) if x.requires_grad and x.is_leaf else x
+    return [_no_leaves(entry) for entry in x] if isinstance(x, list) else x
 
 
 def detached(X: Tensor) -> Tensor:

@@ -253,7 +253,7 @@ def _remove_others(module: nn.Module, names: Collection[str]) -> None:
 def _put_back(buffer: Tensor, value: Tensor) -> None:
     """Give a buffer its value again, and its shape where that was changed."""
     with torch.no_grad():
-        if buffer.shape == value.shape:
+        if buffer.is_nested or buffer.shape == value.shape:
             buffer.copy_(value)
         else:
             buffer.data = value
@@ -278,7 +278,29 @@ def _written(module: nn.Module, buffer: Tensor | None, version: int, value: Tens
         return True
     # Normalisation layers write their running statistics without counting up the version. To
     # compare values on another device would wait for it, so there training mode counts as written.
-    return not torch.equal(buffer, value) if buffer.device.type == "cpu" else module.training
+    return not same_values(buffer, value) if buffer.device.type == "cpu" else module.training
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """``torch.equal``, for sparse and nested tensors too, which are compared part by part."""
+    if a.layout is torch.strided and not a.is_nested:
+        return torch.equal(a, b)
+    if (a.layout, a.is_nested) != (b.layout, b.is_nested) or a.dim() != b.dim():
+        return False
+    mine, others = _parts(a), _parts(b)
+    return len(mine) == len(others) and all(map(torch.equal, mine, others))
+
+
+def _parts(a: Tensor) -> Sequence[Tensor]:
+    """The strided tensors that a sparse or a nested tensor consists of."""
+    a = a.detach()
+    if a.is_nested:
+        return a.unbind()
+    if a.layout is torch.sparse_coo:
+        return a._indices(), a._values()
+    if a.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return a.crow_indices(), a.col_indices(), a.values()
+    return a.ccol_indices(), a.row_indices(), a.values()
 
 
 def _version_and_copy(buffer: Tensor | None) -> tuple[int, Tensor | None]:

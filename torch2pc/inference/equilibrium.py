@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from torch2pc.displacement.recorder import Displacement
 from torch2pc.energy import Errors
+from torch2pc.graph.autograd.warn import warn_caller
 from torch2pc.graph.layers import Inference, Network
-from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.error_based import errors_of, place_of
 from torch2pc.inference.relax import Relaxation
 from torch2pc.inference.steps import Descent
@@ -278,6 +278,8 @@ class History:
 
 def largest(*tensors: Tensor) -> Tensor:
     """The largest entry of each row, as a column; 1 for rows of zeros."""
+    if tensors[0].shape[1] == 0:  # an empty batch
+        return tensors[0].new_ones(len(tensors[0]), 1)
     sizes = [torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True) for x in tensors]
     size = sizes[0] if len(sizes) == 1 else torch.maximum(*sizes)
     return torch.where(size > 0, size, 1.0)
