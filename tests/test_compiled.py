@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch2pc.compiled.calls.calls import _scalar_tensors, changing_number
 
 from tests.cases import Case, assert_close, random_beliefs, squared_error
 from torch2pc import PCInferLatent, PCResult, compiled
+from torch2pc.compiled.calls import _scalar_tensors, changing_number
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -16,12 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch2pc.follow.follow.outlook import Spectrum, _first
 
 from tests import reference
 from tests.cases import ERR_TYPES, Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
 from torch2pc.displacement.recorder import Displacement
+from torch2pc.follow.outlook import Spectrum, _first
 
 # The reference starts anew for each row.
 few = settings(max_examples=12)

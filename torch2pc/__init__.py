@@ -5,8 +5,8 @@ This file is the table of contents: it lists the public names and nothing else.
 
 from torch2pc.cutting.grouping import group_layers
 from torch2pc.displacement.recorder import displacement_rule
-from torch2pc.follow.follow.follow import follow, follow_latent
-from torch2pc.follow.follow.record import Record
+from torch2pc.follow.follow import follow, follow_latent
+from torch2pc.follow.record import Record
 from torch2pc.fwd_pass_plus import FwdPassPlus
 from torch2pc.latent import PCInferLatent
 from torch2pc.memory import PCRNN

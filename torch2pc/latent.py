@@ -17,7 +17,7 @@ from torch2pc.checks import (
     check_prior,
     check_tensor,
 )
-from torch2pc.compiled.calls import Relaxing, compiled_or_plain
+from torch2pc.compiled import Relaxing, compiled_or_plain
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.inference.relax import Callback, infer_by
 from torch2pc.inference.strict import latent

@@ -21,7 +21,7 @@ from torch2pc.checks import (
     check_update_at,
     check_vinit_length,
 )
-from torch2pc.compiled.calls import Backpropagation, Relaxing, compiled_or_plain
+from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.state import Snapshot, modules_in, write_gradients
 from torch2pc.inference import RELAXATIONS

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast, own
-from torch2pc.graph.autograd.warn import warn_caller
 from torch2pc.graph.layers import GLOBAL_HOOKS, HOOKS, Inference, Network, detached
+from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.start import check_vinit_entries
 
 _warned: WeakSet[nn.Module] = WeakSet()
@@ -43,7 +43,7 @@ class _Model:
 
     def capture(self, asked: Any, *arguments: Any) -> Any:
         """Run a call that is captured, or was before."""
-        from torch2pc.compiled.calls.program import capture
+        from torch2pc.compiled.program import capture
 
         if asked not in self.captures:
             # Its own code object: what is compiled for a model is kept with the code, so it goes
@@ -67,7 +67,7 @@ class _Captured:
     """What is run in the place of the captured graph: the whole of a call."""
 
     def __init__(self, graph: Any, inputs: Sequence[Any]) -> None:
-        from torch2pc.compiled.calls.program import Program
+        from torch2pc.compiled.program import Program
 
         self.reason: object = None
         self.is_new = True
@@ -118,7 +118,7 @@ class Call:
         if self.reason is not None:
             return None
         try:
-            from torch2pc.compiled.calls.program import Asked
+            from torch2pc.compiled.program import Asked
         except ImportError as error:  # another PyTorch may lack what is imported there
             self.reason = error
             return None
@@ -193,7 +193,7 @@ class Call:
         found: list[Tensor],
     ) -> list[Tensor]:
         """Set ``inference``; ``found`` are the layers' errors, and then the updates."""
-        from torch2pc.compiled.calls.program import find
+        from torch2pc.compiled.program import find
 
         L, found = program.asked.L, own(found)
         vhat = [find(held, place) for place in program.vhat]
@@ -254,7 +254,7 @@ class Relaxing(Call):
 
     def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
         """Feed forward, ``n`` steps, and the updates; returns what was to be captured."""
-        from torch2pc.compiled.calls.program import find
+        from torch2pc.compiled.program import find
 
         network, asked, L = self.network, program.asked, program.asked.L
         _begin(network.X.device)
@@ -402,7 +402,7 @@ def run_plainly(model: nn.Module, reason: object) -> None:
 @lru_cache(maxsize=32)
 def _reached_layers(asked: Any, device: torch.device) -> list[tuple[Tensor, ...]]:
     """After 0, 1, ... steps from the feed-forward pass, which layers 0..L an error has reached."""
-    from torch2pc.compiled.calls.program import moves_of, reach
+    from torch2pc.compiled.program import moves_of, reach
 
     rows = []
     for moved in reach(asked):
@@ -423,7 +423,7 @@ def _options(device: torch.device) -> dict[str, Any]:
         # Not at the top, as they import parts of the compiler that another PyTorch may lack.
         from torch._inductor.config import cpp
 
-        from torch2pc.compiled.calls.products import fast_products
+        from torch2pc.compiled.products import fast_products
     except ImportError:
         return options
     if getattr(cpp, "vec_isa_ok", True) is None and machine() in ("x86_64", "AMD64"):

@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from torch2pc.cutting.origin import Attributes, Number, Origin, Reads
-from torch2pc.graph.autograd.warn import warn_caller
 from torch2pc.graph.layers import HOOKS
+from torch2pc.graph.warn import warn_caller
 
 
 class NoChain(ValueError):

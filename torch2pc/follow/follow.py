@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch2pc.checks import check_modules, check_no_transform
 from torch2pc.energy import Energy, Errors, Parts
 from torch2pc.energy.factors import Prior
-from torch2pc.follow.follow.outlook import ClosedForm, Outlook, largest_stable, spectrum, wide
-from torch2pc.follow.follow.record import Record
+from torch2pc.follow.outlook import ClosedForm, Outlook, largest_stable, spectrum, wide
+from torch2pc.follow.record import Record
 from torch2pc.graph.autograd import add_updates, gradient, leaves_between
 from torch2pc.graph.layers import Network
 from torch2pc.graph.state import Snapshot, Source, generators_in, generators_kept, modules_in

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch2pc.follow.follow.record import Record
+    from torch2pc.follow.record import Record
 
 MOST_IN_LEGEND = 12
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from torch2pc.follow.follow.outlook import Outlook
+from torch2pc.follow.outlook import Outlook
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -356,7 +356,7 @@ class Record:
             import matplotlib.pyplot as plt
 
             figure = plt.figure(figsize=(10, 5.6), layout="constrained")
-        from torch2pc.follow.follow.plot import draw
+        from torch2pc.follow.plot import draw
 
         draw(self, figure)
         return figure

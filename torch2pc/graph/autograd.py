@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from torch2pc.displacement.rules import belief_dtype
-from torch2pc.displacement.rules.core import storage, unit_of, vjp
+from torch2pc.displacement.rules.core import storage, unit_of
+from torch2pc.displacement.vjp import kept_tensor, vjp
 
 
 class Graph:
@@ -196,17 +197,6 @@ def leaves_of(nodes: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
 def next_node() -> int:
     """The number that the next node of the autograd graph will have, in this thread."""
     return torch._C._autograd._get_sequence_nr()
-
-
-def kept_tensor(user: str) -> RuntimeError:
-    return RuntimeError(
-        f"{user} must not use a tensor that a layer has computed in this forward pass and kept (an "
-        "auxiliary loss on a module, a skip connection around an item): it goes around the beliefs, "
-        "which would be relaxed without it. detach() it if it is not to be "
-        "learnt from; or let the layers hand it on in their outputs, to LossFun too; or compute it in "
-        'LossFun, from the output or from parameters; or take ErrType="Exact", where it is '
-        "backpropagated"
-    )
 
 
 # By the names of autograd's nodes: activations that are constant over a range, and what keeps a

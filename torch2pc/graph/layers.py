@@ -29,13 +29,13 @@ from torch2pc.displacement.recorder import (
     uncompiled,
 )
 from torch2pc.displacement.rules.core import tensors_in
+from torch2pc.displacement.vjp import kept_tensor
 from torch2pc.graph.autograd import (
     Graph,
     check_loss,
     check_scalar,
     ends_flat,
     in_belief_dtype,
-    kept_tensor,
     leaves_of,
     next_node,
     node_of,
@@ -43,7 +43,6 @@ from torch2pc.graph.autograd import (
     output_gradient,
     outside_autocast,
 )
-from torch2pc.graph.autograd.warn import warn_caller
 from torch2pc.graph.state import (
     Buffers,
     RandomState,
@@ -56,6 +55,7 @@ from torch2pc.graph.state import (
     random_state,
     set_random_state,
 )
+from torch2pc.graph.warn import warn_caller
 
 
 class Inference(NamedTuple):
@@ -126,7 +126,7 @@ class Layer:
             output = self.function(*given, *self._others)
         except RuntimeError as error:
             # The error that autograd raises for a write into a leaf does not say whose it is.
-            if version is not None and "leaf Variable that requires grad" in str(error):
+            if versions is not None and "leaf Variable that requires grad" in str(error):
                 raise self._wrote_input() from error
             if "not have been used in the graph" in str(error):
                 raise cut_off_from_X(self.name) from error

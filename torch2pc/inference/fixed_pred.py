@@ -27,7 +27,7 @@ from weakref import WeakSet
 import numpy as np
 from torch import nn
 
-from torch2pc.graph.autograd.warn import warn_caller
+from torch2pc.graph.warn import warn_caller
 
 # A share of the gradient that this is less than, an optimizer's epsilon and round-off take for none.
 LEAST_SHARE = 1e-6

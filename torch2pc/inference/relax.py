@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from torch2pc.energy import Energy
 from torch2pc.graph.autograd import own
-from torch2pc.graph.autograd.warn import warn_caller
 from torch2pc.graph.layers import Inference, Network, detached
+from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.steps import Rule
 from torch2pc.inference.updates import updates
 

@@ -17,7 +17,6 @@ from torch2pc.displacement.rules.core import (
     difference_step,
     linear_step,
     storage,
-    vjp,
 )
 from torch2pc.displacement.rules.maxima import pooled_before_relu
 from torch2pc.displacement.rules.smooth import COMPOSING, composed_step
@@ -41,5 +40,4 @@ __all__ = [
     "pooled_before_relu",
     "smooth",
     "storage",
-    "vjp",
 ]

@@ -104,30 +104,6 @@ def storage(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def vjp(
-    outputs: Sequence[Tensor] | Tensor,
-    inputs: Sequence[Tensor] | Tensor,
-    arriving: Sequence[Tensor] | Tensor | None,
-    keep_graph: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """``torch.autograd.grad``, with an error for reentrant checkpoints whose advice can be followed."""
-    try:
-        return torch.autograd.grad(
-            outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True
-        )
-    except RuntimeError as error:
-        if "use_reentrant=True" in str(error):
-            raise RuntimeError(
-                "model must not checkpoint with use_reentrant=True, which can only be differentiated "
-                "by loss.backward(): pass use_reentrant=False to torch.utils.checkpoint.checkpoint "
-                "(or checkpoint_sequential) where a module calls it; in a model of the transformers "
-                'package, gradient_checkpointing_enable({"use_reentrant": False})'
-            ) from error
-        if "through the graph a second time" in str(error):
-            raise kept_tensor("A layer, or LossFun,") from error
-        raise
-
-
 def base(a: Tensor) -> Tensor:
     """``a`` as a constant, in the type of its displacements."""
     return a.detach().to(belief_dtype(a.dtype))
