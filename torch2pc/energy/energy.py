@@ -316,16 +316,16 @@ class Errors(Energy):
                 torch.sub(moved, factor.error, out=self.delta[factor.target])
         return kept
 
-    def descend(self) -> Iterator[tuple[Prediction, Tensor | None]]:
-        """For each prediction, from the top down, what arrives there of the output's error; None if
-        nothing does. It uses up what ``settle`` has saved."""
+    def descend(self, error: Tensor | None = None) -> Iterator[tuple[Prediction, Tensor | None]]:
+        """For each prediction, from the top down, what arrives there of the output's error, or of another
+        one in its place; None if nothing does. It uses up what ``settle`` has saved."""
         self.settle()
         saved, self._saved = self._saved or self._climb(), None
         arriving: dict[int, Tensor] = {}
         for factor in self.factors:
             kept = saved.pop()
             if factor.target is None:
-                arrived: Tensor | None = factor.error
+                arrived: Tensor | None = factor.error if error is None else error
             else:
                 arrived = arriving.pop(factor.target, None)
                 yield factor, arrived

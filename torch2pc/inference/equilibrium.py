@@ -198,9 +198,8 @@ class Search(Relaxation):
     def _layers_mix(self) -> bool:
         """Whether an error of the outputs of some examples arrives at others."""
         chosen, drawn = self._some()
-        self.energy.settle()
-        self.energy.output.error = torch.where(chosen, drawn, 0.0)
-        arriving = [g for _, g in self.energy.descend() if g is not None]
+        found = self.energy.descend(torch.where(chosen, drawn, 0.0))
+        arriving = [g for _, g in found if g is not None]
         return any([bool(g[~chosen.flatten()].any()) for g in arriving])
 
     def _some(self) -> tuple[Tensor, Tensor]:
