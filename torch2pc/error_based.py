@@ -95,6 +95,8 @@ class ErrorRelaxation(Relaxation):
             else:
                 self.epsilon[l].lerp_(g_l, self.eta)
             del g_l
+        # In one step an error reaches all layers.
+        self._reached = 1
         self.climb()
 
     def take_updates_at(self, update_at: str) -> None:
@@ -109,6 +111,7 @@ class ErrorRelaxation(Relaxation):
     def stand_at(self, free: Sequence[Tensor]) -> None:
         """Let the errors be these, and the beliefs follow."""
         self.epsilon[1:-1] = free
+        self._reached = 1
         self.climb()
         self._is_ready = True
 
@@ -185,7 +188,8 @@ class ErrorRelaxation(Relaxation):
         L, delta, displaced = len(self.network.layers), self.delta, self._displaced
         self._get_ready()
         before = [
-            0.0 if self._vinit is None else displaced(l, delta[l - 1])[0] for l in range(2, L + 1)
+            displaced(l, delta[l - 1])[0] if self._may_be_away(l - 1) else 0.0
+            for l in range(2, L + 1)
         ]
         of_loss = second_derivative(lambda y: self._loss_at(y[0]), [self.output])
 

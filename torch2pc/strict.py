@@ -386,7 +386,7 @@ class Relaxation:
         L, first, displaced = len(self.network.layers), self._lowest - 1, self._displaced
         fixed, delta, pi = self.delta[:first], self.delta, self.precision
         free = range(first, L)
-        before = [0.0 if self._vinit is None else displaced(l + 1, delta[l])[0] for l in free]
+        before = [displaced(l + 1, delta[l])[0] if self._may_be_away(l) else 0.0 for l in free]
         y = in_belief_dtype(self.vhat[-1]) + before[-1]
         of_loss = second_derivative(lambda y: self._loss_at(y[0]), [y])
         of_prior = None
@@ -418,6 +418,10 @@ class Relaxation:
             return found[first:]
 
         return product
+
+    def _may_be_away(self, l: int) -> bool:
+        """Whether belief l may have left its feed-forward value: not before an error has reached it."""
+        return self._reached <= max(1, l)
 
     def take_updates_at(self, update_at: str) -> None:
         """Let them be taken at ``"v"``, at ``"vhat"``, or at the beliefs ``"before"`` the last step."""
