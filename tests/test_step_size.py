@@ -17,6 +17,7 @@ from torch.autograd.functional import hessian, jacobian
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent
+from torch2pc.error_based import ErrorRelaxation
 from torch2pc.layers import Layer, Network
 from torch2pc.step_size import (
     MOST_TRIES,
@@ -167,34 +168,62 @@ def check_product(relaxation: Relaxation, like: list[Tensor], expected: Tensor, 
     assert_close(torch.cat([part.flatten() for part in found]), expected @ flat, off)
 
 
-@given(case=cases(max_layers=4, smooth=True), vinit=st.booleans())
-def test_the_product_is_that_with_the_gauss_newton_matrix(case: Case, vinit: bool) -> None:
+@given(case=cases(max_layers=4, smooth=True), vinit=st.booleans(), k=st.integers(0, 5))
+def test_the_product_is_that_with_the_gauss_newton_matrix(case: Case, vinit: bool, k: int) -> None:
+    """Before the first step and after any other, where some layers may not have been reached."""
     if len(case.model) == 1:
         return
     beliefs = random_beliefs(case) if vinit else None
     network = Network(case.model, case.LossFun, case.X, case.Y)
-    relaxation = Relaxation(network, "auto", beliefs)
-    v, L = relaxation.v, len(case.model)
-    expected = gauss_newton(case, v, 1, [1.0] * (L - 1))
+    relaxation = Relaxation(network, 0.1, beliefs)
     with network.replaying():
-        check_product(relaxation, v[1:L], expected, 1e-4 if vinit else 1e-6)
+        for _ in range(k):
+            relaxation.step()
+        v, L = relaxation.v, len(case.model)
+        expected = gauss_newton(case, v, 1, [1.0] * (L - 1))
+        check_product(relaxation, v[1:L], expected, 1e-4 if vinit or k else 1e-6)
+
+
+@given(case=cases(max_layers=4), ErrType=st.sampled_from(["Strict", "ErrorBased"]))
+def test_the_safe_step_after_some_steps_is_the_one_from_those_beliefs(
+    case: Case, ErrType: str
+) -> None:
+    kind = Relaxation if ErrType == "Strict" else ErrorRelaxation
+    network = Network(case.model, case.LossFun, case.X, case.Y)
+    relaxation = kind(network, 0.1)
+    with network.replaying():
+        for _ in range(len(case.model) + 1):
+            found, v = relaxation.safe_step(), relaxation.v
+            anew = Network(case.model, case.LossFun, case.X, case.Y)
+            with anew.replaying():
+                expected = kind(anew, 0.1, v).safe_step()
+            assert found == pytest.approx(expected, rel=1e-3)
+            relaxation.step()
 
 
 def quadratic(v: list[Tensor]) -> Tensor:
     return 2 * v[0].square().sum() + (v[0].sum() * v[-1].sum())
 
 
-@given(case=cases(max_layers=3, smooth=True), prior=st.sampled_from([None, quadratic]))
-def test_the_product_with_a_free_input_precisions_and_a_prior(case: Case, prior: Any) -> None:
+@given(
+    case=cases(max_layers=3, smooth=True),
+    prior=st.sampled_from([None, quadratic]),
+    k=st.integers(0, 4),
+)
+def test_the_product_with_a_free_input_precisions_and_a_prior(
+    case: Case, prior: Any, k: int
+) -> None:
     L = len(case.model)
     pi = [0.3 + l for l in range(L - 1)]
     network = Network(case.model, case.LossFun, case.X, case.Y)
     of_beliefs = None if prior is None else Layer(prior, "prior", network.devices)
-    relaxation = Relaxation(network, "auto", free_input=True, precision=pi, prior=of_beliefs)
-    v = relaxation.v
-    expected = gauss_newton(case, v, 0, pi, prior)
+    relaxation = Relaxation(network, 0.1, free_input=True, precision=pi, prior=of_beliefs)
     with network.replaying():
-        check_product(relaxation, v[:L], expected, 1e-6)
+        for _ in range(k):
+            relaxation.step()
+        v = relaxation.v
+        expected = gauss_newton(case, v, 0, pi, prior)
+        check_product(relaxation, v[:L], expected, 1e-4 if k else 1e-6)
 
 
 class Uncovered(nn.Tanh):
