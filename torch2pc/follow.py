@@ -227,11 +227,8 @@ def _follow(
         has_steps = ErrType != "Equilibrium"
         stability, outlook = None, None
         if relaxation.free and has_steps:
-            landscape, lowest, row = (
-                Landscape(relaxation),
-                looking.lowest,
-                int(looking.row_of_lowest),
-            )
+            landscape, lowest = Landscape(relaxation), looking.lowest
+            row = int(looking.row_of_lowest)
             outlook = look_ahead(landscape, lowest, row, float(relaxation.eta))
             stability = largest_stable(landscape, looking.start, lowest)
     return _record(
