@@ -28,6 +28,7 @@ from torch2pc.energy.curvature import (
     small_step,
 )
 from torch2pc.graph.layers import Network
+from torch2pc.inference.error_based import error_based
 from torch2pc.inference.relax import Relaxation
 from torch2pc.inference.steps import MOST_TRIES, SHRINK, Safe
 from torch2pc.inference.strict import latent, strict
@@ -177,33 +178,61 @@ def check_product(relaxation: Relaxation, like: list[Tensor], expected: Tensor, 
     assert_close(torch.cat([part.flatten() for part in found]), expected @ flat, off)
 
 
-@given(case=cases(max_layers=4, smooth=True), vinit=st.booleans())
-def test_the_product_is_that_with_the_gauss_newton_matrix(case: Case, vinit: bool) -> None:
+@given(case=cases(max_layers=4, smooth=True), vinit=st.booleans(), k=st.integers(0, 5))
+def test_the_product_is_that_with_the_gauss_newton_matrix(case: Case, vinit: bool, k: int) -> None:
+    """Before the first step and after any other, where some layers may not have been reached."""
     if len(case.model) == 1:
         return
     beliefs = random_beliefs(case) if vinit else None
     network = Network(case.model, case.LossFun, case.X, case.Y)
-    relaxation = strict(network, "auto", beliefs)
-    v, L = relaxation.v, len(case.model)
-    expected = gauss_newton(case, v, 1, [1.0] * (L - 1))
+    relaxation = strict(network, 0.1, beliefs)
     with network.replaying():
-        check_product(relaxation, v[1:L], expected, 1e-4 if vinit else 1e-6)
+        for _ in range(k):
+            relaxation.step()
+        v, L = relaxation.v, len(case.model)
+        expected = gauss_newton(case, v, 1, [1.0] * (L - 1))
+        check_product(relaxation, v[1:L], expected, 1e-4 if vinit or k else 1e-6)
+
+
+@given(case=cases(max_layers=4), ErrType=st.sampled_from(["Strict", "ErrorBased"]))
+def test_the_safe_step_after_some_steps_is_the_one_from_those_beliefs(
+    case: Case, ErrType: str
+) -> None:
+    kind = strict if ErrType == "Strict" else error_based
+    network = Network(case.model, case.LossFun, case.X, case.Y)
+    relaxation = kind(network, 0.1)
+    with network.replaying():
+        for _ in range(len(case.model) + 1):
+            found, v = step_of(relaxation), relaxation.v
+            anew = Network(case.model, case.LossFun, case.X, case.Y)
+            with anew.replaying():
+                expected = step_of(kind(anew, 0.1, v))
+            assert found == pytest.approx(expected, rel=1e-3)
+            relaxation.step()
 
 
 def quadratic(v: list[Tensor]) -> Tensor:
     return 2 * v[0].square().sum() + (v[0].sum() * v[-1].sum())
 
 
-@given(case=cases(max_layers=3, smooth=True), prior=st.sampled_from([None, quadratic]))
-def test_the_product_with_a_free_input_precisions_and_a_prior(case: Case, prior: Any) -> None:
+@given(
+    case=cases(max_layers=3, smooth=True),
+    prior=st.sampled_from([None, quadratic]),
+    k=st.integers(0, 4),
+)
+def test_the_product_with_a_free_input_precisions_and_a_prior(
+    case: Case, prior: Any, k: int
+) -> None:
     L = len(case.model)
     pi = [0.3 + l for l in range(L - 1)]
     network = Network(case.model, case.LossFun, case.X, case.Y, free_input=True, prior=prior)
-    relaxation = latent(network, "auto", pi)
-    v = relaxation.v
-    expected = gauss_newton(case, v, 0, pi, prior)
+    relaxation = latent(network, 0.1, pi)
     with network.replaying():
-        check_product(relaxation, v[:L], expected, 1e-6)
+        for _ in range(k):
+            relaxation.step()
+        v = relaxation.v
+        expected = gauss_newton(case, v, 0, pi, prior)
+        check_product(relaxation, v[:L], expected, 1e-4 if k else 1e-6)
 
 
 class Uncovered(nn.Tanh):

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from torch2pc.follow.outlook import Outlook
+from torch2pc.follow.outlook import NEAR, Outlook
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The distance from equilibrium at which an inference counts as converged.
-NEAR = 0.01
 # What of an error is left to be called resolved, and of backpropagation's update to have arrived.
 RESOLVED, ARRIVED, ALIGNED = 0.99, 0.5, 0.9
 
@@ -64,7 +62,12 @@ class Record:
     size: Tensor
     """The length of the update of layer l in units of backpropagation's."""
     stable_eta: float | None
-    """The largest stable step size where F was lowest. None if nothing is stepped, or F is not finite."""
+    """The largest stable step size along the way. None if nothing is stepped, or F is not finite."""
+    falls: bool | None
+    """Whether F fell in each step of a descent from the start with nine tenths of ``stable_eta``, of 100
+    steps or as many as it took to converge. If not, it may rise below ``stable_eta``, too, which is then
+    that of the points where F's curvature was taken: where units switch, as ReLUs do, F has edges, at
+    which it may rise with any step size."""
     resolved: list[float]
     """What share of epsilon_l would be left if it were the difference of float32 tensors."""
     differences: list[int]
@@ -141,11 +144,10 @@ class Record:
         chosen = self.eta if eta is None else eta
         if not 0 < chosen < self.stable_eta:
             return None
-        known = self.distance.tolist()
-        found = self.outlook.iterations_to(known, distance, chosen, self.eta)
+        found = self.outlook.iterations_to(distance, chosen, self.eta)
         # It has been there, and is not where it should be.
         was_there = chosen == self.eta and found is not None and found <= self.n
-        return None if was_there and not known[-1] <= distance else found
+        return None if was_there and not self.distance[-1] <= distance else found
 
     # ------------------------------------------------------------------------------------ in words
 
@@ -179,8 +181,8 @@ class Record:
         if limit is None:
             return [f"{said}, nor is its Hessian finite where F was lowest."]
         return [
-            f"{said}, though eta = {eta:.3g} is below {limit:.2g}, the largest stable where F was "
-            "lowest: F is not smooth, or curves more elsewhere. A smaller eta overshoots less."
+            f"{said}, though eta = {eta:.3g} is below {limit:.2g}, the largest stable "
+            f"{self._of_limit()}: F has edges, or curves more elsewhere. A smaller eta overshoots less."
         ]
 
     def _of_convergence(self) -> list[str]:
@@ -256,6 +258,12 @@ class Record:
             "would resolve them."
         ]
 
+    def _of_limit(self) -> str:
+        """Where ``stable_eta`` is the largest stable one."""
+        return (
+            "along the way" if self.falls else "between edges of F, at which it may rise below it"
+        )
+
     def _head(self) -> str:
         eta = "" if self.eta is None else f"eta = {self.eta:.4g}, "
         count = "evaluations" if self.ErrType == "Equilibrium" else "n"
@@ -288,7 +296,7 @@ class Record:
         numbers.append(("loss", f"{self.loss[0].item():.5g} -> {self.loss[-1].item():.5g}"))
         numbers.append(("distance from equilibrium", f"{self.distance[-1].item():.2%}"))
         if self.stable_eta is not None:
-            numbers.append(("largest stable eta", f"{self.stable_eta:.3g}"))
+            numbers.append(("largest stable eta", f"{self.stable_eta:.3g} {self._of_limit()}"))
         return numbers
 
     def __str__(self) -> str:
