@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch2pc.graph import storage
+from torch2pc.graph import reaches, storage
 from torch2pc.rules import (
     COMPOSING,
     PREPARED,
@@ -45,6 +45,18 @@ from torch2pc.rules import (
     linear_step,
     pooled_before_relu,
 )
+from torch2pc.rules.core import DIFFERENCE, WRITES_ASIDE, tensors_in
+from torch2pc.rules.decisions import (
+    GENERIC,
+    JUMP,
+    MOVED_VALUE,
+    VALUE,
+    Noted,
+    decides,
+    is_float,
+    kinds_of,
+)
+from torch2pc.rules.kinks import RELU
 
 # What these return depends on the shape of a tensor, not on its values.
 _NEW_TENSORS = """
@@ -55,14 +67,6 @@ _OF_SHAPE_ALONE = {
     getattr(getattr(aten, name), overload)
     for name in re.findall(r"\w+", _NEW_TENSORS)
     for overload in getattr(aten, name).overloads()
-}
-# Operations that write into an argument that is no part of what they return.
-_WRITES_ASIDE = {
-    aten.native_batch_norm.default,
-    aten._native_batch_norm_legit.default,
-    aten._batch_norm_with_update.default,
-    aten.cudnn_batch_norm.default,
-    aten.rrelu_with_noise.default,
 }
 _FLOATS_OF = aten._local_scalar_dense.default
 
@@ -174,7 +178,7 @@ class Reevaluation:
         self,
         evaluate: Callable[[Tensor], Tensor],
         x: Tensor,
-        before: Tensor,
+        before: Tensor | None,
         buffers_kept: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._evaluate, self._x, self._before = evaluate, x, before
@@ -183,11 +187,21 @@ class Reevaluation:
 
     def forward(self, delta: Tensor) -> tuple[Tensor, Any]:
         """The displacement of the output, and what ``backward`` needs."""
-        with torch.enable_grad():
-            x = (self._x.to(delta.dtype) + delta).to(self._x.dtype).requires_grad_()
-            output = self._evaluate(x)
+        x = self.moved(delta)
+        output = self.graph_at(x)
+        if self._before is None:
+            self._before = self._evaluate(self._x).detach()
         dtype = belief_dtype(output.dtype)
         return output.detach().to(dtype) - self._before.to(dtype), (x, output)
+
+    def moved(self, delta: Tensor) -> Tensor:
+        """Where the layer is evaluated."""
+        return (self._x.to(delta.dtype) + delta).to(self._x.dtype)
+
+    def graph_at(self, x: Tensor) -> Tensor:
+        """The output, with a graph down to ``x``."""
+        with torch.enable_grad():
+            return self._evaluate(x.requires_grad_())
 
     def backward(self, saved: Any, e: Tensor) -> Tensor | None:
         """J(vhat + delta)^T e; None if the output does not depend on the input."""
@@ -197,6 +211,26 @@ class Reevaluation:
         with self._buffers_kept():
             (found,) = torch.autograd.grad(output, x, e.to(output.dtype), allow_unused=True)
         return None if found is None else found.to(belief_dtype(x.dtype))
+
+
+class OwnBackward:
+    """The displacement of a recorded layer whose way back is not that of its operations.
+
+    It is taken from the layer's own graph, which is made anew where the belief is, and just before it is
+    used: nothing is lost by that, as it is no difference.
+    """
+
+    def __init__(self, recorded: Displacement, layer: Reevaluation) -> None:
+        self._recorded, self._layer = recorded, layer
+
+    def forward(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The displacement of the output, and what ``backward`` needs."""
+        moved, _ = self._recorded.forward(delta)
+        return moved, self._layer.moved(delta)
+
+    def backward(self, saved: Tensor, e: Tensor) -> Tensor | None:
+        """J(vhat + delta)^T e; None if the output does not depend on the input."""
+        return self._layer.backward((saved, self._layer.graph_at(saved)), e)
 
 
 def _with_graph(
@@ -230,6 +264,9 @@ class Uncovered(Exception):
     """Why a layer has no displacement by rules."""
 
 
+CHANGED = "a tensor that the layer used was changed afterwards"
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether its body draws random numbers; what other threads draw does not count."""
 
@@ -257,15 +294,18 @@ class Recorder(Watch):
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
-        self.lines: list[tuple[Step, tuple[int, ...], list[int]]] = []
+        self.lines: list[Recorded] = []
         # Where the value of a tensor stands: 0 for x, k+1 for what line k computes.
         self.place: dict[int, int] = {id(x): 0}
         self._tensors: list[Tensor] = [x]  # so that no id is used twice
         self._output_of: list[Tensor] = []
+        self._version_of: list[int] = []
         # The version of each, as the operation that made it left it.
         self._versions: dict[int, int] = {id(x): x._version}
         self._new: list[Tensor] = []
         self._storages = {storage(x)}
+        # What the layer used that has a graph, but none of the lines computes.
+        self._strange: list[Tensor] = []
         self._reason: str | None = None
         self._suspended = False
 
@@ -310,6 +350,8 @@ class Recorder(Watch):
         for tensor in given:
             expected = self._versions.get(id(tensor))
             if expected is None:
+                if not tensor.is_leaf:
+                    self._strange.append(tensor)
                 is_parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf
                 if not is_parameter and storage(tensor) in self._storages:
                     raise Uncovered(f"{func} uses a tensor of the layer's under another name")
@@ -334,11 +376,13 @@ class Recorder(Watch):
         if written._is_view() or not written.is_floating_point():
             raise Uncovered(f"{func} writes into a part of a tensor")
         its = storage(written)
-        for k, (step, inputs, _) in enumerate(self.lines):
-            if any([storage(tensor) == its for tensor in step.tensors]):
-                kept = tuple([t.clone() if storage(t) == its else t for t in step.tensors])
+        for k, line in enumerate(self.lines):
+            tensors = line.step.tensors
+            if any([storage(tensor) == its for tensor in tensors]):
+                kept = tuple([t.clone() if storage(t) == its else t for t in tensors])
                 versions = [tensor._version for tensor in kept]
-                self.lines[k] = step._replace(tensors=kept), inputs, versions
+                step = line.step._replace(tensors=kept)
+                self.lines[k] = line._replace(step=step, versions=versions)
         return written
 
     def _note(
@@ -347,13 +391,21 @@ class Recorder(Watch):
         """The lines of an operation; ``entered`` is the tensor that holds its output from now on."""
         call = Call(func, tuple(args), kwargs, output, self.place)
         if isinstance(output, Tensor):
-            self._append(self._step(call), entered)
+            self._append(self._step(call), entered, self._noted(call))
         else:
             self._append_items(call, output)
 
+    def _noted(self, call: Call, item: int | None = None) -> Noted:
+        given = _tensors_in(call.args, call.kwargs)
+        place = {id(t): self.place[id(t)] for t in given if id(t) in self.place}
+        versions = [tensor._version for tensor in given if id(tensor) not in place]
+        return Noted(call._replace(place=place), item, versions)
+
     def _step(self, call: Call) -> Step:
-        if not call.output.is_floating_point() and not call.output.is_complex():
+        if not is_float(call.output):
+            _check_shape(call)
             return difference_step(call)
+        _check_shape(call)
         if call.func in COMPOSING:
             step = composed_step(call, self._made_by)
             if step is not None:
@@ -368,7 +420,7 @@ class Recorder(Watch):
 
     def _made_by(self, tensor: object) -> Step | None:
         place = self.place.get(id(tensor), 0)
-        return self.lines[place - 1][0] if place else None
+        return self.lines[place - 1].step if place else None
 
     def _append_items(self, call: Call, output: Any) -> None:
         """The lines of an operation with several outputs, one for each."""
@@ -377,27 +429,30 @@ class Recorder(Watch):
         swapped = pooled_before_relu(call, self._made_by)
         if swapped is not None:
             pool, between, relu = swapped
-            self._append(pool, between, output[0])
-            self._append(relu, output[0])
+            self._append(pool, between, self._noted(call._replace(func=None)), output[0])
+            self._append(relu, output[0], self._noted(call, 0))
             return
+        _check_shape(call)
         prepare = PREPARED.get(call.func)
         step = prepare(call) if prepare is not None else None
         is_linear = call.func.is_view or call.func in _SPLITS
         for item, tensor in enumerate(output):
             if not isinstance(tensor, Tensor) or tensor.numel() == 0:
                 continue
-            if item == 0 and step is not None:
-                self._append(step, tensor)
-            elif is_linear:
-                self._append(linear_step(call, item), tensor)
-            else:
-                self._append(difference_step(call, item), tensor)
+            of_item = step if item == 0 else None
+            if of_item is None:
+                of_item = (linear_step if is_linear else difference_step)(call, item)
+            self._append(of_item, tensor, self._noted(call, item))
 
-    def _append(self, step: Step, output: Tensor, recorded: Tensor | None = None) -> None:
+    def _append(
+        self, step: Step, output: Tensor, noted: Noted, recorded: Tensor | None = None
+    ) -> None:
         """A line that computes ``output``, on the way to ``recorded`` if that is another tensor."""
         inputs = tuple([self.place[id(tensor)] for tensor in step.inputs])
-        self.lines.append((step, inputs, [tensor._version for tensor in step.tensors]))
+        versions = [tensor._version for tensor in step.tensors]
+        self.lines.append(Recorded(step, inputs, versions, noted))
         self._output_of.append(output if recorded is None else recorded)
+        self._version_of.append(self._output_of[-1]._version)
         self._enter(output, len(self.lines))
 
     def _enter(self, tensor: Tensor, place: int) -> None:
@@ -433,7 +488,9 @@ class Recorder(Watch):
     ) -> None:
         """A line for a module with a rule of its own."""
         if id(x) in self.place:
-            self._append(Step(Rule(_by_user), (x,), (base(x),), (rule, module)), output)
+            call = Call(None, (x,), {}, output, self.place)
+            step = Step(Rule(_by_user), (x,), (base(x),), (rule, module))
+            self._append(step, output, self._noted(call))
 
     def displacement(self, output: Tensor) -> Displacement:
         """The displacement of ``output``, of the lines that it depends on."""
@@ -445,27 +502,162 @@ class Recorder(Watch):
             raise Uncovered("the output was changed through another name")
         if id(output) not in self.place and storage(output) in self._storages:
             raise Uncovered("the output is a tensor of the layer's under another name")
-        if any([tensor._backward_hooks for tensor in self._output_of]):
-            raise Uncovered("a tensor has a backward hook")
-        for step, _, versions in self.lines:
-            if versions != [tensor._version for tensor in step.tensors]:
-                raise Uncovered("a tensor that the layer used was changed afterwards")
-        result = self.place.get(id(output))
-        kept = set() if result is None else {result}
+        for line in self.lines:
+            if line.versions != [tensor._version for tensor in line.step.tensors]:
+                raise Uncovered(CHANGED)
+        return Displacement(*self._put_together(self.place.get(id(output))), output.detach())
+
+    def own_backward(self, output: Tensor, is_foreign: bool) -> str | None:
+        """Why the way back is not that of the lines, if it is not.
+
+        ``is_foreign``: whether the graph of ``output`` says so (``graph.below``).
+        """
+        x = self._tensors[0]
+        if is_foreign:
+            # Had every forward been followed, no more than the parameters would have a graph besides.
+            unseen = [t for t in self._strange if t.grad_fn is not None]
+            unseen += [output] if id(output) not in self.place else []
+            if reaches([tensor.grad_fn for tensor in unseen], [x]):
+                raise Uncovered("what a forward of its own computes cannot be followed")
+            return "it has a backward of its own"
+        if any([tensor._backward_hooks for tensor in [*self._tensors, *self._strange]]):
+            return "a tensor has a backward hook"
+        return None
+
+    def _put_together(self, result: int | None) -> tuple[list[Line], int | None]:
+        """The lines that ``result`` depends on, and its place among what these compute."""
+        if result is None:
+            return [], None
+        moved, valued = self._needed(result)
+        lines: list[Line] = []
+        # Where the displacement of a recorded tensor is found now, and where its value.
+        place, value = {0: 0}, dict[int, int]()
+
+        def append(*line: Any) -> int:
+            lines.append(Line(*line))
+            return len(lines)
+
+        if 0 in valued:
+            value[0] = append(MOVED_VALUE, (0,), (self._tensors[0].detach(),), (), False)
+        for k, (step, inputs, _, noted) in enumerate(self.lines, start=1):
+            output = self._output_of[k - 1]
+            if k not in moved and k not in valued:
+                continue
+            if self._decides_by_values(k):
+                count, given = len(inputs), tuple([value[i] for i in inputs])
+                constant, static = step.tensors[count:], step.static[:-2]
+                value[k] = append(VALUE, given, constant[1:], static, False)
+                if not is_float(output):
+                    place[k] = value[k]
+                elif k in moved:
+                    given = (*[place[i] for i in inputs], *given)
+                    static = (*static, kinds_of(step.inputs))
+                    place[k] = append(JUMP, given, constant, static, output.requires_grad)
+                continue
+            if k in moved:
+                given = tuple([place[i] for i in inputs])
+                place[k] = append(step.rule, given, step.tensors, step.static, output.requires_grad)
+            if k not in valued:
+                continue
+            if not is_float(output):
+                value[k] = place[k]
+            elif noted.is_repeatable:
+                again = noted.again()
+                if again is None:
+                    raise Uncovered(CHANGED)
+                given = tuple([value[i] for i in again.places])
+                value[k] = append(VALUE, given, again.constant, again.static, False)
+            else:
+                before = self._as_it_was(k)
+                value[k] = append(MOVED_VALUE, (place[k],), (before,), (), False)
+        return lines, place[result]
+
+    def _as_it_was(self, k: int) -> Tensor:
+        """What line k computed."""
+        output = self._output_of[k - 1]
+        if output._version != self._version_of[k - 1]:
+            raise Uncovered(CHANGED)
+        return output.detach()
+
+    def _needed(self, result: int) -> tuple[set[int], set[int]]:
+        """The recorded tensors whose displacements are needed, and those whose values are."""
+        moved, valued = {result}, set[int]()
         for k in range(len(self.lines), 0, -1):
-            if k in kept:
-                kept.update(self.lines[k - 1][1])
-        used = sorted(kept - {0})
-        place = {k: i for i, k in enumerate([0, *used])}
-        lines = []
-        for k in used:
-            step, inputs, _ = self.lines[k - 1]
-            inputs = tuple([place[i] for i in inputs])
-            requires_grad = self._output_of[k - 1].requires_grad
-            lines.append(Line(step.rule, inputs, step.tensors, step.static, requires_grad))
-        return Displacement(lines, None if result is None else place[result], output.detach())
+            if k not in moved and k not in valued:
+                continue
+            _, inputs, _, noted = self.lines[k - 1]
+            floats = is_float(self._output_of[k - 1])
+            if self._decides_by_values(k):
+                valued.update(inputs)
+                moved.update(inputs if floats and k in moved else ())
+                continue
+            if k in valued and floats and noted.is_repeatable:
+                valued.update(noted.call.place.values())
+            elif k in valued:
+                moved.add(k)
+            if k in moved:
+                moved.update(inputs)
+        return moved, valued
+
+    def _decides_by_values(self, k: int) -> bool:
+        """Whether line k is a decision that round-off could take in another way than the layer does.
+
+        It could not where chance alone makes equal what is compared: numbers from one source that are
+        equal to none in particular, or to 0, which a displacement keeps.
+        """
+        step, inputs, _, noted = self.lines[k - 1]
+        if step.rule is not DIFFERENCE or not decides(noted.call.func, self._output_of[k - 1]):
+            return False
+        numbers = zip(inputs, step.inputs, strict=True)
+        sources = {self._source(i) for i, tensor in numbers if is_float(tensor)}
+        return len(sources) > 1 or not all(map(self._is_generic, sources))
+
+    def _source(self, place: int) -> int:
+        """The place of which this one is a view."""
+        while place:
+            _, inputs, _, noted = self.lines[place - 1]
+            func = noted.call.func
+            if len(inputs) != 1 or not (getattr(func, "is_view", False) or func in _COPIES):
+                break
+            (place,) = inputs
+        return place
+
+    def _is_generic(self, place: int) -> bool:
+        if place and self.lines[place - 1].step.rule is RELU:
+            (place,) = self.lines[place - 1].inputs
+        waiting = [place]
+        for place in waiting:
+            if place:
+                step, inputs, _, _ = self.lines[place - 1]
+                if step.rule not in GENERIC:
+                    return False
+                waiting += inputs
+        return True
 
 
+class Recorded(NamedTuple):
+    """One operation while it is recorded: its inputs are places among all recorded tensors."""
+
+    step: Step
+    inputs: tuple[int, ...]
+    versions: list[int]
+    """Those of the step's tensors."""
+    noted: Noted
+    """How to compute the value again."""
+
+
+def _check_shape(call: Call) -> None:
+    """Raises Uncovered where another input makes an output of another shape."""
+    if torch.Tag.dynamic_output_shape not in call.func.tags:
+        return
+    masks = [torch.bool, torch.uint8]
+    if call.func is not aten.index.Tensor or any(
+        [i.dtype in masks and call.moves(i) for i in tensors_in(call.args[1])]
+    ):
+        raise Uncovered(f"the shape of what {call.func} returns depends on the input")
+
+
+_COPIES = (aten.clone.default, aten.alias.default, aten.lift_fresh.default)
 # Linear in their input, as views are, with several outputs.
 _SPLITS = {
     getattr(getattr(aten, name), overload)
@@ -485,7 +677,7 @@ def _may_draw(func: Any) -> bool:
 @functools.cache
 def _writes(func: Any) -> bool:
     """Whether an operation writes into an argument that is part of what it returns."""
-    return func._schema.is_mutable and func not in _WRITES_ASIDE
+    return func._schema.is_mutable and func not in WRITES_ASIDE
 
 
 @functools.cache
@@ -607,21 +799,25 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 def agrees(
-    item: object, recorded: Displacement, reevaluation: Callable[[], Reevaluation], x: Tensor
+    item: object,
+    recorded: Displacement,
+    reevaluation: Callable[[], Reevaluation],
+    x: Tensor,
+    forward_only: bool,
 ) -> bool:
     """Whether a displacement and its vector-Jacobian product are those of the layer itself.
 
     Compared once for each sequence of operations of an item, at a random input as far from ``x`` as
-    x is large.
+    x is large. ``forward_only``: the product is taken from the layer itself anyway.
     """
     known = _found.setdefault(item, {})
-    key = hash(recorded.key)
+    key = hash((recorded.key, forward_only))
     if key not in known:
-        known[key] = _agree(recorded, reevaluation(), x)
+        known[key] = _agree(recorded, reevaluation(), x, forward_only)
     return known[key]
 
 
-def _agree(recorded: Displacement, other: Reevaluation, x: Tensor) -> bool:
+def _agree(recorded: Displacement, other: Reevaluation, x: Tensor, forward_only: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     dtype = belief_dtype(x.dtype)
 
@@ -633,10 +829,12 @@ def _agree(recorded: Displacement, other: Reevaluation, x: Tensor) -> bool:
     d = random(x) * torch.where(size > 0, size, 1.0)
     plain, graph = other.forward(d)
     e = random(plain).to(plain.dtype)
-    expected_back = other.backward(graph, e)
+    expected_back = None if forward_only else other.backward(graph, e)
     try:
         moved, saved = recorded.forward(d)
-        pairs = [(moved, plain), (recorded.backward(saved, e), expected_back)]
+        pairs: list[tuple[Tensor | None, Tensor | None]] = [(moved, plain)]
+        if not forward_only:
+            pairs.append((recorded.backward(saved, e), expected_back))
     except Exception:
         if any([line.rule.forward is _by_user for line in recorded.lines]):
             raise

@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from torch2pc.rules import belief_dtype
@@ -169,18 +170,63 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that require grad and were used to compute ``output``, except ``inputs``.
+class Below(NamedTuple):
+    """What a graph is made of, from an output down to the inputs of the function that made it."""
+
+    leaves: list[Tensor]
+    """Those that require grad and were used, except the inputs."""
+    has_foreign: bool
+    """Whether a backward in it is not PyTorch's own: it need not be linear in the error."""
+    is_foreign: bool
+    """Whether such a one is on the way to the inputs: J^T is not that of the operations."""
+
+
+def below(output: Tensor, inputs: Sequence[Tensor]) -> Below:
+    """What the graph between ``inputs``, which are leaves, and ``output`` is made of.
 
     Read off the autograd graph, so that it is right for shared, frozen, unused and parametrized
-    parameters, and for those that belong to no module; faster than listing parameters, too. The
-    inputs are leaves themselves.
+    parameters, and for those that belong to no module; faster than listing parameters, too.
     """
+    if output.is_leaf:
+        return Below([], False, False)
     nodes: list[Any] = []
-    if not output.is_leaf:
-        _claim(output.grad_fn, 1, {None: 0}, nodes)
+    seen: dict[Any, int] = {None: 0}
+    _claim(output.grad_fn, 1, seen, nodes)
+    foreign = [node for node in [output.grad_fn, *seen] if _is_foreign(node)]
     given = set(map(id, inputs))
-    return [leaf for leaf in [node.variable for node in nodes] if id(leaf) not in given]
+    leaves = [leaf for leaf in [node.variable for node in nodes] if id(leaf) not in given]
+    return Below(leaves, bool(foreign), bool(foreign) and reaches(foreign, inputs))
+
+
+def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that require grad and were used to compute ``output``, except ``inputs``."""
+    return below(output, inputs).leaves
+
+
+def reaches(nodes: Iterable[Any], inputs: Sequence[Tensor]) -> bool:
+    """Whether a gradient that arrives at one of the nodes goes on to one of the inputs, or may."""
+    ends = {node for node in map(_node, inputs) if node is not None}
+    seen: dict[Any, int] = {None: 0}
+    for node in nodes:
+        if node in ends:
+            return True
+        if node not in seen:
+            seen[node] = 1
+            _claim(node, 1, seen, [])
+    return not ends.isdisjoint(seen)
+
+
+def _is_foreign(node: Any) -> bool:
+    """Whether a node's backward is written in Python, or in C++ outside PyTorch.
+
+    Such are an ``autograd.Function``'s, a custom operation's, a full backward hook's. What it does
+    is its own: it may use a state that changes, and add what has nothing to do with the error.
+    """
+    if isinstance(node, BackwardCFunction):
+        return True
+    return type(node).__name__ == "CppFunction" and node.name().startswith(
+        "torch::autograd::CppNode"
+    )
 
 
 # By the names of autograd's nodes: activations that are constant over a range, and what keeps a

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch2pc.checks import warn_caller
 from torch2pc.displacement import (
     Displacement,
+    OwnBackward,
     Recorder,
     Reevaluation,
     Uncovered,
@@ -30,10 +31,10 @@ from torch2pc.displacement import (
 )
 from torch2pc.graph import (
     Graph,
+    below,
     check_loss,
     ends_flat,
     in_belief_dtype,
-    leaves_between,
     output_gradient,
     outside_autocast,
 )
@@ -83,9 +84,11 @@ class Layer:
     _buffers: Buffers | None = None
     has_leaves = True
     ends_flat = False
-    displacement: Displacement | Reevaluation
-    # Why the displacement is no ``Displacement``.
+    displacement: Displacement | OwnBackward | Reevaluation
+    # Why the displacement is a difference.
     uncovered: str | None = None
+    # Why its way back is not that of the recorded operations, although the displacement is theirs.
+    own_backward: str | None = None
 
     def __init__(
         self,
@@ -146,15 +149,17 @@ class Layer:
             output = self(x, *others)
         self.drawn = drawn_from(random) if recorder.draws else []
         self._buffers = buffers if buffers.differ() else None
-        self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
+        graph = below(output, [x] if isinstance(x, Tensor) else x)
+        self.has_leaves = bool(graph.leaves)
         self.ends_flat = ends_flat(output)
         if isinstance(recorder, Recorder):
-            if any([module._backward_hooks or module._backward_pre_hooks for module in modules]):
-                recorder.give_up("a module has a backward hook")
-            self._displace(recorder, x, output)
+            hooked = [module._backward_hooks or module._backward_pre_hooks for module in modules]
+            if any(hooked) or any(GLOBAL_HOOKS[2:]):
+                self.own_backward = "a module has a backward hook"
+            self._displace(recorder, x, output, graph.is_foreign)
         return output
 
-    def _displace(self, recorder: Recorder, x: Tensor, output: Tensor) -> None:
+    def _displace(self, recorder: Recorder, x: Tensor, output: Tensor, is_foreign: bool) -> None:
         """Set ``displacement``: by rules if it can be, and is found to be right."""
         in_autocast = torch.is_autocast_enabled(x.device.type)
         a, before = x.detach(), output.detach()
@@ -163,21 +168,23 @@ class Layer:
             if not in_autocast:
                 return Reevaluation(self.replay, a, before, self.buffers_kept)
             # A difference of half-precision outputs would have no digits left.
-            precise = in_belief_dtype(a)
-            return Reevaluation(
-                self.replay, precise, self.replay(precise).detach(), self.buffers_kept
-            )
+            return Reevaluation(self.replay, in_belief_dtype(a), None, self.buffers_kept)
 
         with torch.no_grad():
             try:
-                self.displacement = recorder.displacement(output)
+                recorded = self.displacement = recorder.displacement(output)
+                found = recorder.own_backward(output, is_foreign)
+                self.own_backward = self.own_backward or found
+                is_own = self.own_backward is not None
                 with outside_autocast(x.device), generators_kept(self.drawn_sources):
-                    is_right = agrees(self.function, self.displacement, reevaluation, x)
+                    is_right = agrees(self.function, recorded, reevaluation, x, is_own)
+                    if is_own:
+                        self.displacement = OwnBackward(recorded, reevaluation())
                 # What was recorded once stays right for a layer that is another one each time.
-                if not is_right and self.is_replayable(before, a):
+                if (not is_right or is_own) and self.is_replayable(before, a) and not is_right:
                     raise Uncovered("its operations alone do not give its outputs and gradients")
             except Uncovered as reason:
-                self.uncovered = str(reason)
+                self.uncovered, self.own_backward = str(reason), None
                 with outside_autocast(x.device), generators_kept(self.drawn_sources):
                     self.displacement = reevaluation()
                 self.is_replayable(before, a)

@@ -39,6 +39,7 @@ from torch2pc.compiled import Call
 from torch2pc.graph import (
     Updates,
     add_updates,
+    below,
     check_scalar,
     gradient,
     gradient_of_small,
@@ -469,12 +470,14 @@ class Relaxation:
                 x = a.detach().to(self.vhat[l - 1].dtype)
                 x.requires_grad_(x.is_floating_point())
                 prediction = layer.replay(x)
-            leaves = leaves_between(prediction, [x])
+            leaves, is_foreign, _ = below(prediction, [x])
             asked = [*leaves, x] if asks_input else leaves
             error = self._weighted_error(l)
-            # What was held against the layer is linear in the error, unless a hook looks at it.
-            may_vanish = l > 1 or in_float16(prediction)
-            if may_vanish and layer.uncovered is None and not has_hooks(asked):
+            # PyTorch's own backward passes are linear in the error, unless a hook looks at it.
+            is_linear = not (
+                is_foreign or layer.uncovered or layer.own_backward or has_hooks(asked)
+            )
+            if is_linear and (l > 1 or in_float16(prediction)):
                 found = gradient_of_small(prediction, asked, error)
             else:
                 found = gradient([prediction], asked, [error.to(prediction.dtype)])
@@ -494,7 +497,8 @@ class Relaxation:
     def why_not_compiled(self) -> list[str]:
         """What stands in the way of compiling a call like this one."""
         moving = self.network.layers[self._lowest - 1 :]
-        reasons = [f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered]
+        why = [(layer.name, layer.uncovered or layer.own_backward) for layer in moving]
+        reasons = [f"{name}: {reason}" for name, reason in why if reason]
         for function in (self.network.loss, self.prior):
             if function is not None and not function.is_pure:
                 reasons.append(f"{function.name} draws random numbers or changes its buffers")

@@ -25,8 +25,10 @@ from torch._inductor.decomposition import decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch2pc.displacement import _WRITES_ASIDE, Displacement, Recorder, Uncovered
+from torch2pc.displacement import Displacement, Recorder, Uncovered
 from torch2pc.graph import (
+    Below,
+    below,
     check_loss,
     check_scalar,
     gradient,
@@ -40,6 +42,7 @@ from torch2pc.graph import (
 )
 from torch2pc.layers import own_output
 from torch2pc.rules import aten
+from torch2pc.rules.core import WRITES_ASIDE
 
 
 class Asked(NamedTuple):
@@ -237,7 +240,7 @@ def _check_draws(func: Any, args: Sequence[Any]) -> None:
     """Raises Uncovered for what draws other random numbers when it is compiled."""
     # A dropout that leaves nothing needs none where it is not.
     drops_all = func is aten.native_dropout.default and args[1] == 1
-    if func in decompositions or func in _WRITES_ASIDE or drops_all:
+    if func in decompositions or func in WRITES_ASIDE or drops_all:
         raise Uncovered(f"{func} draws other random numbers when it is compiled")
 
 
@@ -324,20 +327,21 @@ class Program:
         self._drawn: dict[int, list[Place]] = {}
         # The inputs that require grad and that each layer, the loss and the prior use.
         self._leaves_of: dict[int, list[int]] = {}
+        self._graph_of: dict[int, Below] = {}
         inputs = [node.meta["example_value"] for node in self._parts.placeholders]
         values = [mark.meta["example_value"] for mark in self._parts.marks[: L + 1]]
         with torch.no_grad(), tracing(None), values[0].fake_mode, enable_python_dispatcher():
             like = [torch.empty_like(x.detach()) for x in values]
             if asked.backpropagates:
                 self._compile_backpropagation(inputs, like)
-                del self._parts, self._held
+                del self._parts, self._held, self._graph_of
                 return
             self._compile(inputs, like)
         self.level_of = {
             l: max(k for k in self.steps if k <= l) for l in range(asked.lowest, L + 1)
         }
         self.leaves = sorted({k for leaves in self._leaves_of.values() for k in leaves})
-        del self._parts, self._held, self._rest
+        del self._parts, self._held, self._rest, self._graph_of
 
     def _compile(self, inputs: list[Any], like: list[Tensor]) -> None:
         asked, L = self.asked, self.asked.L
@@ -442,6 +446,8 @@ class Program:
             if recorder is not None:
                 try:
                     displacement = recorder.displacement(output)
+                    if reason := recorder.own_backward(output, self._graph_of[l].is_foreign):
+                        raise Uncovered(reason)
                 except Uncovered as reason:
                     raise Uncovered(f"model[{l - 1}]: {reason}") from reason
                 places = [[held.place(x) for x in line.tensors] for line in displacement.lines]
@@ -675,7 +681,8 @@ class Program:
                 raise Uncovered(f"model[{l - 1}] is no function of its input")
             if output.is_leaf or output._is_view():
                 output = own_output(output, x)
-        self._leaves_of[l] = _places(leaves_between(output, [x]), own)
+        self._graph_of[l] = below(output, [x])
+        self._leaves_of[l] = _places(self._graph_of[l].leaves, own)
         return output
 
     def _hold(self, vhat: Sequence[Tensor], Loss: Tensor, dLdy: Tensor) -> None:
@@ -747,7 +754,10 @@ class Program:
         """(df_l/dtheta_l)^T error for the leaves of layer l, and for the input where it is asked."""
         asked = [own[k] for k in self._leaves_of[l]]
         asked += [x] if l == 1 and self.asks_input else []
-        found = gradient_of_small(output, asked, error)
+        if self._graph_of[l].has_foreign:
+            found = gradient([output], asked, [error.to(output.dtype)])
+        else:
+            found = gradient_of_small(output, asked, error)
         return [torch.zeros_like(y) if g is None else g for g, y in zip(found, asked, strict=True)]
 
 
