@@ -50,6 +50,10 @@ def branches_on_values(x: Tensor) -> Tensor:
     return 2 * x if x.detach().sum() > -1e9 else x
 
 
+def branches_on_a_list(x: Tensor) -> Tensor:
+    return 2 * x if x.tolist()[0][0] > -1e9 else x
+
+
 def writes_through_a_view(x: Tensor) -> Tensor:
     y = x * 2
     y[:, 1] = x[:, 0]
@@ -115,7 +119,8 @@ UNCOVERED = {
     "writes through a view": (writes_through_a_view, "writes into a part of a tensor"),
     "two names": (writes_and_reads_under_two_names, "changed through another name"),
     "out=": (writes_into_an_argument, "writes into one of its arguments"),
-    "leaves torch": (leaves_torch, "what a forward of its own computes cannot be followed"),
+    "leaves torch": (leaves_torch, "is read outside PyTorch"),
+    "Python numbers": (branches_on_a_list, "is read outside PyTorch"),
     "draws from its input": (draws_from_its_input, "draws random numbers"),
     "as many as there are": (as_many_as_there_are, "the shape of what aten.index.Tensor returns"),
 }

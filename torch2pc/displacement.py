@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch2pc.graph import reaches, storage
@@ -464,9 +465,14 @@ class Recorder(Watch):
 
     def __enter__(self) -> Recorder:
         self._outer, _local.recorder = getattr(_local, "recorder", None), self
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._exits: Any = Exits(self)
+        self._exits.__enter__()
+        return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._exits.__exit__(*exception)
+        del self._exits
         _local.recorder = self._outer
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
@@ -482,6 +488,11 @@ class Recorder(Watch):
     def give_up(self, reason: str) -> None:
         """There will be no displacement."""
         self._reason = self._reason or reason
+
+    def is_read(self, tensor: Tensor) -> None:
+        """The numbers of a tensor go where no operation is seen."""
+        if id(tensor) in self.place and not self._suspended:
+            self.give_up("a tensor that depends on the input is read outside PyTorch")
 
     def note_module(
         self, rule: Callable[..., Tensor], module: nn.Module, x: Tensor, output: Tensor
@@ -633,6 +644,22 @@ class Recorder(Watch):
                     return False
                 waiting += inputs
         return True
+
+
+class Exits(TorchFunctionMode):
+    """Tells a recorder of the tensors whose numbers are read without an operation."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _EXITS:
+            self._recorder.is_read(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_EXITS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
 
 
 class Recorded(NamedTuple):

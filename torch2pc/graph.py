@@ -175,8 +175,8 @@ class Below(NamedTuple):
 
     leaves: list[Tensor]
     """Those that require grad and were used, except the inputs."""
-    has_foreign: bool
-    """Whether a backward in it is not PyTorch's own: it need not be linear in the error."""
+    foreign: list[Any]
+    """The nodes whose backward is not PyTorch's own: it need not be linear in the error."""
     is_foreign: bool
     """Whether such a one is on the way to the inputs: J^T is not that of the operations."""
 
@@ -188,14 +188,14 @@ def below(output: Tensor, inputs: Sequence[Tensor]) -> Below:
     parameters, and for those that belong to no module; faster than listing parameters, too.
     """
     if output.is_leaf:
-        return Below([], False, False)
+        return Below([], [], False)
     nodes: list[Any] = []
     seen: dict[Any, int] = {None: 0}
     _claim(output.grad_fn, 1, seen, nodes)
     foreign = [node for node in [output.grad_fn, *seen] if _is_foreign(node)]
     given = set(map(id, inputs))
     leaves = [leaf for leaf in [node.variable for node in nodes] if id(leaf) not in given]
-    return Below(leaves, bool(foreign), bool(foreign) and reaches(foreign, inputs))
+    return Below(leaves, foreign, bool(foreign) and reaches(foreign, inputs))
 
 
 def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -470,12 +470,12 @@ class Relaxation:
                 x = a.detach().to(self.vhat[l - 1].dtype)
                 x.requires_grad_(x.is_floating_point())
                 prediction = layer.replay(x)
-            leaves, is_foreign, _ = below(prediction, [x])
+            leaves, foreign, _ = below(prediction, [x])
             asked = [*leaves, x] if asks_input else leaves
             error = self._weighted_error(l)
             # PyTorch's own backward passes are linear in the error, unless a hook looks at it.
             is_linear = not (
-                is_foreign or layer.uncovered or layer.own_backward or has_hooks(asked)
+                foreign or layer.uncovered or layer.own_backward or has_hooks(asked)
             )
             if is_linear and (l > 1 or in_float16(prediction)):
                 found = gradient_of_small(prediction, asked, error)
@@ -488,7 +488,7 @@ class Relaxation:
             if asks_loss:
                 output = prediction.detach().requires_grad_()
                 _add_own_gradients(updates, network.loss.replay(output, network.Y), [output])
-            del x, prediction, asked
+            del x, prediction, asked, foreign
         if self.prior is not None and self.prior.has_leaves:
             beliefs = self._free_beliefs()
             _add_own_gradients(updates, self.prior.replay(beliefs), beliefs)

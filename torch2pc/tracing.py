@@ -35,7 +35,6 @@ from torch2pc.graph import (
     gradient_of_small,
     in_belief_dtype,
     independent_loss,
-    leaves_between,
     output_gradient,
     outside_autocast,
     storage,
@@ -327,21 +326,23 @@ class Program:
         self._drawn: dict[int, list[Place]] = {}
         # The inputs that require grad and that each layer, the loss and the prior use.
         self._leaves_of: dict[int, list[int]] = {}
-        self._graph_of: dict[int, Below] = {}
+        # Whether all backward passes in a layer are PyTorch's own, and whether those of its input are.
+        self._is_linear: dict[int, bool] = {}
+        self._is_foreign: dict[int, bool] = {}
         inputs = [node.meta["example_value"] for node in self._parts.placeholders]
         values = [mark.meta["example_value"] for mark in self._parts.marks[: L + 1]]
         with torch.no_grad(), tracing(None), values[0].fake_mode, enable_python_dispatcher():
             like = [torch.empty_like(x.detach()) for x in values]
             if asked.backpropagates:
                 self._compile_backpropagation(inputs, like)
-                del self._parts, self._held, self._graph_of
+                del self._parts, self._held
                 return
             self._compile(inputs, like)
         self.level_of = {
             l: max(k for k in self.steps if k <= l) for l in range(asked.lowest, L + 1)
         }
         self.leaves = sorted({k for leaves in self._leaves_of.values() for k in leaves})
-        del self._parts, self._held, self._rest, self._graph_of
+        del self._parts, self._held, self._rest
 
     def _compile(self, inputs: list[Any], like: list[Tensor]) -> None:
         asked, L = self.asked, self.asked.L
@@ -446,7 +447,7 @@ class Program:
             if recorder is not None:
                 try:
                     displacement = recorder.displacement(output)
-                    if reason := recorder.own_backward(output, self._graph_of[l].is_foreign):
+                    if reason := recorder.own_backward(output, self._is_foreign[l]):
                         raise Uncovered(reason)
                 except Uncovered as reason:
                     raise Uncovered(f"model[{l - 1}]: {reason}") from reason
@@ -462,7 +463,7 @@ class Program:
         outside = {storage(x) for x in inputs if isinstance(x, Tensor)}
         if watched.drawn or watched.written & outside:
             raise Uncovered("LossFun draws random numbers or changes its buffers")
-        self._leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
+        self._leaves_of[L + 1] = _places(_captured(Loss, [prediction], "LossFun").leaves, own)
         dLdy = output_gradient(Loss, prediction)
         if asked.has_prior:
             beliefs = [in_belief_dtype(x).detach().requires_grad_() for x in vhat[:-1]]
@@ -471,7 +472,7 @@ class Program:
             check_scalar("prior", energy)
             if watched.drawn or watched.written & outside:
                 raise Uncovered("prior draws random numbers or changes its buffers")
-            self._leaves_of[L + 2] = _places(leaves_between(energy, beliefs), own)
+            self._leaves_of[L + 2] = _places(_captured(energy, beliefs, "prior").leaves, own)
         self._before = {
             k: held.place(clone) for k, clone in before.items() if storage(inputs[k]) in written
         }
@@ -501,7 +502,7 @@ class Program:
         prediction = vhat[-1].detach().requires_grad_()
         with torch.enable_grad(), SameDraws():
             Loss = check_loss(parts.run(L + 1, own, prediction))
-        leaves = self._leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
+        leaves = self._leaves_of[L + 1] = _places(_captured(Loss, [prediction], "LossFun").leaves, own)
         dLdy, *found = gradient([Loss], [prediction, *[own[k] for k in leaves]])
         if dLdy is None:
             raise independent_loss()
@@ -681,8 +682,9 @@ class Program:
                 raise Uncovered(f"model[{l - 1}] is no function of its input")
             if output.is_leaf or output._is_view():
                 output = own_output(output, x)
-        self._graph_of[l] = below(output, [x])
-        self._leaves_of[l] = _places(self._graph_of[l].leaves, own)
+        graph = _captured(output, [x], f"model[{l - 1}]")
+        self._leaves_of[l] = _places(graph.leaves, own)
+        self._is_linear[l], self._is_foreign[l] = not graph.foreign, graph.is_foreign
         return output
 
     def _hold(self, vhat: Sequence[Tensor], Loss: Tensor, dLdy: Tensor) -> None:
@@ -754,10 +756,10 @@ class Program:
         """(df_l/dtheta_l)^T error for the leaves of layer l, and for the input where it is asked."""
         asked = [own[k] for k in self._leaves_of[l]]
         asked += [x] if l == 1 and self.asks_input else []
-        if self._graph_of[l].has_foreign:
-            found = gradient([output], asked, [error.to(output.dtype)])
-        else:
+        if self._is_linear[l]:
             found = gradient_of_small(output, asked, error)
+        else:
+            found = gradient([output], asked, [error.to(output.dtype)])
         return [torch.zeros_like(y) if g is None else g for g, y in zip(found, asked, strict=True)]
 
 
@@ -768,6 +770,18 @@ def levels(L: int, lowest: int) -> list[int]:
     """
     apart = max(1, min(round(L * L / 80), (L + 2 - lowest) // 2))
     return list(range(lowest, L + 1, apart))
+
+
+def _captured(output: Tensor, inputs: Sequence[Tensor], name: str) -> Below:
+    """What the graph of ``output`` is made of, if its backward pass can be captured.
+
+    That of an ``autograd.Function`` was, with guards for what it uses. That of a custom operation would
+    be traced as it is now, whatever it uses.
+    """
+    graph = below(output, inputs)
+    if any([type(node).__name__.startswith("GeneratedBackward") for node in graph.foreign]):
+        raise Uncovered(f"{name}: a custom operation has a backward of its own")
+    return graph
 
 
 def inputs_of(graph: fx.GraphModule) -> list[fx.Node]:
