@@ -12,6 +12,11 @@ holds whatever depends on vhat alone (a dropout mask, batch statistics), and doe
 again. What was recorded is what was computed, so that it cannot be out of date; the first time
 that a layer's operations are met, they are also held against the layer itself at another input.
 
+Where a backward in the layer's graph is not PyTorch's own, or a hook looks at a gradient, J^T is taken
+from the layer's own graph at the belief (``OwnBackward``), and only d from the lines. What is compared,
+selected or rounded there is decided on the values that the layer itself has at the belief
+(``rules/decisions.py``): lines besides the displacements compute these.
+
 A layer that cannot be recorded (it branches on values, leaves PyTorch, changes a tensor through two
 names, draws numbers from its input) is evaluated again and subtracted: a ``Reevaluation``.
 """
@@ -293,8 +298,10 @@ class Recorder(Watch):
     ``displacement(output)`` puts them together afterwards, or raises Uncovered.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, sees_exits: bool = False) -> None:
+        """``sees_exits``: tensors that are read outside PyTorch are noticed, which takes a while."""
         super().__init__()
+        self._exits: Any = Exits(self) if sees_exits else None
         self.lines: list[Recorded] = []
         # Where the value of a tensor stands: 0 for x, k+1 for what line k computes.
         self.place: dict[int, int] = {id(x): 0}
@@ -397,10 +404,14 @@ class Recorder(Watch):
             self._append_items(call, output)
 
     def _noted(self, call: Call, item: int | None = None) -> Noted:
-        given = _tensors_in(call.args, call.kwargs)
-        place = {id(t): self.place[id(t)] for t in given if id(t) in self.place}
-        versions = [tensor._version for tensor in given if id(tensor) not in place]
-        return Noted(call._replace(place=place), item, versions)
+        place, versions = {}, []
+        for tensor in _tensors_in(call.args, call.kwargs):
+            known = self.place.get(id(tensor))
+            if known is None:
+                versions.append(tensor._version)
+            else:
+                place[id(tensor)] = known
+        return Noted(Call(call.func, call.args, call.kwargs, call.output, place), item, versions)
 
     def _step(self, call: Call) -> Step:
         if not is_float(call.output):
@@ -466,13 +477,14 @@ class Recorder(Watch):
     def __enter__(self) -> Recorder:
         self._outer, _local.recorder = getattr(_local, "recorder", None), self
         super().__enter__()  # type: ignore[no-untyped-call]
-        self._exits: Any = Exits(self)
-        self._exits.__enter__()
+        if self._exits is not None:
+            self._exits.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._exits.__exit__(*exception)
-        del self._exits
+        if self._exits is not None:
+            self._exits.__exit__(*exception)
+            self._exits = None
         _local.recorder = self._outer
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
@@ -540,6 +552,7 @@ class Recorder(Watch):
         if result is None:
             return [], None
         moved, valued = self._needed(result)
+        decided = {k for k in moved | valued if k and self._decides_by_values(k)} if valued else ()
         lines: list[Line] = []
         # Where the displacement of a recorded tensor is found now, and where its value.
         place, value = {0: 0}, dict[int, int]()
@@ -554,7 +567,7 @@ class Recorder(Watch):
             output = self._output_of[k - 1]
             if k not in moved and k not in valued:
                 continue
-            if self._decides_by_values(k):
+            if k in decided:
                 count, given = len(inputs), tuple([value[i] for i in inputs])
                 constant, static = step.tensors[count:], step.static[:-2]
                 value[k] = append(VALUE, given, constant[1:], static, False)
@@ -597,15 +610,15 @@ class Recorder(Watch):
             if k not in moved and k not in valued:
                 continue
             _, inputs, _, noted = self.lines[k - 1]
-            floats = is_float(self._output_of[k - 1])
             if self._decides_by_values(k):
                 valued.update(inputs)
-                moved.update(inputs if floats and k in moved else ())
+                moved.update(inputs if k in moved and is_float(self._output_of[k - 1]) else ())
                 continue
-            if k in valued and floats and noted.is_repeatable:
-                valued.update(noted.call.place.values())
-            elif k in valued:
-                moved.add(k)
+            if k in valued:
+                if is_float(self._output_of[k - 1]) and noted.is_repeatable:
+                    valued.update(noted.call.place.values())
+                else:
+                    moved.add(k)
             if k in moved:
                 moved.update(inputs)
         return moved, valued
@@ -650,7 +663,7 @@ class Exits(TorchFunctionMode):
     """Tells a recorder of the tensors whose numbers are read without an operation."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -823,6 +836,11 @@ def _by_user(d: Tensor, a: Tensor, rule: Callable[..., Tensor], module: nn.Modul
 # (By the hash of the operations, as these may name the item, which must not be kept by it.)
 _found: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+def is_new(item: object) -> bool:
+    """Whether no operations of ``item`` have been held against it yet."""
+    return item not in _found
 
 
 def agrees(

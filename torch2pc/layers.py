@@ -27,6 +27,7 @@ from torch2pc.displacement import (
     Uncovered,
     Watch,
     agrees,
+    is_new,
     uncompiled,
 )
 from torch2pc.graph import (
@@ -89,6 +90,8 @@ class Layer:
     uncovered: str | None = None
     # Why its way back is not that of the recorded operations, although the displacement is theirs.
     own_backward: str | None = None
+    # Whether J^T 0 is 0: not where a backward or a hook may add what it likes.
+    is_linear = True
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class Layer:
         modules = modules_in(self.function)
         random = random_state([*self._devices, *generators_in(self.function, modules)])
         buffers = Buffers(modules)
-        recorder = Recorder(x) if displaced else Watch()
+        recorder = Recorder(x, sees_exits=is_new(self.function)) if displaced else Watch()
         with uncompiled, recorder:
             output = self(x, *others)
         self.drawn = drawn_from(random) if recorder.draws else []
@@ -156,6 +159,7 @@ class Layer:
             hooked = [module._backward_hooks or module._backward_pre_hooks for module in modules]
             if any(hooked) or any(GLOBAL_HOOKS[2:]):
                 self.own_backward = "a module has a backward hook"
+            self.is_linear = not graph.is_foreign and self.own_backward is None
             self._displace(recorder, x, output, graph.is_foreign)
         return output
 
@@ -175,6 +179,7 @@ class Layer:
                 recorded = self.displacement = recorder.displacement(output)
                 found = recorder.own_backward(output, is_foreign)
                 self.own_backward = self.own_backward or found
+                self.is_linear = self.own_backward is None
                 is_own = self.own_backward is not None
                 with outside_autocast(x.device), generators_kept(self.drawn_sources):
                     is_right = agrees(self.function, recorded, reevaluation, x, is_own)

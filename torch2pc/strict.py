@@ -220,7 +220,9 @@ class Relaxation:
         # The lowest layer that any error has reached. Beliefs that start at their predictions have
         # none, and the output's error climbs down one layer in each step; the layers below it
         # would be evaluated where they were before, to propagate zeros.
-        self._reached = L if self._vinit is None and self.prior is None else 1
+        starts_at_rest = self._vinit is None and self.prior is None
+        is_linear = all([layer.is_linear for layer in self.network.layers])
+        self._reached = L if starts_at_rest and is_linear else 1
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         while True:
@@ -474,9 +476,7 @@ class Relaxation:
             asked = [*leaves, x] if asks_input else leaves
             error = self._weighted_error(l)
             # PyTorch's own backward passes are linear in the error, unless a hook looks at it.
-            is_linear = not (
-                foreign or layer.uncovered or layer.own_backward or has_hooks(asked)
-            )
+            is_linear = not (foreign or layer.uncovered or layer.own_backward or has_hooks(asked))
             if is_linear and (l > 1 or in_float16(prediction)):
                 found = gradient_of_small(prediction, asked, error)
             else:

@@ -502,7 +502,9 @@ class Program:
         prediction = vhat[-1].detach().requires_grad_()
         with torch.enable_grad(), SameDraws():
             Loss = check_loss(parts.run(L + 1, own, prediction))
-        leaves = self._leaves_of[L + 1] = _places(_captured(Loss, [prediction], "LossFun").leaves, own)
+        leaves = self._leaves_of[L + 1] = _places(
+            _captured(Loss, [prediction], "LossFun").leaves, own
+        )
         dLdy, *found = gradient([Loss], [prediction, *[own[k] for k in leaves]])
         if dLdy is None:
             raise independent_loss()
