@@ -50,6 +50,10 @@ def branches_on_values(x: Tensor) -> Tensor:
     return 2 * x if x.detach().sum() > -1e9 else x
 
 
+def branches_on_a_list(x: Tensor) -> Tensor:
+    return 2 * x if x.tolist()[0][0] > -1e9 else x
+
+
 def writes_through_a_view(x: Tensor) -> Tensor:
     y = x * 2
     y[:, 1] = x[:, 0]
@@ -92,6 +96,10 @@ def has_another_gradient(x: Tensor) -> Tensor:
     return x + (torch.round(4 * x) / 4 - x).detach()
 
 
+def as_many_as_there_are(x: Tensor) -> Tensor:
+    return x * x[x > 0].mean()
+
+
 class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -111,9 +119,10 @@ UNCOVERED = {
     "writes through a view": (writes_through_a_view, "writes into a part of a tensor"),
     "two names": (writes_and_reads_under_two_names, "changed through another name"),
     "out=": (writes_into_an_argument, "writes into one of its arguments"),
-    "leaves torch": (leaves_torch, "its operations alone do not give its outputs"),
+    "leaves torch": (leaves_torch, "is read outside PyTorch"),
+    "Python numbers": (branches_on_a_list, "is read outside PyTorch"),
     "draws from its input": (draws_from_its_input, "draws random numbers"),
-    "another gradient": (Reversed.apply, "its operations alone do not give"),
+    "as many as there are": (as_many_as_there_are, "the shape of what aten.index.Tensor returns"),
 }
 
 
@@ -133,7 +142,8 @@ def test_a_hook_that_changes_gradients_is_not_left_out() -> None:
     case.infer("Strict")
     case.model[1].register_full_backward_hook(lambda module, inputs, outputs: (3 * inputs[0],))
     check_against_reference(case, "Strict")
-    assert layers_of(case)[1].uncovered == "a module has a backward hook"
+    layer = layers_of(case)[1]
+    assert (layer.uncovered, layer.own_backward) == (None, "a module has a backward hook")
 
 
 def test_a_tensor_hook_is_not_left_out() -> None:
@@ -148,7 +158,7 @@ def test_a_tensor_hook_is_not_left_out() -> None:
     case = around(Does(hooked))
     case.infer("Strict")
     triples = True
-    assert layers_of(case)[1].uncovered == "a tensor has a backward hook"
+    assert layers_of(case)[1].own_backward == "a tensor has a backward hook"
     check_against_reference(case, "Strict")
 
 

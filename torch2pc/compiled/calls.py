@@ -334,7 +334,8 @@ class Relaxing(Call):
             return []
         network = self.network
         moving = [layer for l, layer in enumerate(network.layers, start=1) if network.moving(l)]
-        reasons = [f"{layer.name}: {layer.uncovered}" for layer in moving if layer.uncovered]
+        why = [(layer.name, layer.uncovered or layer.own_backward) for layer in moving]
+        reasons = [f"{name}: {reason}" for name, reason in why if reason]
         for function in (network.loss, network.prior):
             if function is not None and not function.is_pure:
                 reasons.append(f"{function.name} draws random numbers or changes its buffers")

@@ -25,18 +25,20 @@ from torch._inductor.decomposition import decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch2pc.displacement.recorder import _WRITES_ASIDE, Displacement, Recorder, Uncovered
+from torch2pc.displacement.recorder import Displacement, Recorder, Uncovered
 from torch2pc.displacement.rules import aten, storage
+from torch2pc.displacement.rules.core import WRITES_ASIDE
 from torch2pc.energy import Beliefs, Energy, Errors
 from torch2pc.energy.factors import factors_of
 from torch2pc.graph.autograd import (
+    Below,
+    below,
     check_loss,
     check_scalar,
     gradient,
     gradient_of_small,
     in_belief_dtype,
     independent_loss,
-    leaves_between,
     output_gradient,
 )
 from torch2pc.graph.layers import Network, Node, own_output
@@ -250,7 +252,7 @@ def _check_draws(func: Any, args: Sequence[Any]) -> None:
     """Raises Uncovered for what draws other random numbers when it is compiled."""
     # A dropout that leaves nothing needs none where it is not.
     drops_all = func is aten.native_dropout.default and args[1] == 1
-    if func in decompositions or func in _WRITES_ASIDE or drops_all:
+    if func in decompositions or func in WRITES_ASIDE or drops_all:
         raise Uncovered(f"{func} draws other random numbers when it is compiled")
 
 
@@ -320,7 +322,8 @@ class Graphed(NamedTuple):
 class _TracedLayer:
     """A layer, the loss or the prior, in a graph that is being traced: what ``Layer`` is elsewhere."""
 
-    uncovered = None
+    uncovered = own_backward = None
+    is_linear = True
 
     def __init__(self, replay: Callable[..., Tensor], displacement: Any, has_leaves: bool) -> None:
         self.replay, self.displacement, self.has_leaves = replay, displacement, has_leaves
@@ -419,6 +422,9 @@ class Program:
         self.drawn: dict[int, list[Place]] = {}
         # The inputs that require grad and that each layer, the loss and the prior use.
         self.leaves_of: dict[int, list[int]] = {}
+        # Whether all backward passes in a layer are PyTorch's own, and whether those of its input are.
+        self._is_linear: dict[int, bool] = {}
+        self._is_foreign: dict[int, bool] = {}
         inputs = [node.meta["example_value"] for node in self.parts.placeholders]
         values = [mark.meta["example_value"] for mark in self.parts.marks[: L + 1]]
         with torch.no_grad(), tracing(None), values[0].fake_mode, enable_python_dispatcher():
@@ -540,6 +546,8 @@ class Program:
             if recorder is not None:
                 try:
                     displacement = recorder.displacement(output)
+                    if reason := recorder.own_backward(output, self._is_foreign[l]):
+                        raise Uncovered(reason)
                 except Uncovered as reason:
                     raise Uncovered(f"model[{l - 1}]: {reason}") from reason
                 places = [[held.place(x) for x in line.tensors] for line in displacement.lines]
@@ -547,7 +555,10 @@ class Program:
             self.drawn[l] = [held.place(numbers) for numbers in watched.drawn]
             if l in self._at_vhat:
                 asked_of = [own[k] for k in self.leaves_of[l]] + self._inputs_asked(l, x)
-                of_layer = gradient_of_small(output, asked_of, errors[l])
+                if self._is_linear[l]:
+                    of_layer = gradient_of_small(output, asked_of, errors[l])
+                else:
+                    of_layer = gradient([output], asked_of, [errors[l].to(output.dtype)])
                 pairs = zip(of_layer, asked_of, strict=True)
                 found += [torch.zeros_like(y) if g is None else g for g, y in pairs]
             vhat.append(output.detach())
@@ -557,7 +568,7 @@ class Program:
         outside = {storage(x) for x in inputs if isinstance(x, Tensor)}
         if watched.drawn or watched.written & outside:
             raise Uncovered("LossFun draws random numbers or changes its buffers")
-        self.leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
+        self.leaves_of[L + 1] = _places(_captured(Loss, [prediction], "LossFun").leaves, own)
         dLdy = output_gradient(Loss, prediction)
         if asked.has_prior:
             beliefs = [in_belief_dtype(x).detach().requires_grad_() for x in vhat[:-1]]
@@ -566,7 +577,7 @@ class Program:
             check_scalar("prior", energy)
             if watched.drawn or watched.written & outside:
                 raise Uncovered("prior draws random numbers or changes its buffers")
-            self.leaves_of[L + 2] = _places(leaves_between(energy, beliefs), own)
+            self.leaves_of[L + 2] = _places(_captured(energy, beliefs, "prior").leaves, own)
         self._before = {
             k: held.place(clone) for k, clone in before.items() if storage(inputs[k]) in written
         }
@@ -601,7 +612,8 @@ class Program:
         prediction = vhat[-1].detach().requires_grad_()
         with torch.enable_grad(), SameDraws():
             Loss = check_loss(parts.run(L + 1, own, prediction))
-        leaves = self.leaves_of[L + 1] = _places(leaves_between(Loss, [prediction]), own)
+        of_loss = _captured(Loss, [prediction], "LossFun").leaves
+        leaves = self.leaves_of[L + 1] = _places(of_loss, own)
         dLdy, *found = gradient([Loss], [prediction, *[own[k] for k in leaves]])
         if dLdy is None:
             raise independent_loss()
@@ -736,7 +748,9 @@ class Program:
                 raise Uncovered(f"model[{l - 1}] is no function of its input")
             if output.is_leaf or output._is_view():
                 output = own_output(output, x)
-        self.leaves_of[l] = _places(leaves_between(output, x), own)
+        graph = _captured(output, x, f"model[{l - 1}]")
+        self.leaves_of[l] = _places(graph.leaves, own)
+        self._is_linear[l], self._is_foreign[l] = not graph.foreign, graph.is_foreign
         return output
 
     def _hold(self, vhat: Sequence[Tensor], Loss: Tensor, dLdy: Tensor) -> None:
@@ -835,6 +849,18 @@ def levels(count: int, L: int) -> list[int]:
     apart = max(1, min(round(L * L / 80), count // 2))
     last = count - 1
     return [last, *range(last - 1 - apart, -1, -apart)]
+
+
+def _captured(output: Tensor, inputs: Sequence[Tensor], name: str) -> Below:
+    """What the graph of ``output`` is made of, if its backward pass can be captured.
+
+    That of an ``autograd.Function`` was, with guards for what it uses. That of a custom operation would
+    be traced as it is now, whatever it uses.
+    """
+    graph = below(output, inputs)
+    if any([type(node).__name__.startswith("GeneratedBackward") for node in graph.foreign]):
+        raise Uncovered(f"{name}: a custom operation has a backward of its own")
+    return graph
 
 
 def inputs_of(graph: fx.GraphModule) -> list[fx.Node]:

@@ -12,6 +12,11 @@ holds whatever depends on vhat alone (a dropout mask, batch statistics), and doe
 again. What was recorded is what was computed, so that it cannot be out of date; the first time
 that a layer's operations are met, they are also held against the layer itself at another input.
 
+Where a backward in the layer's graph is not PyTorch's own, or a hook looks at a gradient, J^T is taken
+from the layer's own graph at the belief (``OwnBackward``), and only d from the lines. What is compared,
+selected or rounded there is decided on the values that the layer itself has at the belief
+(``rules/decisions.py``): lines besides the displacements compute these.
+
 A layer that cannot be recorded (it branches on values, leaves PyTorch, changes a tensor through two
 names, draws numbers from its input) is evaluated again and subtracted: a ``Reevaluation``.
 """
@@ -28,6 +33,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch2pc.displacement.rules import (
@@ -45,7 +51,19 @@ from torch2pc.displacement.rules import (
     pooled_before_relu,
     storage,
 )
-from torch2pc.displacement.vjp import vjp
+from torch2pc.displacement.rules.core import DIFFERENCE, WRITES_ASIDE, tensors_in
+from torch2pc.displacement.rules.decisions import (
+    GENERIC,
+    JUMP,
+    MOVED_VALUE,
+    VALUE,
+    Noted,
+    decides,
+    is_float,
+    kinds_of,
+)
+from torch2pc.displacement.rules.kinks import RELU
+from torch2pc.displacement.vjp import reaches, vjp
 
 # What these return depends on the shape of a tensor, not on its values.
 _NEW_TENSORS = """
@@ -56,14 +74,6 @@ _OF_SHAPE_ALONE = {
     getattr(getattr(aten, name), overload)
     for name in re.findall(r"\w+", _NEW_TENSORS)
     for overload in getattr(aten, name).overloads()
-}
-# Operations that write into an argument that is no part of what they return.
-_WRITES_ASIDE = {
-    aten.native_batch_norm.default,
-    aten._native_batch_norm_legit.default,
-    aten._batch_norm_with_update.default,
-    aten.cudnn_batch_norm.default,
-    aten.rrelu_with_noise.default,
 }
 _FLOATS_OF = aten._local_scalar_dense.default
 
@@ -180,7 +190,7 @@ class Reevaluation:
         self,
         evaluate: Callable[..., Tensor],
         x: Sequence[Tensor],
-        before: Tensor,
+        before: Tensor | None,
         buffers_kept: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._evaluate, self._x, self._before = evaluate, x, before
@@ -189,12 +199,21 @@ class Reevaluation:
 
     def forward(self, *deltas: Tensor) -> tuple[Tensor, Any]:
         """The displacement of the output, and what ``backward`` needs."""
-        with torch.enable_grad():
-            pairs = zip(self._x, deltas, strict=True)
-            x = [(a.to(d.dtype) + d).to(a.dtype).requires_grad_() for a, d in pairs]
-            output = self._evaluate(*x)
+        x = self.moved(*deltas)
+        output = self.graph_at(x)
+        if self._before is None:
+            self._before = self._evaluate(*self._x).detach()
         dtype = belief_dtype(output.dtype)
         return output.detach().to(dtype) - self._before.to(dtype), (x, output)
+
+    def moved(self, *deltas: Tensor) -> list[Tensor]:
+        """Where the layer is evaluated."""
+        return [(a.to(d.dtype) + d).to(a.dtype) for a, d in zip(self._x, deltas, strict=True)]
+
+    def graph_at(self, x: Sequence[Tensor]) -> Tensor:
+        """The output, with a graph down to ``x``."""
+        with torch.enable_grad():
+            return self._evaluate(*[a.requires_grad_() for a in x])
 
     def backward(self, saved: Any, e: Tensor) -> list[Any]:
         """For each input J(vhat + delta)^T e, or None without one."""
@@ -204,6 +223,26 @@ class Reevaluation:
         with self._buffers_kept():
             found = vjp(output, x, e.to(output.dtype))
         return [None if g is None else g.to(belief_dtype(g.dtype)) for g in found]
+
+
+class OwnBackward:
+    """The displacement of a recorded layer whose way back is not that of its operations.
+
+    It is taken from the layer's own graph, which is made anew where the belief is, and just before it is
+    used: nothing is lost by that, as it is no difference.
+    """
+
+    def __init__(self, recorded: Displacement, layer: Reevaluation) -> None:
+        self._recorded, self._layer = recorded, layer
+
+    def forward(self, *deltas: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The displacement of the output, and what ``backward`` needs."""
+        moved, _ = self._recorded.forward(*deltas)
+        return moved, self._layer.moved(*deltas)
+
+    def backward(self, saved: list[Tensor], e: Tensor) -> list[Any]:
+        """For each input J(vhat + delta)^T e, or None without one."""
+        return self._layer.backward((saved, self._layer.graph_at(saved)), e)
 
 
 def _with_graph(
@@ -237,6 +276,9 @@ class Uncovered(Exception):
     """Why a layer has no displacement by rules."""
 
 
+CHANGED = "a tensor that the layer used was changed afterwards"
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether its body draws random numbers; what other threads draw does not count."""
 
@@ -262,18 +304,23 @@ class Recorder(Watch):
     ``displacement(output)`` puts them together afterwards, or raises Uncovered.
     """
 
-    def __init__(self, *inputs: Tensor) -> None:
+    def __init__(self, *inputs: Tensor, sees_exits: bool = False) -> None:
+        """``sees_exits``: tensors that are read outside PyTorch are noticed, which takes a while."""
         super().__init__()
-        self.lines: list[tuple[Step, tuple[int, ...], list[int]]] = []
+        self._exits: Any = Exits(self) if sees_exits else None
+        self.lines: list[Recorded] = []
         # Where the value of a tensor stands: the inputs come first, then what each line computes.
         self.place: dict[int, int] = {id(x): k for k, x in enumerate(inputs)}
         self._count = len(inputs)
         self._tensors: list[Tensor] = list(inputs)  # so that no id is used twice
         self._output_of: list[Tensor] = []
+        self._version_of: list[int] = []
         # The version of each, as the operation that made it left it.
         self._versions: dict[int, int] = {id(x): x._version for x in inputs}
         self._new: list[Tensor] = []
         self._storages = {storage(x) for x in inputs}
+        # What the layer used that has a graph, but none of the lines computes.
+        self._strange: list[Tensor] = []
         self._reason: str | None = None
         self._suspended = False
 
@@ -318,6 +365,8 @@ class Recorder(Watch):
         for tensor in given:
             expected = self._versions.get(id(tensor))
             if expected is None:
+                if not tensor.is_leaf:
+                    self._strange.append(tensor)
                 is_parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf
                 if not is_parameter and storage(tensor) in self._storages:
                     raise Uncovered(f"{func} uses a tensor of the layer's under another name")
@@ -342,11 +391,13 @@ class Recorder(Watch):
         if written._is_view() or not written.is_floating_point():
             raise Uncovered(f"{func} writes into a part of a tensor")
         its = storage(written)
-        for k, (step, inputs, _) in enumerate(self.lines):
-            if any([storage(tensor) == its for tensor in step.tensors]):
-                kept = tuple([t.clone() if storage(t) == its else t for t in step.tensors])
+        for k, line in enumerate(self.lines):
+            tensors = line.step.tensors
+            if any([storage(tensor) == its for tensor in tensors]):
+                kept = tuple([t.clone() if storage(t) == its else t for t in tensors])
                 versions = [tensor._version for tensor in kept]
-                self.lines[k] = step._replace(tensors=kept), inputs, versions
+                step = line.step._replace(tensors=kept)
+                self.lines[k] = line._replace(step=step, versions=versions)
         return written
 
     def _note(
@@ -355,13 +406,25 @@ class Recorder(Watch):
         """The lines of an operation; ``entered`` is the tensor that holds its output from now on."""
         call = Call(func, tuple(args), kwargs, output, self.place)
         if isinstance(output, Tensor):
-            self._append(self._step(call), entered)
+            self._append(self._step(call), entered, self._noted(call))
         else:
             self._append_items(call, output)
 
+    def _noted(self, call: Call, item: int | None = None) -> Noted:
+        place, versions = {}, []
+        for tensor in _tensors_in(call.args, call.kwargs):
+            known = self.place.get(id(tensor))
+            if known is None:
+                versions.append(tensor._version)
+            else:
+                place[id(tensor)] = known
+        return Noted(Call(call.func, call.args, call.kwargs, call.output, place), item, versions)
+
     def _step(self, call: Call) -> Step:
-        if not call.output.is_floating_point() and not call.output.is_complex():
+        if not is_float(call.output):
+            _check_shape(call)
             return difference_step(call)
+        _check_shape(call)
         if call.func in COMPOSING:
             step = composed_step(call, self._made_by)
             if step is not None:
@@ -375,8 +438,8 @@ class Recorder(Watch):
         return (linear_step if call.func.is_view else difference_step)(call)
 
     def _made_by(self, tensor: object) -> Step | None:
-        place = self.place.get(id(tensor), 0) - self._count
-        return self.lines[place][0] if place >= 0 else None
+        line = self._line(self.place.get(id(tensor), 0))
+        return None if line is None else line.step
 
     def _append_items(self, call: Call, output: Any) -> None:
         """The lines of an operation with several outputs, one for each."""
@@ -385,27 +448,30 @@ class Recorder(Watch):
         swapped = pooled_before_relu(call, self._made_by)
         if swapped is not None:
             pool, between, relu = swapped
-            self._append(pool, between, output[0])
-            self._append(relu, output[0])
+            self._append(pool, between, self._noted(call._replace(func=None)), output[0])
+            self._append(relu, output[0], self._noted(call, 0))
             return
+        _check_shape(call)
         prepare = PREPARED.get(call.func)
         step = prepare(call) if prepare is not None else None
         is_linear = call.func.is_view or call.func in _SPLITS
         for item, tensor in enumerate(output):
             if not isinstance(tensor, Tensor) or tensor.numel() == 0:
                 continue
-            if item == 0 and step is not None:
-                self._append(step, tensor)
-            elif is_linear:
-                self._append(linear_step(call, item), tensor)
-            else:
-                self._append(difference_step(call, item), tensor)
+            of_item = step if item == 0 else None
+            if of_item is None:
+                of_item = (linear_step if is_linear else difference_step)(call, item)
+            self._append(of_item, tensor, self._noted(call, item))
 
-    def _append(self, step: Step, output: Tensor, recorded: Tensor | None = None) -> None:
+    def _append(
+        self, step: Step, output: Tensor, noted: Noted, recorded: Tensor | None = None
+    ) -> None:
         """A line that computes ``output``, on the way to ``recorded`` if that is another tensor."""
         inputs = tuple([self.place[id(tensor)] for tensor in step.inputs])
-        self.lines.append((step, inputs, [tensor._version for tensor in step.tensors]))
+        versions = [tensor._version for tensor in step.tensors]
+        self.lines.append(Recorded(step, inputs, versions, noted))
         self._output_of.append(output if recorded is None else recorded)
+        self._version_of.append(self._output_of[-1]._version)
         self._enter(output, self._count + len(self.lines) - 1)
 
     def _enter(self, tensor: Tensor, place: int) -> None:
@@ -417,9 +483,15 @@ class Recorder(Watch):
 
     def __enter__(self) -> Recorder:
         self._outer, _local.recorder = getattr(_local, "recorder", None), self
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        if self._exits is not None:
+            self._exits.__enter__()
+        return self
 
     def __exit__(self, *exception: Any) -> None:
+        if self._exits is not None:
+            self._exits.__exit__(*exception)
+            self._exits = None
         _local.recorder = self._outer
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
@@ -436,12 +508,19 @@ class Recorder(Watch):
         """There will be no displacement."""
         self._reason = self._reason or reason
 
+    def is_read(self, tensor: Tensor) -> None:
+        """The numbers of a tensor go where no operation is seen."""
+        if id(tensor) in self.place and not self._suspended:
+            self.give_up("a tensor that depends on the input is read outside PyTorch")
+
     def note_module(
         self, rule: Callable[..., Tensor], module: nn.Module, x: Tensor, output: Tensor
     ) -> None:
         """A line for a module with a rule of its own."""
         if id(x) in self.place:
-            self._append(Step(Rule(_by_user), (x,), (base(x),), (rule, module)), output)
+            call = Call(None, (x,), {}, output, self.place)
+            step = Step(Rule(_by_user), (x,), (base(x),), (rule, module))
+            self._append(step, output, self._noted(call))
 
     def displacement(self, output: Tensor) -> Displacement:
         """The displacement of ``output``, of the lines that it depends on."""
@@ -453,26 +532,149 @@ class Recorder(Watch):
             raise Uncovered("the output was changed through another name")
         if id(output) not in self.place and storage(output) in self._storages:
             raise Uncovered("the output is a tensor of the layer's under another name")
-        if any([_is_hooked(tensor) for tensor in self._output_of]):
-            raise Uncovered("a tensor has a backward hook")
-        for step, _, versions in self.lines:
-            if versions != [tensor._version for tensor in step.tensors]:
-                raise Uncovered("a tensor that the layer used was changed afterwards")
-        result = self.place.get(id(output))
-        count = self._count
-        kept = set(range(count)) if result is None else {*range(count), result}
-        for k in range(len(self.lines) - 1, -1, -1):
-            if k + count in kept:
-                kept.update(self.lines[k][1])
-        place = {k: i for i, k in enumerate(sorted(kept))}
-        lines = []
-        for k in sorted(kept)[count:]:
-            step, inputs, _ = self.lines[k - count]
-            inputs = tuple([place[i] for i in inputs])
-            requires_grad = self._output_of[k - count].requires_grad
-            lines.append(Line(step.rule, inputs, step.tensors, step.static, requires_grad))
-        at = None if result is None else place[result]
-        return Displacement(lines, at, output.detach(), count)
+        for line in self.lines:
+            if line.versions != [tensor._version for tensor in line.step.tensors]:
+                raise Uncovered(CHANGED)
+        lines, result = self._put_together(self.place.get(id(output)))
+        return Displacement(lines, result, output.detach(), self._count)
+
+    def own_backward(self, output: Tensor, is_foreign: bool) -> str | None:
+        """Why the way back is not that of the lines, if it is not.
+
+        ``is_foreign``: whether the graph of ``output`` says so (``graph.autograd.below``).
+        """
+        inputs = self._tensors[: self._count]
+        if is_foreign:
+            # Had every forward been followed, no more than the parameters would have a graph besides.
+            unseen = [t for t in self._strange if t.grad_fn is not None]
+            unseen += [output] if id(output) not in self.place else []
+            if reaches([tensor.grad_fn for tensor in unseen], inputs):
+                raise Uncovered("what a forward of its own computes cannot be followed")
+            return "it has a backward of its own"
+        if any([_is_hooked(tensor) for tensor in [*self._tensors, *self._strange]]):
+            return "a tensor has a backward hook"
+        return None
+
+    def _put_together(self, result: int | None) -> tuple[list[Line], int | None]:
+        """The lines that ``result`` depends on, and its place among what these compute."""
+        if result is None:
+            return [], None
+        start = self._count
+        moved, valued = self._needed(result)
+        decided = {p for p in moved | valued if p >= start and self._decides_by_values(p)}
+        decided = decided if valued else set()
+        lines: list[Line] = []
+        # Where the displacement of a recorded tensor is found now, and where its value.
+        place, value = {p: p for p in range(start)}, dict[int, int]()
+
+        def append(*line: Any) -> int:
+            lines.append(Line(*line))
+            return start + len(lines) - 1
+
+        for p in range(start):
+            if p in valued:
+                value[p] = append(MOVED_VALUE, (p,), (self._tensors[p].detach(),), (), False)
+        for p, (step, inputs, _, noted) in enumerate(self.lines, start=start):
+            output = self._output_of[p - start]
+            if p not in moved and p not in valued:
+                continue
+            if p in decided:
+                count, given = len(inputs), tuple([value[i] for i in inputs])
+                constant, static = step.tensors[count:], step.static[:-2]
+                value[p] = append(VALUE, given, constant[1:], static, False)
+                if not is_float(output):
+                    place[p] = value[p]
+                elif p in moved:
+                    given = (*[place[i] for i in inputs], *given)
+                    static = (*static, kinds_of(step.inputs))
+                    place[p] = append(JUMP, given, constant, static, output.requires_grad)
+                continue
+            if p in moved:
+                given = tuple([place[i] for i in inputs])
+                place[p] = append(step.rule, given, step.tensors, step.static, output.requires_grad)
+            if p not in valued:
+                continue
+            if not is_float(output):
+                value[p] = place[p]
+            elif noted.is_repeatable:
+                again = noted.again()
+                if again is None:
+                    raise Uncovered(CHANGED)
+                given = tuple([value[i] for i in again.places])
+                value[p] = append(VALUE, given, again.constant, again.static, False)
+            else:
+                before = self._as_it_was(p)
+                value[p] = append(MOVED_VALUE, (place[p],), (before,), (), False)
+        return lines, place[result]
+
+    def _line(self, place: int) -> Recorded | None:
+        """The line that computes what stands there; None for an input."""
+        return self.lines[place - self._count] if place >= self._count else None
+
+    def _as_it_was(self, place: int) -> Tensor:
+        """What the line at this place computed."""
+        k = place - self._count
+        output = self._output_of[k]
+        if output._version != self._version_of[k]:
+            raise Uncovered(CHANGED)
+        return output.detach()
+
+    def _needed(self, result: int) -> tuple[set[int], set[int]]:
+        """The recorded tensors whose displacements are needed, and those whose values are."""
+        moved, valued, start = {result}, set[int](), self._count
+        for p in range(start + len(self.lines) - 1, start - 1, -1):
+            if p not in moved and p not in valued:
+                continue
+            _, inputs, _, noted = self.lines[p - start]
+            is_floating = is_float(self._output_of[p - start])
+            if self._decides_by_values(p):
+                valued.update(inputs)
+                moved.update(inputs if p in moved and is_floating else ())
+                continue
+            if p in valued:
+                if is_floating and noted.is_repeatable:
+                    valued.update(noted.call.place.values())
+                else:
+                    moved.add(p)
+            if p in moved:
+                moved.update(inputs)
+        return moved, valued
+
+    def _decides_by_values(self, place: int) -> bool:
+        """Whether a line is a decision that round-off could take in another way than the layer does.
+
+        It could not where chance alone makes equal what is compared: numbers from one source that are
+        equal to none in particular, or to 0, which a displacement keeps.
+        """
+        step, inputs, _, noted = self.lines[place - self._count]
+        output = self._output_of[place - self._count]
+        if step.rule is not DIFFERENCE or not decides(noted.call.func, output):
+            return False
+        numbers = zip(inputs, step.inputs, strict=True)
+        sources = {self._source(i) for i, tensor in numbers if is_float(tensor)}
+        return len(sources) > 1 or not all(map(self._is_generic, sources))
+
+    def _source(self, place: int) -> int:
+        """The place of which this one is a view."""
+        while (line := self._line(place)) is not None:
+            func = line.noted.call.func
+            is_copy = getattr(func, "is_view", False) or func in _COPIES
+            if len(line.inputs) != 1 or not is_copy:
+                break
+            (place,) = line.inputs
+        return place
+
+    def _is_generic(self, place: int) -> bool:
+        line = self._line(place)
+        if line is not None and line.step.rule is RELU:
+            (place,) = line.inputs
+        waiting = [place]
+        for place in waiting:
+            if (line := self._line(place)) is not None:
+                if line.step.rule not in GENERIC:
+                    return False
+                waiting += line.inputs
+        return True
 
 
 def _is_hooked(tensor: Tensor) -> bool:
@@ -489,6 +691,46 @@ def _is_hooked(tensor: Tensor) -> bool:
 
 _OF_TRACKERS = torch.autograd.graph.__file__
 
+
+class Exits(TorchFunctionMode):
+    """Tells a recorder of the tensors whose numbers are read without an operation."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _EXITS:
+            self._recorder.is_read(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_EXITS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
+
+
+class Recorded(NamedTuple):
+    """One operation while it is recorded: its inputs are places among all recorded tensors."""
+
+    step: Step
+    inputs: tuple[int, ...]
+    versions: list[int]
+    """Those of the step's tensors."""
+    noted: Noted
+    """How to compute the value again."""
+
+
+def _check_shape(call: Call) -> None:
+    """Raises Uncovered where another input makes an output of another shape."""
+    if torch.Tag.dynamic_output_shape not in call.func.tags:
+        return
+    masks = [torch.bool, torch.uint8]
+    if call.func is not aten.index.Tensor or any(
+        [i.dtype in masks and call.moves(i) for i in tensors_in(call.args[1])]
+    ):
+        raise Uncovered(f"the shape of what {call.func} returns depends on the input")
+
+
+_COPIES = (aten.clone.default, aten.alias.default, aten.lift_fresh.default)
 # Linear in their input, as views are, with several outputs.
 _SPLITS = {
     getattr(getattr(aten, name), overload)
@@ -508,7 +750,7 @@ def _may_draw(func: Any) -> bool:
 @functools.cache
 def _writes(func: Any) -> bool:
     """Whether an operation writes into an argument that is part of what it returns."""
-    return func._schema.is_mutable and func not in _WRITES_ASIDE
+    return func._schema.is_mutable and func not in WRITES_ASIDE
 
 
 @functools.cache
@@ -629,27 +871,36 @@ _found: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
+def is_new(item: object) -> bool:
+    """Whether no operations of ``item`` have been held against it yet."""
+    return item not in _found
+
+
 def agrees(
     item: object,
     recorded: Displacement,
     reevaluation: Callable[[], Reevaluation],
     x: Sequence[Tensor],
+    forward_only: bool,
 ) -> bool:
     """Whether a displacement and its vector-Jacobian product are those of the layer itself.
 
     Compared once for each sequence of operations of an item, at a random input as far from ``x`` as
-    x is large. (An empty batch tells nothing.)
+    x is large. (An empty batch tells nothing.) ``forward_only``: the product is taken from the layer
+    itself anyway.
     """
     if x[0].numel() == 0:
         return True
     known = _found.setdefault(item, {})
-    key = hash(recorded.key)
+    key = hash((recorded.key, forward_only))
     if key not in known:
-        known[key] = _agree(recorded, reevaluation(), x)
+        known[key] = _agree(recorded, reevaluation(), x, forward_only)
     return known[key]
 
 
-def _agree(recorded: Displacement, other: Reevaluation, x: Sequence[Tensor]) -> bool:
+def _agree(
+    recorded: Displacement, other: Reevaluation, x: Sequence[Tensor], forward_only: bool
+) -> bool:
     generator = torch.Generator().manual_seed(0)
     dtype = belief_dtype(x[0].dtype)
 
@@ -661,11 +912,12 @@ def _agree(recorded: Displacement, other: Reevaluation, x: Sequence[Tensor]) -> 
     d = [random(a) * torch.where(size > 0, size, 1.0) for a, size in zip(x, sizes, strict=True)]
     plain, graph = other.forward(*d)
     e = random(plain).to(plain.dtype)
-    expected_back = other.backward(graph, e)
+    expected_back = [] if forward_only else other.backward(graph, e)
     try:
         moved, saved = recorded.forward(*d)
-        back = zip(recorded.backward(saved, e), expected_back, x, strict=True)
-        pairs = [(moved, plain, plain), *back]
+        pairs: list[tuple[Any, Any, Tensor]] = [(moved, plain, plain)]
+        if not forward_only:
+            pairs += zip(recorded.backward(saved, e), expected_back, x, strict=True)
     except Exception:
         if any([line.rule.forward is _by_user for line in recorded.lines]):
             raise

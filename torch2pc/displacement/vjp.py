@@ -1,11 +1,13 @@
-"""Autograd's vector-Jacobian product, with errors whose advice a user of the library can follow."""
+"""Autograd's vector-Jacobian product and graph: errors whose advice can be followed, what lies below what."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 
 def vjp(
@@ -41,3 +43,26 @@ def kept_tensor(user: str) -> RuntimeError:
         'LossFun, from the output or from parameters; or take ErrType="Exact", where it is '
         "backpropagated"
     )
+
+
+def node_of(x: Tensor) -> Any:
+    """The node of the autograd graph that makes ``x``, or takes its gradient; None without one."""
+    return x.grad_fn or (get_gradient_edge(x).node if x.requires_grad else None)
+
+
+def nodes_below(*nodes: Any) -> list[Any]:
+    """All nodes of the autograd graph that a backward pass from ``nodes`` arrives at, and these."""
+    seen = dict.fromkeys([node for node in nodes if node is not None])
+    waiting = list(seen)
+    for node in waiting:
+        for before, _ in node.next_functions:
+            if before is not None and before not in seen:
+                seen[before] = None
+                waiting.append(before)
+    return waiting
+
+
+def reaches(nodes: Iterable[Any], inputs: Sequence[Tensor]) -> bool:
+    """Whether a gradient that arrives at one of the nodes goes on to one of the inputs, or may."""
+    ends = {node_of(x) for x in inputs} - {None}
+    return not ends.isdisjoint(nodes_below(*nodes))

@@ -93,8 +93,6 @@ class _OfLayer:
 class Prediction(_OfLayer):
     """pi/2 ||e||^2 with e = d(delta_parents) - delta_target: a hidden layer and its belief."""
 
-    is_awake = False
-
     def __init__(
         self,
         d: Displaced | None,
@@ -102,8 +100,10 @@ class Prediction(_OfLayer):
         target: int,
         vhat: Tensor,
         precision: Number = 1.0,
+        is_awake: bool = False,
     ) -> None:
         super().__init__(d, parents, vhat.device)
+        self.is_awake = is_awake
         self.target, self.precision = target, precision
         self.beliefs = frozenset([*parents, target])
         self.error = torch.zeros_like(in_belief_dtype(vhat))
@@ -251,5 +251,7 @@ def factors_of(network: Network, precision: Sequence[float] | None = None) -> li
             found.append(Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at))
         else:
             pi = 1.0 if precision is None else precision[l - 1]
-            found.append(Prediction(d, parents, l, vhat, pi))
+            # A way back that is not linear may hand down something although the error is 0.
+            is_awake = not network.layers[l - 1].is_linear and bool(parents)
+            found.append(Prediction(d, parents, l, vhat, pi, is_awake))
     return found

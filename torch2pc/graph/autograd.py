@@ -9,15 +9,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from torch2pc.displacement.rules import belief_dtype
 from torch2pc.displacement.rules.core import storage, unit_of
-from torch2pc.displacement.vjp import kept_tensor, vjp
+from torch2pc.displacement.vjp import kept_tensor, node_of, nodes_below, reaches, vjp
 
 
 class Graph:
@@ -167,23 +168,34 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that require grad and were used to compute ``output``, except ``inputs``.
+class Below(NamedTuple):
+    """What a graph is made of, from an output down to the inputs of the function that made it."""
+
+    leaves: list[Tensor]
+    """Those that require grad and were used, except the inputs."""
+    foreign: list[Any]
+    """The nodes whose backward is not PyTorch's own: it need not be linear in the error."""
+    is_foreign: bool
+    """Whether such a one is on the way to the inputs: J^T is not that of the operations."""
+
+
+def below(output: Tensor, inputs: Sequence[Tensor]) -> Below:
+    """What the graph between ``inputs``, which are leaves, and ``output`` is made of.
 
     Read off the autograd graph, so that it is right for shared, frozen, unused and parametrized
-    parameters, and for those that belong to no module; faster than listing parameters, too. The
-    inputs are leaves themselves.
+    parameters, and for those that belong to no module; faster than listing parameters, too.
     """
-    return leaves_of(nodes_below(output.grad_fn), inputs)
+    if output.is_leaf:
+        return Below([], [], False)
+    nodes = nodes_below(output.grad_fn)
+    foreign = [node for node in nodes if _is_foreign(node)]
+    leaves = leaves_of(nodes, inputs)
+    return Below(leaves, foreign, bool(foreign) and reaches(foreign, inputs))
 
 
-def nodes_below(*nodes: Any) -> list[Any]:
-    """All nodes of the autograd graph that a backward pass from ``nodes`` arrives at, and these."""
-    layer_of: dict[Any, int] = {None: 1, **dict.fromkeys(nodes, 1)}
-    for node in nodes:
-        if node is not None:
-            _claim(node, 1, layer_of, [])
-    return [node for node in layer_of if node is not None]
+def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that require grad and were used to compute ``output``, except ``inputs``."""
+    return below(output, inputs).leaves
 
 
 def leaves_of(nodes: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -197,6 +209,19 @@ def leaves_of(nodes: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
 def next_node() -> int:
     """The number that the next node of the autograd graph will have, in this thread."""
     return torch._C._autograd._get_sequence_nr()
+
+
+def _is_foreign(node: Any) -> bool:
+    """Whether a node's backward is written in Python, or in C++ outside PyTorch.
+
+    Such are an ``autograd.Function``'s, a custom operation's, a full backward hook's. What it does
+    is its own: it may use a state that changes, and add what has nothing to do with the error.
+    """
+    if isinstance(node, BackwardCFunction):
+        return True
+    return type(node).__name__ == "CppFunction" and node.name().startswith(
+        "torch::autograd::CppNode"
+    )
 
 
 # By the names of autograd's nodes: activations that are constant over a range, and what keeps a
@@ -227,11 +252,6 @@ def ends_flat(output: Tensor) -> bool:
             return False
         node = before[0]
     return False
-
-
-def node_of(x: Tensor) -> Any:
-    """The node of the autograd graph that makes ``x``, or takes its gradient; None without one."""
-    return x.grad_fn or (get_gradient_edge(x).node if x.requires_grad else None)
 
 
 # Stands for a layer where a node is the output of one and the input of the next.

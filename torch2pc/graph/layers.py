@@ -21,25 +21,26 @@ from torch.overrides import TorchFunctionMode
 
 from torch2pc.displacement.recorder import (
     Displacement,
+    OwnBackward,
     Recorder,
     Reevaluation,
     Uncovered,
     Watch,
     agrees,
+    is_new,
     uncompiled,
 )
 from torch2pc.displacement.rules.core import tensors_in
-from torch2pc.displacement.vjp import kept_tensor
+from torch2pc.displacement.vjp import kept_tensor, node_of, nodes_below
 from torch2pc.graph.autograd import (
     Graph,
+    below,
     check_loss,
     check_scalar,
     ends_flat,
     in_belief_dtype,
     leaves_of,
     next_node,
-    node_of,
-    nodes_below,
     output_gradient,
     outside_autocast,
 )
@@ -90,9 +91,13 @@ class Layer:
     _buffers: Buffers | None = None
     has_leaves = True
     ends_flat = False
-    displacement: Displacement | Reevaluation
-    # Why the displacement is no ``Displacement``.
+    displacement: Displacement | OwnBackward | Reevaluation
+    # Why the displacement is a difference.
     uncovered: str | None = None
+    # Why its way back is not that of the recorded operations, although the displacement is theirs.
+    own_backward: str | None = None
+    # Whether J^T 0 is 0: not where a backward or a hook may add what it likes.
+    is_linear = True
 
     def __init__(
         self,
@@ -162,7 +167,7 @@ class Layer:
             place = {id(a): k for k, a in enumerate(x)}
             given = _no_leaves([*x])
             moving, x = [given[place[id(a)]] for a in moving], tuple(given)
-        recorder = Recorder(*moving) if moving else Watch()
+        recorder = Recorder(*moving, sees_exits=is_new(self.function)) if moving else Watch()
         with uncompiled, recorder:
             output = self(*x)
         nodes = nodes_below(output.grad_fn)
@@ -174,16 +179,24 @@ class Layer:
             raise kept_tensor(self.name)
         self.drawn = drawn_from(random) if recorder.draws else []
         self._buffers = buffers if buffers.differ() else None
-        self.has_leaves = bool(leaves_of(nodes, tensors_in(list(inputs))))
+        graph = below(output, tensors_in(list(inputs)))
+        self.has_leaves = bool(graph.leaves)
         self.ends_flat = ends_flat(output)
         if isinstance(recorder, Recorder):
-            if any([module._backward_hooks or module._backward_pre_hooks for module in modules]):
-                recorder.give_up("a module has a backward hook")
-            self._displace(recorder, x, moving, output)
+            hooked = [module._backward_hooks or module._backward_pre_hooks for module in modules]
+            if any(hooked) or any(GLOBAL_HOOKS[2:]):
+                self.own_backward = "a module has a backward hook"
+            self.is_linear = not graph.is_foreign and self.own_backward is None
+            self._displace(recorder, x, moving, output, graph.is_foreign)
         return output
 
     def _displace(
-        self, recorder: Recorder, x: Sequence[Any], moving: Sequence[Tensor], output: Tensor
+        self,
+        recorder: Recorder,
+        x: Sequence[Any],
+        moving: Sequence[Tensor],
+        output: Tensor,
+        is_foreign: bool,
     ) -> None:
         """Set ``displacement``: by rules if it can be, and is found to be right."""
         device = output.device
@@ -202,19 +215,24 @@ class Layer:
             if not in_autocast:
                 return Reevaluation(at, a, before, self.buffers_kept)
             # A difference of half-precision outputs would have no digits left.
-            precise = [in_belief_dtype(b) for b in a]
-            return Reevaluation(at, precise, at(*precise).detach(), self.buffers_kept)
+            return Reevaluation(at, [in_belief_dtype(b) for b in a], None, self.buffers_kept)
 
         with torch.no_grad():
             try:
-                self.displacement = recorder.displacement(output)
+                recorded = self.displacement = recorder.displacement(output)
+                found = recorder.own_backward(output, is_foreign)
+                self.own_backward = self.own_backward or found
+                self.is_linear = self.own_backward is None
+                is_own = self.own_backward is not None
                 with outside_autocast(device), generators_kept(self.drawn_sources):
-                    is_right = agrees(self.function, self.displacement, reevaluation, moving)
+                    is_right = agrees(self.function, recorded, reevaluation, moving, is_own)
+                    if is_own:
+                        self.displacement = OwnBackward(recorded, reevaluation())
                 # What was recorded once stays right for a layer that is another one each time.
-                if not is_right and self.is_replayable(before, *x):
+                if (not is_right or is_own) and self.is_replayable(before, *x) and not is_right:
                     raise Uncovered("its operations alone do not give its outputs and gradients")
             except Uncovered as reason:
-                self.uncovered = str(reason)
+                self.uncovered, self.own_backward = str(reason), None
                 with outside_autocast(device), generators_kept(self.drawn_sources):
                     self.displacement = reevaluation()
                 self.is_replayable(before, *x)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch2pc.graph.autograd import (
     Updates,
     add_updates,
+    below,
     gradient,
     gradient_of_small,
     has_hooks,
@@ -82,13 +83,14 @@ def _of_layer(network: Network, l: int, at: Sequence[Tensor], error: Tensor) -> 
         for x in given:
             x.requires_grad_(x.is_floating_point())
         prediction = layer.replay(*given)
-    leaves, inputs = leaves_between(prediction, given), []
+    leaves, foreign, _ = below(prediction, given)
+    inputs = []
     if network.asks_input:
         inputs = [x for p, x in zip(parents, given, strict=True) if p == 0]
     asked = [*leaves, *inputs]
-    # What was held against the layer is linear in the error, unless a hook looks at it.
-    may_vanish = bool(network.moving(l)) or in_float16(prediction)
-    if may_vanish and layer.uncovered is None and not has_hooks(asked):
+    # PyTorch's own backward passes are linear in the error, unless a hook looks at it.
+    is_linear = not (foreign or layer.uncovered or layer.own_backward or has_hooks(asked))
+    if is_linear and (network.moving(l) or in_float16(prediction)):
         found = gradient_of_small(prediction, asked, error)
     else:
         found = gradient([prediction], asked, [error.to(prediction.dtype)])

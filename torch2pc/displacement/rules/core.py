@@ -14,6 +14,15 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+# Operations that write into an argument that is no part of what they return.
+WRITES_ASIDE = {
+    aten.native_batch_norm.default,
+    aten._native_batch_norm_legit.default,
+    aten._batch_norm_with_update.default,
+    aten.cudnn_batch_norm.default,
+    aten.rrelu_with_noise.default,
+}
+
 
 class Rule(NamedTuple):
     """``forward(*d, *tensors, *static)`` gives the displacement of the output, and what to save.

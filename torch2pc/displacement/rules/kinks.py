@@ -284,14 +284,18 @@ def _where(*given: Any) -> Tensor:
 WHERE = Rule(_where)
 
 
+def branch_step(call: Call, condition: Tensor, x: Any, y: Any) -> Step:
+    """The step of an operation that takes ``x`` where the condition holds, and ``y`` elsewhere."""
+    before = base(call.output)
+    a, b = [base(v) if isinstance(v, Tensor) else before.new_full((), v) for v in (x, y)]
+    kinds = tuple(map(call.moves, (condition, x, y)))
+    moving = tuple(filter(call.moves, (condition, x, y)))
+    return Step(WHERE, moving, (condition.detach(), a, b, before), (kinds,))
+
+
 @prepares(aten.where.self)
 def _(call: Call) -> Step | None:
-    condition, x, y = call.args
-    kinds = tuple([call.moves(value) for value in call.args])
-    moving = tuple([value for value in call.args if call.moves(value)])
-    if not call.output.dtype.is_floating_point:
-        return None
-    return Step(WHERE, moving, (condition.detach(), base(x), base(y), base(call.output)), (kinds,))
+    return branch_step(call, *call.args) if call.output.dtype.is_floating_point else None
 
 
 def _masked_fill(d: Tensor, mask: Tensor) -> tuple[Tensor, None]:
@@ -301,8 +305,18 @@ def _masked_fill(d: Tensor, mask: Tensor) -> tuple[Tensor, None]:
 MASKED_FILL = Rule(_masked_fill, lambda e, saved, mask: e.masked_fill(mask, 0))
 
 
+def masked_step(call: Call) -> Step | None:
+    """The step of a product with a mask that moves; None if it is another product."""
+    for mask, x in (call.args, call.args[::-1]):
+        if call.moves(mask) and mask.dtype == torch.bool and call.output.is_floating_point():
+            return branch_step(call, mask, x, 0.0)
+    return None
+
+
 @prepares(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def _(call: Call) -> Step | None:
-    x, mask = call.args[:2]
+    x, mask, value = call.args
+    if call.moves(mask) and not call.moves(value):
+        return branch_step(call, mask, value, x)
     same = only_first_moves(call) and x.shape == call.output.shape
     return Step(MASKED_FILL, (x,), (mask.detach(),)) if same else None

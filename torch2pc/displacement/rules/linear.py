@@ -24,6 +24,7 @@ from torch2pc.displacement.rules.core import (
     tensors_in,
     unit_of,
 )
+from torch2pc.displacement.rules.kinks import masked_step
 
 LINEAR_OPERATIONS = {
     getattr(getattr(aten, name), overload)
@@ -276,7 +277,7 @@ PRODUCT = Rule(_product, _product_back)
 def _(call: Call) -> Step | None:
     x, y = call.args
     if not all_float(call):
-        return None
+        return masked_step(call)
     if call.moves(x) and call.moves(y):
         return Step(PRODUCT, (x, y), (base(x), base(y)))
     moving, other = (x, y) if call.moves(x) else (y, x)
