@@ -8,6 +8,7 @@ from torch2pc.displacement.recorder import displacement_rule
 from torch2pc.follow.follow import follow, follow_latent
 from torch2pc.follow.record import Record
 from torch2pc.fwd_pass_plus import FwdPassPlus
+from torch2pc.graph.nodes import PCGraph
 from torch2pc.latent import PCInferLatent
 from torch2pc.memory import PCRNN
 from torch2pc.pcinfer import EquilibriumResult, PCInfer, PCResult
@@ -18,6 +19,7 @@ __all__ = [
     "PCRNN",
     "EquilibriumResult",
     "FwdPassPlus",
+    "PCGraph",
     "PCInfer",
     "PCInferLatent",
     "PCResult",

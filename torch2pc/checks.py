@@ -15,21 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import modules_in
 from torch2pc.inference.steps import AUTO
 
 
 def check_model(model: object) -> None:
-    """``model`` is a non-empty ``nn.Sequential`` that runs its items one after the other."""
-    if not isinstance(model, nn.Sequential):
+    """``model`` is an ``nn.Sequential`` with items, or a ``PCGraph``, with a forward of that class."""
+    if not isinstance(model, nn.Sequential | PCGraph):
         raise TypeError(
-            f"model must be an nn.Sequential, got {type(model).__name__}{_way_out(model)}"
+            f"model must be an nn.Sequential or a PCGraph, got {type(model).__name__}{_way_out(model)}"
         )
     if len(model) == 0:
         raise ValueError("model must have at least one layer, got an empty nn.Sequential")
     if not _runs_its_items(model):
+        base = "PCGraph" if isinstance(model, PCGraph) else "nn.Sequential"
         raise TypeError(
-            f"model must use nn.Sequential's forward, got {type(model).__name__}, which overrides "
+            f"model must use {base}'s forward, got {type(model).__name__}, which overrides "
             "it: predictive coding runs the items one by one and would pass it over; move what it "
             "adds into an item, or let torch2pc.group_layers(model, X) do so"
         )
@@ -37,9 +39,10 @@ def check_model(model: object) -> None:
         check_origin()  # layers that group_layers has made
 
 
-def _runs_its_items(model: nn.Sequential) -> bool:
-    """Whether the forward is ``nn.Sequential``'s own, or accelerate's wrapping of it."""
-    forward, plain = getattr(model.forward, "__func__", None), nn.Sequential.forward
+def _runs_its_items(model: nn.Sequential | PCGraph) -> bool:
+    """Whether the forward is the class's own, or accelerate's wrapping of it."""
+    plain = PCGraph.forward if isinstance(model, PCGraph) else nn.Sequential.forward
+    forward = getattr(model.forward, "__func__", None)
     original = getattr(model.__dict__.get("_original_forward"), "__func__", None)
     return forward is plain or (
         forward is not None and original is plain and inspect.unwrap(forward) is plain

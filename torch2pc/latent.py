@@ -19,13 +19,14 @@ from torch2pc.checks import (
 )
 from torch2pc.compiled import Relaxing, compiled_or_plain
 from torch2pc.graph.layers import Inference, Network
+from torch2pc.graph.nodes import PCGraph
 from torch2pc.inference.relax import Callback, infer_by
 from torch2pc.inference.strict import latent
 from torch2pc.pcinfer import PCResult, infer
 
 
 def PCInferLatent(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     Y: Any,
     Xinit: Tensor,
@@ -114,7 +115,7 @@ def PCInferLatent(
 
 
 def check_latent_arguments(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     Xinit: Tensor,
     eta: float | Tensor | str,

@@ -23,6 +23,7 @@ from torch2pc.checks import (
 )
 from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain
 from torch2pc.graph.layers import Inference, Network
+from torch2pc.graph.nodes import PCGraph, depth
 from torch2pc.graph.state import Snapshot, modules_in, write_gradients
 from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.exact import exact_factors, weighted_backpropagation
@@ -92,7 +93,7 @@ torch.serialization.add_safe_globals([PCResult, EquilibriumResult])
 
 
 def PCInfer(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     Y: Any,
@@ -305,7 +306,7 @@ class Asked(NamedTuple):
 
 
 def check_arguments(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     ErrType: str,
@@ -331,14 +332,14 @@ def check_arguments(
     if ErrType == "Exact":
         n = 1
     else:
-        size, n = check_eta(eta), len(model) if n is None else check_n(n)
+        size, n = check_eta(eta), depth(model) if n is None else check_n(n)
     check_callback(callback, compile, has_iterations)
     return Asked(ErrType, size, n, vinit, update_at, compile, callback)
 
 
 def infer(
     algorithm: Callable[[Network], Inference],
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     Y: Any,

@@ -11,7 +11,6 @@ does, with a warning, a call that cannot be compiled.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -30,7 +29,7 @@ from torch2pc.inference.start import check_vinit_entries
 
 _warned: WeakSet[nn.Module] = WeakSet()
 # How often a model's call is captured anew before what changes is taken to change on.
-MOST_CAPTURES = 8
+MOST_CAPTURES = 6
 
 
 class _Model:
@@ -154,9 +153,12 @@ class Call:
         except _PlainlyError:
             assert self.captured is not None
             self.reason = self.reason or self.captured.reason
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
             # What was captured before goes on being used.
-            self.reason = _what_changes(error)
+            self.reason = (
+                f"it was captured {MOST_CAPTURES} times and would have to be again (PyTorch's log names "
+                "what changes): hold a number that changes from call to call in a tensor"
+            )
         except Exception as error:
             if self.has_begun:
                 raise
@@ -446,18 +448,6 @@ def _hooked(network: Network) -> str | None:
         if hasattr(type(module).forward, "displacement_rule"):
             return f"{type(module).__name__} has a displacement_rule"
     return None
-
-
-def _what_changes(error: Exception) -> str:
-    """Why a call is not captured once more."""
-    why = re.search(
-        r"(?:last reason|recompile reason)[^:]*: *(?:\d+/\d+: *)?(.*)", str(error), re.IGNORECASE
-    )
-    what = f" ({why[1].strip()})" if why else ""
-    return (
-        f"it was captured {MOST_CAPTURES} times, and would have to be again{what}: hold a number that "
-        "changes from call to call in a tensor"
-    )
 
 
 def compiled_or_plain(call: Call, plainly: Callable[[], Inference]) -> Inference:

@@ -41,7 +41,8 @@ from torch2pc.graph.autograd import (
     independent_loss,
     output_gradient,
 )
-from torch2pc.graph.layers import Network, Node, own_output
+from torch2pc.graph.layers import Network, own_output
+from torch2pc.graph.nodes import Node
 from torch2pc.inference.steps import Descent
 from torch2pc.inference.updates import OfLayer, updates
 
@@ -354,7 +355,7 @@ class Traced(Network):
         held, self.eta, pi, is_reached, self.state = program.divided(given)
         self._program, self.held = program, held
         self.precision = pi[1:L] if asked.is_weighted else None
-        self.nodes = [Node(_no_function, parents) for parents in asked.parents]
+        self.nodes = [Node(_no_function, parents, "") for parents in asked.parents]
         self.free = set(asked.free)
         self.asks_input, self.kept, self.arrived = program.asks_input, {}, None
         self.vhat = [find(held, place) for place in program.vhat]

@@ -29,6 +29,7 @@ from torch2pc.follow.outlook import (
 from torch2pc.follow.record import Record
 from torch2pc.graph.autograd import add_updates, gradient, leaves_between
 from torch2pc.graph.layers import Network
+from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import Snapshot, Source, generators_in, generators_kept, modules_in
 from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.fixed_pred import AUTO_ETA, error_factors
@@ -40,7 +41,7 @@ from torch2pc.pcinfer import check_arguments
 
 
 def follow(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     Y: Any,
@@ -121,7 +122,7 @@ def follow(
 
 
 def follow_latent(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     Y: Any,
     Xinit: Tensor,
@@ -168,7 +169,7 @@ def follow_latent(
 
 def _unchanged(
     walk: Callable[[Network], Record],
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Any,
     X: Tensor,
     Y: Any,

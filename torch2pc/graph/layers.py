@@ -44,6 +44,7 @@ from torch2pc.graph.autograd import (
     output_gradient,
     outside_autocast,
 )
+from torch2pc.graph.nodes import nodes_of
 from torch2pc.graph.state import (
     Buffers,
     RandomState,
@@ -102,7 +103,7 @@ class Layer:
     def __init__(
         self,
         function: Callable[..., Any],
-        where: Any,
+        where: str,
         devices: set[torch.device],
         copies_input: bool = False,
         *,
@@ -117,8 +118,7 @@ class Layer:
     @property
     def name(self) -> str:
         """What errors call it."""
-        where = f"model[{self._where}]" if isinstance(self._where, int) else self._where
-        return f"{where} ({_type_name(self.function)})"
+        return f"{self._where} ({_type_name(self.function)})"
 
     def __call__(self, *x: Any) -> Tensor:
         given: Sequence[Any] = [a.clone() for a in x] if self.copies_input else x
@@ -286,21 +286,6 @@ class Layer:
         return nullcontext() if self._buffers is None else self._buffers.swapped_in()
 
 
-class Node(NamedTuple):
-    """A layer: a function of the beliefs at ``parents``, which predicts the belief at its place.
-
-    Place 0 is the input, and the node at place i is entry i - 1 of a model's nodes.
-    """
-
-    function: Callable[..., Tensor]
-    parents: tuple[int, ...]
-
-
-def nodes_of(model: nn.Module) -> list[Node]:
-    """The layers of a model, each after its parents: in an ``nn.Sequential`` the one before it."""
-    return [Node(item, (l,)) for l, item in enumerate(model._modules.values())]  # type: ignore[arg-type]
-
-
 class Network:
     """The layers of a model, its loss, and the data: all that the algorithms work on.
 
@@ -334,9 +319,13 @@ class Network:
         writes = _any_in_place(modules)
         self.layers = [
             Layer(
-                node.function, l, devices, writes and _may_write_input(node.function), model=model
+                node.function,
+                node.where,
+                devices,
+                writes and _may_write_input(node.function),
+                model=model,
             )
-            for l, node in enumerate(self.nodes)
+            for node in self.nodes
         ]
         writes_output = writes and _may_write_input(LossFun)
         self.loss = Layer(LossFun, "LossFun", devices, writes_output, others=(Y,), model=model)
