@@ -27,7 +27,12 @@ from torch2pc.graph.nodes import PCGraph, depth
 from torch2pc.graph.state import Snapshot, modules_in, write_gradients
 from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.exact import exact_factors, weighted_backpropagation
-from torch2pc.inference.fixed_pred import fixed_pred_factors, warn_of_short_inference
+from torch2pc.inference.fixed_pred import (
+    AUTO_ETA,
+    by_lengths_of_paths,
+    fixed_pred_factors,
+    warn_of_short_inference,
+)
 from torch2pc.inference.relax import Callback, infer_by, warn_of_flat_items
 
 ErrTypes = ("Exact", "FixedPred", *RELAXATIONS)
@@ -288,12 +293,15 @@ class Asked(NamedTuple):
         """Infer, by compiled graphs if that is asked for and can be done."""
         ErrType, eta, n, vinit, update_at, compile, callback = self
         if ErrType in ("Exact", "FixedPred"):
-            L = len(network.layers)
-            factors = exact_factors(L) if ErrType == "Exact" else fixed_pred_factors(eta, n, L)
-            backpropagate = partial(weighted_backpropagation, network, *factors)
+            eta = AUTO_ETA if isinstance(eta, str) else eta
+            is_exact = ErrType == "Exact"
+            factors = exact_factors(network) if is_exact else fixed_pred_factors(network, eta, n)
+            if factors is None:
+                return by_lengths_of_paths(network, eta, n)
+            backpropagate = partial(weighted_backpropagation, network, factors)
             if not compile:
                 return backpropagate()
-            return compiled_or_plain(Backpropagation(network, *factors), backpropagate)
+            return compiled_or_plain(Backpropagation(network, factors), backpropagate)
 
         def relax() -> Inference:
             relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at)

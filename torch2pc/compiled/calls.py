@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast, own
 from torch2pc.graph.layers import GLOBAL_HOOKS, HOOKS, Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
+from torch2pc.inference.exact import Factors
 from torch2pc.inference.start import check_vinit_entries
 
 _warned: WeakSet[nn.Module] = WeakSet()
@@ -350,9 +351,9 @@ class Backpropagation(Call):
     The factors are as in ``exact.weighted_backpropagation``.
     """
 
-    def __init__(self, network: Network, c_epsilon: Sequence[float], c_v: Sequence[float]) -> None:
+    def __init__(self, network: Network, factors: Factors) -> None:
         super().__init__(network)
-        self._c = (*reversed(c_epsilon), *reversed(c_v))
+        self._c = (*factors.epsilon[1:], *factors.v[1:])
 
     def asks(self) -> dict[str, Any]:
         return dict(kind="nothing")

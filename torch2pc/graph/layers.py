@@ -361,7 +361,7 @@ class Network:
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
         with nullcontext() if from_X else self._derivatives_refused():
             Loss = check_loss(self.loss(vhat[-1]))
-        return Graph(vhat, Loss)
+        return Graph(vhat, Loss, [node.parents for node in self.nodes])
 
     def record(self) -> None:
         """One forward pass without a graph across layers, which sets vhat, Loss and dLdy, detached.
@@ -370,31 +370,17 @@ class Network:
         moves has a displacement. One of which none does needs no other evaluation: its inputs and its
         output are ``kept``, if anything needs its gradient.
         """
-        vhat = self.vhat = [_input_copy(self.X)]
 
-        def walk(x: Tensor) -> Tensor:
-            vhat[0] = x.detach()  # a pre-hook of the model may have changed it
-            for l, (layer, node) in enumerate(zip(self.layers, self.nodes, strict=True), start=1):
-                # With gradients on, as in every replay: under no_grad some modules take another
-                # path, and autocast would cache weights that are cut off from the graph.
-                given = [vhat[p].detach() for p in node.parents]
-                for a in given:
-                    a.requires_grad_(a.is_floating_point())
-                pairs = zip(node.parents, given, strict=True)
-                moving = [a for p, a in pairs if p in self.free]
-                output = layer.record(*given, moving=moving)
-                if not moving and (layer.has_leaves or self.asks_input):
-                    self.kept[l] = given, output
-                vhat.append(output.detach())
-                del output  # and its graph, before the next layer makes its own
-            return vhat[-1]
+        def evaluate(l: int, given: list[Tensor]) -> Tensor:
+            pairs = zip(self.nodes[l - 1].parents, given, strict=True)
+            moving = [a for p, a in pairs if p in self.free]
+            layer = self.layers[l - 1]
+            output = layer.record(*given, moving=moving)
+            if not moving and (layer.has_leaves or self.asks_input):
+                self.kept[l] = given, output
+            return output
 
-        output = self._through_hooks_of_model(walk, vhat[0])
-        if output.data_ptr() != vhat[-1].data_ptr():
-            raise ValueError(
-                "model must have no forward hook that replaces its output where its beliefs are "
-                "relaxed, which evaluates the items one by one; register the hook on the last item"
-            )
+        vhat = self.vhat = self._layer_by_layer(evaluate)
         prediction = vhat[-1].detach().requires_grad_()
         with self._derivatives_refused():
             Loss = check_loss(self.loss.record(prediction))
@@ -405,6 +391,49 @@ class Network:
             energy = self.prior.record(beliefs)
             check_scalar("prior", energy)
             self.prior.is_replayable(energy.detach(), self._beliefs_of_prior())
+
+    def pieces(self) -> tuple[list[tuple[list[Tensor], Tensor]], tuple[Tensor, Tensor]]:
+        """One forward pass whose graph ends at each layer, which sets vhat, Loss and dLdy, detached.
+
+        Returns each layer's inputs and output, and the loss's, with the graph between them.
+        """
+        found = []
+
+        def evaluate(l: int, given: list[Tensor]) -> Tensor:
+            output = self.layers[l - 1](*given)
+            found.append((given, output))
+            return output
+
+        self.vhat = self._layer_by_layer(evaluate)
+        prediction = self.vhat[-1].detach().requires_grad_()
+        with self._derivatives_refused():
+            Loss = check_loss(self.loss(prediction))
+        self.Loss = Loss.detach().clone()
+        return found, (prediction, Loss)
+
+    def _layer_by_layer(self, evaluate: Callable[[int, list[Tensor]], Tensor]) -> list[Tensor]:
+        """The feed-forward values, detached; ``evaluate`` is given each layer's number and inputs."""
+        vhat = [_input_copy(self.X)]
+
+        def walk(x: Tensor) -> Tensor:
+            vhat[0] = x.detach()  # a pre-hook of the model may have changed it
+            for l, node in enumerate(self.nodes, start=1):
+                # With gradients on, as in every replay: under no_grad some modules take another
+                # path, and autocast would cache weights that are cut off from the graph.
+                given = [vhat[p].detach() for p in node.parents]
+                for a in given:
+                    a.requires_grad_(a.is_floating_point())
+                # (No name for the output: its graph goes before the next layer makes its own.)
+                vhat.append(evaluate(l, given).detach())
+            return vhat[-1]
+
+        output = self._through_hooks_of_model(walk, vhat[0])
+        if output.data_ptr() != vhat[-1].data_ptr():
+            raise ValueError(
+                "model must have no forward hook that replaces its output where its beliefs are "
+                "relaxed, which evaluates the items one by one; register the hook on the last item"
+            )
+        return vhat
 
     def _beliefs_of_prior(self) -> list[Tensor]:
         return [in_belief_dtype(x).detach().requires_grad_() for x in self.vhat[:-1]]
