@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2pc.energy.factors import Number, Output, Parts, Prediction
+from torch2pc.energy.factors import Number, Output, Parts, Prediction, Prior
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast
 
 # What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
@@ -41,6 +41,8 @@ class Energy:
     ) -> None:
         self.factors, self.vhat, self.free = list(factors), vhat, sorted(free)
         self.x: list[Any] = [None] * len(vhat)
+        self.start: Sequence[Any] | None = None
+        """The beliefs that it started from, if they were others than the feed-forward values."""
 
     @property
     def output(self) -> Output:
@@ -131,11 +133,15 @@ class Energy:
         """The terms of F where the variables are, one after the other."""
         raise NotImplementedError
 
-    def _terms(self) -> Tensor:
+    def last(self) -> Tensor:
+        """F by the errors as they were last taken, without a prior."""
+        return self._terms(
+            [factor for factor in self.factors if not isinstance(factor, Prior)]
+        ).sum()
+
+    def _terms(self, factors: Sequence[Any]) -> Tensor:
         with torch.no_grad():
-            found = [
-                in_belief_dtype(factor.energy(self.delta).reshape(())) for factor in self.factors
-            ]
+            found = [in_belief_dtype(factor.energy(self.delta).reshape(())) for factor in factors]
             return torch.stack([term.to(found[0]) for term in found])
 
     delta: list[Any]
@@ -172,7 +178,7 @@ class Beliefs(Energy):
         start: Sequence[Any] | None = None,
     ) -> None:
         super().__init__(factors, vhat, free)
-        self._start = start
+        self.start = start
         # For each factor, the beliefs that no later one pulls at.
         last = {i: k for k, factor in enumerate(self.factors) for i in factor.beliefs}
         self._order = [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
@@ -189,13 +195,13 @@ class Beliefs(Energy):
         for i in self.free:
             like = in_belief_dtype(self.vhat[i])
             self.x[i] = torch.zeros_like(like)
-            if self._start is not None:
-                torch.sub(self._start[i].detach(), self.vhat[i], out=self.x[i])
+            if self.start is not None:
+                torch.sub(self.start[i].detach(), self.vhat[i], out=self.x[i])
         for factor in self.predictions.values():
             factor.error.zero_()
         # The beliefs that are no more at their feed-forward values. A factor of none of which any has
         # moved has no error yet: it would be evaluated where it was before, to propagate zeros.
-        self.moved = set(self.free if self._start is not None else [])
+        self.moved = set(self.free if self.start is not None else [])
 
     def stand_at(self, variables: Sequence[Tensor]) -> None:
         """Let the beliefs have moved so far."""
@@ -254,7 +260,7 @@ class Beliefs(Energy):
         """The terms of F at the beliefs as they are now."""
         with self.aside():
             self.retake()
-            return self._terms()
+            return self._terms(self.factors)
 
 
 class Errors(Energy):
@@ -271,7 +277,7 @@ class Errors(Energy):
         start: Sequence[Any] | None = None,
     ) -> None:
         super().__init__(factors, vhat, free)
-        self._start = start
+        self.start = start
         self.delta = [None] * len(vhat)
         self.restart()
 
@@ -282,10 +288,10 @@ class Errors(Energy):
         for i in self.free:
             of[i].error.zero_()
             self.delta[i] = torch.zeros_like(of[i].error)
-            if self._start is not None:
-                torch.sub(self._start[i].detach(), self.vhat[i], out=self.delta[i])
+            if self.start is not None:
+                torch.sub(self.start[i].detach(), self.vhat[i], out=self.delta[i])
         for i in self.free:
-            if self._start is not None:
+            if self.start is not None:
                 with self.outside_autocast():
                     of[i].retake(self.delta)
             self.x[i] = of[i].error
@@ -369,7 +375,7 @@ class Errors(Energy):
     def terms(self) -> Tensor:
         """The terms of F at the errors as they are now."""
         self.settle()
-        return self._terms()
+        return self._terms(self.factors)
 
     def finish(self) -> list[Tensor]:
         """The beliefs, in the place of their displacements; nothing can be evaluated after it."""
