@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch2pc.graph import storage
+from torch2pc.apart import storage
 from torch2pc.rules import (
     COMPOSING,
     PREPARED,
@@ -63,6 +63,14 @@ _WRITES_ASIDE = {
     aten._batch_norm_with_update.default,
     aten.cudnn_batch_norm.default,
     aten.rrelu_with_noise.default,
+}
+# Those that update running statistics, and the place of the argument that says whether they do. Not
+# all say that they write, and none counts it.
+_STATISTICS = {
+    aten.native_batch_norm.default: 5,
+    aten._native_batch_norm_legit.default: 5,
+    aten.cudnn_batch_norm.default: 5,
+    aten.miopen_batch_norm.default: 5,
 }
 _FLOATS_OF = aten._local_scalar_dense.default
 
@@ -195,7 +203,9 @@ class Reevaluation:
         if not output.requires_grad:
             return None
         with self._buffers_kept():
-            (found,) = torch.autograd.grad(output, x, e.to(output.dtype), allow_unused=True)
+            # A copy, as hooks and functions of a user's may write into it.
+            error = e.to(output.dtype, copy=True)
+            (found,) = torch.autograd.grad(output, x, error, allow_unused=True)
         return None if found is None else found.to(belief_dtype(x.dtype))
 
 
@@ -231,18 +241,34 @@ class Uncovered(Exception):
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether its body draws random numbers; what other threads draw does not count."""
+    """Notes whether its body draws random numbers, and which memory it writes into.
+
+    What other threads do does not count.
+    """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws = False
+        self.written: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.draws:
             self.draws = _may_draw(func)
+        if names := _written_by(func):
+            self._note_written(func, names, args, kwargs or {})
         return self.dispatch(func, args, kwargs or {})
+
+    def _note_written(
+        self, func: Any, places: dict[str, int], args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        if func in _STATISTICS and not (*args, *[False] * 8)[_STATISTICS[func]]:
+            return  # read, not written
+        for name, k in places.items():
+            tensor = args[k] if k < len(args) else kwargs.get(name)
+            if isinstance(tensor, Tensor):
+                self.written.add(storage(tensor))
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation."""
@@ -486,6 +512,18 @@ def _may_draw(func: Any) -> bool:
 def _writes(func: Any) -> bool:
     """Whether an operation writes into an argument that is part of what it returns."""
     return func._schema.is_mutable and func not in _WRITES_ASIDE
+
+
+@functools.cache
+def _written_by(func: Any) -> dict[str, int]:
+    """The names and places of the arguments that an operation writes into."""
+    arguments = getattr(getattr(func, "_schema", None), "arguments", ())
+    return {
+        argument.name: k
+        for k, argument in enumerate(arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or (func in _STATISTICS and argument.name in ("running_mean", "running_var"))
+    }
 
 
 @functools.cache

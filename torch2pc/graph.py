@@ -15,6 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from torch2pc.apart import (
+    Arrivals,
+    Habits,
+    UnguardedError,
+    any_foreign,
+    held_elsewhere,
+    is_apart,
+    is_foreign,
+    storage,
+)
 from torch2pc.rules import belief_dtype
 from torch2pc.rules.core import unit_of
 
@@ -22,8 +32,10 @@ from torch2pc.rules.core import unit_of
 class Graph:
     """A forward pass with its autograd graph, ready for one backward pass."""
 
-    def __init__(self, vhat: list[Tensor], Loss: Tensor) -> None:
+    def __init__(self, vhat: list[Tensor], Loss: Tensor, habits: Habits | None = None) -> None:
         self.vhat, self.Loss = vhat, Loss
+        self._habits = Habits() if habits is None else habits
+        self._versions = [x._version for x in vhat]
         # The leaves (parameters, mostly), and the first layer that uses each; the loss counts as
         # layer L+1. The outputs of layers and what lies beyond them belong to none (0).
         nodes = [_node(x) for x in vhat]
@@ -36,6 +48,11 @@ class Graph:
                 self.shares_leaves = True
         self._leaves = [leaf.variable for leaf in leaves]
         self._l_of = [layer_of[leaf] for leaf in leaves]
+        # The layers in which code runs that is not PyTorch's.
+        self.foreign: set[int] = set()
+        if any_foreign(layer_of) or any_foreign([Loss.grad_fn]):
+            made = [*layer_of.items(), *zip([*nodes[1:], Loss.grad_fn], range(1, len(vhat) + 1))]
+            self.foreign = {l for node, l in made if l and is_foreign(type(node))}
 
     def backpropagate(
         self, keep_graph: bool = False, arrived: Callable[[Tensor, int, Tensor], None] | None = None
@@ -48,18 +65,82 @@ class Graph:
         """
         asked = [l for l, vhat_l in enumerate(self.vhat) if vhat_l.requires_grad]
         inputs = [*[self.vhat[l] for l in asked], *self._leaves]
+        arrivals = Arrivals() if self._habits.watches or arrived is not None else None
         watches = None
-        if arrived is not None:
-            places = zip(self._leaves, self._l_of, strict=True)
-            watches = [None] * len(asked) + [partial(arrived, *place) for place in places]
+        if arrivals is not None or self._habits.apart or self.foreign:
+            watches = [
+                self._watch(i, l, i - len(asked), arrivals, arrived)
+                for i, l in enumerate([*asked, *self._l_of])
+            ]
         found = gradient([self.Loss], inputs, keep_graph=keep_graph, watches=watches)
+        self._check_arrived(found, asked, arrivals)
         if found[len(asked) - 1] is None:
             raise independent_loss()
         g: list[Any] = [None] * len(self.vhat)
         for l, g_l in zip(asked, found, strict=False):
             g[l] = torch.zeros_like(self.vhat[l]) if g_l is None else g_l
+        if len(self.vhat) in self.foreign:
+            g[-1] = g[-1].clone()  # the loss may hand out the same memory again
         of_leaves = zip(self._leaves, self._l_of, found[len(asked) :], strict=True)
         return g, [(leaf, l, of_leaf) for leaf, l, of_leaf in of_leaves if of_leaf is not None]
+
+    def _watch(
+        self, i: int, l: int, leaf: int, arrivals: Arrivals | None, arrived: Any
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """What is done with gradient ``i`` when it arrives, which is leaf number ``leaf``'s, if any."""
+        is_apart = leaf >= 0 and (l - 1 in self._habits.apart or l in self.foreign)
+        told = leaf >= 0 and arrived is not None
+        if arrivals is None and not is_apart:
+            return None
+
+        def watch(g: Tensor) -> Tensor | None:
+            # A copy may be kept, whatever is done to the gradient by what else takes it.
+            copy = g.clone() if arrivals is None else arrivals.copy(i, g)
+            if told:
+                arrived(self._leaves[leaf], l, copy)
+            return copy if is_apart else None
+
+        return watch
+
+    def _check_arrived(
+        self, found: list[Tensor | None], asked: Sequence[int], arrivals: Arrivals | None
+    ) -> None:
+        """Put gradients right that were written into after they had arrived."""
+        versions = [0 if x is None else x._version for x in found]
+        if arrivals is None and not any(versions):
+            return
+        habits = self._habits
+        # Whoever writes into g_l, or into the gradient of a leaf of layer l, is in layer l.
+        places = [*asked, *self._l_of]
+        counted = {pair for pair in zip(places, versions, strict=True) if pair[1]}
+        if arrivals is not None:
+            changed = arrivals.changed(found)
+            for i, copy in changed.items():
+                found[i] = copy
+                habits.apart.add(places[i] - 1)
+            habits.watches = bool(changed)
+            if not changed:
+                habits.versions.update(counted)
+        elif not counted <= habits.versions:
+            # Counted up by what PyTorch does, or by somebody else: to be seen with copies.
+            habits.watches = True
+            raise UnguardedError("a layer of the model")
+
+    def values(self, looks: bool) -> list[Tensor]:
+        """The feed-forward values, once the graph has been used.
+
+        ``looks``: at whether anybody else holds their memory.
+        """
+        versions = [x._version for x in self.vhat]
+        if versions != self._versions:
+            pairs = zip(versions, self._versions, strict=True)
+            raise changed_belief(next(l for l, (now, before) in enumerate(pairs) if now != before))
+        if looks:
+            self._habits.kept.update(held_elsewhere(self.vhat))
+        vhat = [x.detach() for x in self.vhat]
+        for l in self._habits.kept:
+            vhat[l] = vhat[l].clone()
+        return vhat
 
     def weighted_gradients(
         self, g: Sequence[Any], leaves: Sequence[Tensor], c: Sequence[float]
@@ -72,7 +153,7 @@ class Graph:
         L = len(self.vhat) - 1
         added = [(c[l] - c[l + 1]) * g[l] for l in range(1, L)]
         start = torch.ones_like(self.Loss)
-        return gradient([self.Loss, *self.vhat[1:L]], leaves, [start, *added])
+        return gradient([self.Loss, *self.vhat[1:L]], leaves, [start, *added], is_fresh=True)
 
 
 def gradient(
@@ -80,15 +161,22 @@ def gradient(
     inputs: Sequence[Tensor],
     arriving: Sequence[Tensor] | None = None,
     keep_graph: bool = False,
-    watches: Sequence[Callable[[Tensor], None] | None] | None = None,
+    watches: Sequence[Callable[[Tensor], Any] | None] | None = None,
+    is_fresh: bool = False,
 ) -> list[Tensor | None]:
     """``J^T arriving`` for each input; None for one that the outputs do not depend on.
 
     watches: for each input, what is called with its result as soon as that is there.
+    is_fresh: nobody else needs the memory of ``arriving``.
     """
     if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
     hooked = has_hooks(inputs)
+    if arriving is not None and not is_fresh:
+        # Hooks and functions of a user's may write into what they are given.
+        arriving = [x.clone() for x in arriving]
+    if watches is None and is_apart(outputs[0]):
+        watches = [torch.clone] * len(inputs)
     watched = [] if watches is None else zip(inputs, watches, strict=True)
     handles: list[Any] = [
         x.register_hook(watch)  # type: ignore[no-untyped-call]
@@ -121,7 +209,8 @@ def gradient_of_small(
     by it: nothing is rounded.
     """
     unit = unit_of(error).clamp(max=1)
-    found = gradient([prediction], leaves, [(error * unit.reciprocal()).to(prediction.dtype)])
+    scaled = (error * unit.reciprocal()).to(prediction.dtype)
+    found = gradient([prediction], leaves, [scaled], is_fresh=True)
     # In place where no two share memory: they are as large as the weights.
     storages = [0 if x is None or x.is_sparse else storage(x) for x in found]
     return [
@@ -146,14 +235,6 @@ def has_hooks(tensors: Iterable[Tensor]) -> bool:
     return any([x._backward_hooks for x in tensors])
 
 
-def storage(tensor: Tensor) -> int:
-    """The same for tensors that share memory."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except NotImplementedError:  # a sparse tensor
-        return id(tensor)
-
-
 def output_gradient(Loss: Tensor, output: Tensor, keep_graph: bool = False) -> Tensor:
     """dLdy, which there must be."""
     (dLdy,) = gradient([Loss], [output], keep_graph=keep_graph)
@@ -176,11 +257,24 @@ def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     parameters, and for those that belong to no module; faster than listing parameters, too. The
     inputs are leaves themselves.
     """
-    nodes: list[Any] = []
-    if not output.is_leaf:
-        _claim(output.grad_fn, 1, {None: 0}, nodes)
+    return leaves_and_foreign(output, inputs)[0]
+
+
+def leaves_and_foreign(output: Tensor, inputs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    """These leaves, and whether code that is not PyTorch's runs between the inputs and the output."""
+    leaves: list[Any] = []
+    beyond = [x.grad_fn for x in inputs]
+    nodes = dict.fromkeys([None, *beyond], 0)
+    node = output.grad_fn
+    if node in nodes:
+        return [], False
+    _claim(node, 1, nodes, leaves)
+    for before in beyond:
+        nodes.pop(before, None)
+    nodes[node] = 1
     given = set(map(id, inputs))
-    return [leaf for leaf in [node.variable for node in nodes] if id(leaf) not in given]
+    found = [leaf for leaf in [leaf.variable for leaf in leaves] if id(leaf) not in given]
+    return found, any_foreign(nodes)
 
 
 # By the names of autograd's nodes: activations that are constant over a range, and what keeps a
@@ -276,6 +370,15 @@ def check_scalar(name: str, energy: Tensor) -> None:
             f"{name} must return a scalar, got shape {tuple(energy.shape)}; "
             "for a loss, use reduction='mean' or 'sum'"
         )
+
+
+def changed_belief(l: int) -> RuntimeError:
+    """What layer l has put out, or the input, is no longer what it was."""
+    what = f"the output of model[{l - 1}]" if l else "the input of model[0]"
+    return RuntimeError(
+        f"{what} was changed in place after the layer had returned it, which destroys the belief "
+        "stored there; let what changes it (a hook, a later layer) work on a copy"
+    )
 
 
 def independent_loss() -> ValueError:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from torch2pc.apart import Habits, UnguardedError, apart, copied, habits_of, same, storage
 from torch2pc.checks import warn_caller
 from torch2pc.displacement import (
     Displacement,
@@ -33,7 +34,7 @@ from torch2pc.graph import (
     check_loss,
     ends_flat,
     in_belief_dtype,
-    leaves_between,
+    leaves_and_foreign,
     output_gradient,
     outside_autocast,
 )
@@ -84,6 +85,10 @@ class Layer:
     has_leaves = True
     ends_flat = False
     displacement: Displacement | Reevaluation
+    # Whether it is kept from memory that others need (``apart.py``).
+    is_apart = False
+    # The memory of the output that it recorded, which no replay may write into.
+    _recorded: int | None = None
     # Why the displacement is no ``Displacement``.
     uncovered: str | None = None
 
@@ -95,9 +100,18 @@ class Layer:
         copies_input: bool = False,
         *,
         model: nn.Module | None = None,
+        habits: Habits | None = None,
     ) -> None:
         self.function, self._where, self._devices = function, where, devices
-        self.copies_input, self._model = copies_input, model
+        # The loss and a prior are given copies until it is seen, in each call, that they need none.
+        self.copies_input = copies_input or not isinstance(where, int)
+        self._model = model
+        self._habits = Habits() if habits is None else habits
+        self.is_apart = where in self._habits.apart
+        # Whether it is still to be seen if the item has to be kept apart.
+        self._key = where, getattr(function, "training", None)
+        is_known = self.is_apart or self._key in self._habits.looked_at
+        self._is_new = isinstance(where, int) and not is_known
 
     @property
     def name(self) -> str:
@@ -106,8 +120,33 @@ class Layer:
         return f"{where} ({_type_name(self.function)})"
 
     def __call__(self, x: Any, *others: Any) -> Tensor:
-        given = x.clone() if self.copies_input else x
-        version = given._version if isinstance(given, Tensor) else None
+        if not self._is_new:
+            if self.is_apart or self.copies_input:
+                return self._evaluated(x, *others)
+            return self._run(x, x, *others)
+
+        def evaluated() -> Tensor:
+            output = self._evaluated(x, *others)
+            self._keep_apart(leaves_and_foreign(output, [x])[1])
+            return output
+
+        return self._looked_at(evaluated, x)
+
+    def _evaluated(self, x: Any, *others: Any) -> Tensor:
+        return self._handed_out(self._run(self._given(x), x, *others))
+
+    def _given(self, x: Any) -> Any:
+        if self.is_apart:
+            return apart(x)
+        return copied(x) if self.copies_input else x
+
+    def _handed_out(self, output: Tensor) -> Tensor:
+        handed_out: Tensor = apart(output) if self.is_apart else output
+        return handed_out
+
+    def _run(self, given: Any, x: Any, *others: Any) -> Tensor:
+        """What the function returns for ``given``, which is ``x`` or a copy of it."""
+        version = x._version if given is x and isinstance(x, Tensor) else None
         try:
             output = self.function(given, *others)
         except RuntimeError as error:
@@ -115,7 +154,7 @@ class Layer:
             if given is x and "leaf Variable that requires grad" in str(error):
                 raise self._wrote_input() from error
             raise
-        if version is not None and given is x and x._version != version:
+        if version is not None and x._version != version:
             raise self._wrote_input()
         if not isinstance(output, Tensor) or not output.dtype.is_floating_point:
             is_complex = isinstance(output, Tensor) and output.is_complex()
@@ -126,6 +165,48 @@ class Layer:
             )
         is_fresh = not output.is_leaf and not output._is_view()
         return output if is_fresh else own_output(output, given)
+
+    def _keep_apart(self, needed: bool) -> None:
+        """What follows from what an evaluation ran, or wrote into.
+
+        An item that was not kept apart has to be evaluated again; others were given copies.
+        """
+        if not needed or self.is_apart:
+            return
+        if isinstance(self._where, int):
+            raise self.unguarded()
+        self.is_apart = True
+
+    def _wrote(self, given: Any, x: Any, written: set[int]) -> bool:
+        """Whether the evaluation wrote into what it was given, though no version may say so."""
+        if isinstance(given, list):
+            return any([self._wrote(*pair, written) for pair in zip(given, x, strict=True)])
+        return storage(given) in written and (given is x or not isinstance(self._where, int))
+
+    def unguarded(self) -> UnguardedError:
+        """The item has to be kept apart, from the next call on."""
+        self._habits.apart.add(self._where)
+        return UnguardedError(self.name)
+
+    def _looked_at(self, evaluated: Callable[[], Tensor], x: Any) -> Tensor:
+        """What ``evaluated`` returns the first time; once more if the item has to be kept apart."""
+        modules = modules_in(self.function)
+        random = random_state([*self._devices, *generators_in(self.function, modules)])
+        buffers, before = Buffers(modules), x.detach().clone()
+        try:
+            output = evaluated()
+            if not same(x.detach(), before):
+                raise self.unguarded()
+        except UnguardedError as error:
+            set_random_state(drawn_from(random))
+            buffers.restore(error)
+            if not same(x.detach(), before):
+                x.data.copy_(before)
+            self.is_apart, self._recorded = True, None
+            output = evaluated()
+        self._habits.looked_at.add(self._key)
+        self._is_new = False
+        return output
 
     def _wrote_input(self) -> RuntimeError:
         return RuntimeError(
@@ -138,26 +219,42 @@ class Layer:
 
         ``displaced``: it becomes a ``displacement`` too.
         """
+        if not self._is_new:
+            return self._record(displaced, x, *others)
+        return self._looked_at(lambda: self._record(displaced, x, *others), x)
+
+    def _record(self, displaced: bool, x: Any, *others: Any) -> Tensor:
         modules = modules_in(self.function)
         random = random_state([*self._devices, *generators_in(self.function, modules)])
         buffers = Buffers(modules)
-        recorder = Recorder(x) if displaced else Watch()
+        given = self._given(x)
+        recorder = Recorder(given) if displaced else Watch()
         with uncompiled, recorder:
-            output = self(x, *others)
+            output = self._run(given, x, *others)
+        inputs = [x] if isinstance(x, Tensor) else x
+        leaves, is_foreign = leaves_and_foreign(output, inputs)
+        self._keep_apart(is_foreign or self._wrote(given, x, recorder.written))
+        if not isinstance(self._where, int):
+            self.copies_input = self.is_apart
         self.drawn = drawn_from(random) if recorder.draws else []
-        self._buffers = buffers if buffers.differ() else None
-        self.has_leaves = bool(leaves_between(output, [x] if isinstance(x, Tensor) else x))
-        self.ends_flat = ends_flat(output)
+        # Code that is not PyTorch's writes without a trace.
+        may_write = is_foreign or buffers.differ(recorder.written)
+        self._buffers = buffers if may_write and buffers else None
+        self.has_leaves, self.ends_flat = bool(leaves), ends_flat(output)
+        if isinstance(self._where, int) and not self.is_apart:
+            self._recorded = storage(output)
         if isinstance(recorder, Recorder):
             if any([module._backward_hooks or module._backward_pre_hooks for module in modules]):
                 recorder.give_up("a module has a backward hook")
             self._displace(recorder, x, output)
-        return output
+        return self._handed_out(output)
 
     def _displace(self, recorder: Recorder, x: Tensor, output: Tensor) -> None:
         """Set ``displacement``: by rules if it can be, and is found to be right."""
         in_autocast = torch.is_autocast_enabled(x.device.type)
         a, before = x.detach(), output.detach()
+        if self.is_apart:
+            before = before.clone()
 
         def reevaluation() -> Reevaluation:
             if not in_autocast:
@@ -218,7 +315,10 @@ class Layer:
         """The recorded function, evaluated at another input."""
         set_random_state(self.drawn)
         with self.buffers_kept():
-            return self(x, *others)
+            output = self._evaluated(x, *others)
+        if self._recorded is not None and storage(output) == self._recorded != storage(x):
+            raise self.unguarded()
+        return output
 
     def buffers_kept(self) -> AbstractContextManager[None]:
         """The body finds the buffers that the recorded evaluation changed as that one did."""
@@ -240,13 +340,13 @@ class Network:
         devices = devices_of(modules, X)
         self.model, self.X, self.Y, self.devices = model, X, Y, devices
         self.modules = modules
-        writes = _any_in_place(modules)
+        writes, self.habits = _any_in_place(modules), habits_of(model)
+        more: Any = dict(model=model, habits=self.habits)
         self.layers = [
-            Layer(item, l, devices, writes and _may_write_input(item), model=model)
+            Layer(item, l, devices, writes and _may_write_input(item), **more)
             for l, item in enumerate(model._modules.values())
         ]
-        writes_output = writes and _may_write_input(LossFun)
-        self.loss = Layer(LossFun, "LossFun", devices, writes_output, model=model)
+        self.loss = Layer(LossFun, "LossFun", devices, model=model)
         # All that can be replayed; a prior is added to it.
         self.functions = [*self.layers, self.loss]
         self.first: tuple[Tensor, Tensor] | None = None
@@ -270,7 +370,11 @@ class Network:
 
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
         Loss = check_loss(self.loss(vhat[-1], self.Y))
-        return Graph(vhat, Loss)
+        graph = Graph(vhat, Loss, self.habits)
+        for l in graph.foreign:
+            if l <= len(self.layers) and not self.layers[l - 1].is_apart:
+                raise self.layers[l - 1].unguarded()
+        return graph
 
     def record(self, free_input: bool) -> tuple[list[Tensor], Tensor, Tensor]:
         """One forward pass without a graph across layers; returns vhat, Loss and dLdy, detached.
@@ -306,7 +410,8 @@ class Network:
         prediction = vhat[-1].detach().requires_grad_()
         Loss = check_loss(self.loss.record(prediction, self.Y))
         self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_(), self.Y)
-        return vhat, Loss.detach().clone(), output_gradient(Loss, prediction)
+        # The loss may write its next gradient where this one is.
+        return vhat, Loss.detach().clone(), output_gradient(Loss, prediction).clone()
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``walk(x)`` in the place of the model's forward, between the hooks of the container."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torch2pc.apart import UnguardedError
 from torch2pc.checks import (
     check_callback,
     check_eta,
@@ -352,17 +353,26 @@ def infer(
     # A loss that is no module may hold some, say of a trainer, whose gradients are none of ours.
     held = modules_in(*[f for f in functions if not isinstance(f, nn.Module)])
     modules = list(dict.fromkeys([*own, *held])) if held else own
-    network = Network(model, LossFun, X, Y, modules)
-    before = Snapshot(modules, network.devices)
-    try:
-        inference = algorithm(network)
-        vhat, Loss, dLdy, v, epsilon, updates, distance, evaluations = inference
-        if X.is_leaf and epsilon[0] is not None:
-            updates.append((X, epsilon[0].clone()))
-        write_gradients(updates, accumulate, own)
-    except BaseException as error:
-        before.restore(error)
-        raise
+    tries = len(model) + 2  # each finds one more item that has to be kept apart
+    while True:
+        network = Network(model, LossFun, X, Y, modules)
+        before = Snapshot(modules, network.devices)
+        try:
+            inference = algorithm(network)
+            vhat, Loss, dLdy, v, epsilon, updates, distance, evaluations = inference
+            if X.is_leaf and epsilon[0] is not None:
+                updates.append((X, epsilon[0].clone()))
+            write_gradients(updates, accumulate, own)
+            break
+        except UnguardedError as error:
+            before.restore(error)
+            tries -= 1
+            # Updates that others have been told of cannot be taken back.
+            if tries == 0 or network.arrived is not None:
+                raise
+        except BaseException as error:
+            before.restore(error)
+            raise
     if distance is None or evaluations is None:
         return PCResult(vhat, Loss, dLdy, v, epsilon)
     result = EquilibriumResult(vhat, Loss, dLdy, v, epsilon)

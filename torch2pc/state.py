@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch2pc.apart import storage
+
 # What random numbers are drawn from: the default generator of a device, or one of the user's own.
 Source = torch.device | torch.Generator
 RandomState = list[tuple[Source, Tensor]]
@@ -183,10 +185,19 @@ class Buffers:
             if module._buffers
         ]
 
-    def differ(self) -> bool:
-        """Whether any buffer was written to or replaced since."""
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._tables)
+
+    def differ(self, written: Collection[int] = ()) -> bool:
+        """Whether any buffer was written to or replaced since.
+
+        ``written``: memory that is known to have been written, with the same values perhaps.
+        """
         return any(
-            _entry(module, name) is not buffer or _written(module, buffer, version, value)
+            _entry(module, name) is not buffer
+            or _written(module, buffer, version, value)
+            or (bool(written) and buffer is not None and storage(buffer) in written)
             for module, _, table in self._tables
             for name, version, value, buffer in table
         )
