@@ -32,12 +32,12 @@ def overwrite(x: Tensor, value: Tensor, way: str) -> Tensor:
     return x
 
 
-class Cube(Function):
-    """x^3, which writes where it is told: forward or backward, into its input or its gradient."""
+class FusedSine(Function):
+    """sin x, which writes where it is told: forward or backward, into its input or its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, where: str, way: str) -> Tensor:
-        y, slope = x**3, 3 * x**2
+        y, slope = x.sin(), x.cos()
         ctx.where, ctx.way = where, way
         if where == "input, forward":
             overwrite(x, slope, "numpy" if way == "counted" else way)
@@ -56,8 +56,8 @@ class Cube(Function):
         return slope * g, None, None
 
 
-class Cubes(nn.Module):
-    """A layer around it; nothing is written as long as ``where`` is None."""
+class Sine(nn.Module):
+    """A layer around it; PyTorch's own sine as long as ``where`` is None."""
 
     def __init__(self, where: str | None, way: str) -> None:
         super().__init__()
@@ -67,15 +67,17 @@ class Cubes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         where = self.where
+        if where is None:
+            return x.sin()
         if where == "hook":
             h = x * 1
-            h.register_hook(lambda g: overwrite(g, 2 * g, self.way) and None)  # type: ignore
-            return h**3
+            h.register_hook(lambda g: (overwrite(g, 2 * g, self.way), None)[1])  # type: ignore
+            return h.sin()
         if where == "twice":  # what the hook comes to
             h = x * 1
             h.register_hook(lambda g: 2 * g)
-            return h**3
-        y = Cube.apply(x, where, self.way)  # type: ignore[no-untyped-call]
+            return h.sin()
+        y = FusedSine.apply(x, where, self.way)  # type: ignore[no-untyped-call]
         if where == "output":
             if self.memory is None or self.memory.shape != y.shape:
                 self.memory = torch.empty_like(y)
@@ -85,7 +87,7 @@ class Cubes(nn.Module):
         return y
 
 
-class Fused(Function):
+class FusedLoss(Function):
     """Half of the squared error, whose gradient is stored where the output was."""
 
     @staticmethod
@@ -111,10 +113,10 @@ LAYER_WRITES = ["input, forward", "input, backward", "gradient", "output"]
 LOSS_WRITES = ["loss, forward", "loss, backward"]
 
 
-def network(where: str, way: str, place: int, generator: torch.Generator) -> nn.Sequential:
-    """Linear layers around what writes, without which ``where`` is None."""
+def network(where: str | None, way: str, place: int, generator: torch.Generator) -> nn.Sequential:
+    """Linear layers around one that writes."""
     items: list[nn.Module] = [nn.Linear(4, 4) for _ in range(4)]
-    items.insert(place, Cubes(where, way))
+    items.insert(place, Sine(where, way))
     model = nn.Sequential(*items).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -134,11 +136,13 @@ def everything(result: PCResult, model: nn.Module) -> dict[str, Tensor | None]:
 def assert_same(found: dict[str, Any], expected: dict[str, Any], of: str) -> None:
     for name, x in expected.items():
         if x is not None:
-            assert torch.allclose(found[name], x, rtol=1e-9, atol=1e-11), f"{name} {of}"
+            assert torch.allclose(found[name], x, rtol=1e-6, atol=1e-8), f"{name} {of}"
 
 
 def loss_of(where: str | None, way: str) -> Any:
-    return lambda y, Y: Fused.apply(y, Y, where, way)  # type: ignore[no-untyped-call]
+    if where is None:
+        return lambda y, Y: 0.5 * ((y - Y) ** 2).sum()
+    return lambda y, Y: FusedLoss.apply(y, Y, where, way)  # type: ignore[no-untyped-call]
 
 
 def infer(model: nn.Sequential, LossFun: Any, X: Tensor, Y: Tensor, ErrType: str) -> PCResult:
@@ -163,7 +167,7 @@ def test_what_is_written_changes_nothing(
     """The first call and later ones; after another algorithm, or without the write until then."""
     generator = torch.Generator().manual_seed(seed)
     in_layer = where not in LOSS_WRITES
-    model = network(where if in_layer else "none", way, place, generator)
+    model = network(where if in_layer else None, way, place, generator)
     plain = copy.deepcopy(model)
     plain[place].where = "twice" if where == "hook" else None  # type: ignore[union-attr]
     LossFun = loss_of(None if in_layer else where, way)
@@ -185,7 +189,7 @@ def test_what_is_written_changes_nothing(
             kept = {name: x for name, x in was.items() if not name.endswith("grad")}
             assert_same(everything(result, nn.Module()), kept, "after another call")
     if where != "hook":
-        model.zero_grad()
+        plain.zero_grad()
         loss_of(None, way)(plain(X), Y).backward()
         if ErrType == "Exact":
             backprop = {f"{name}.grad": p.grad for name, p in plain.named_parameters()}
@@ -195,9 +199,8 @@ def test_what_is_written_changes_nothing(
 @pytest.mark.parametrize("ErrType", ERR_TYPES)
 def test_a_hook_that_starts_to_write_later(ErrType: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    model = network("none", "counted", 2, generator)
+    model = network(None, "counted", 2, generator)
     plain = copy.deepcopy(model)
-    model[2].where, plain[2].where = None, None  # type: ignore[union-attr]
     for way in (None, "counted"):
         if way is not None:
             model[2].where, plain[2].where = "hook", "twice"  # type: ignore[union-attr]

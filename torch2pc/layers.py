@@ -243,26 +243,29 @@ class Layer:
         self.has_leaves, self.ends_flat = bool(leaves), ends_flat(output)
         if isinstance(self._where, int) and not self.is_apart:
             self._recorded = storage(output)
+        # Now, as the next evaluation may write where this output is.
+        handed_out = self._handed_out(output)
         if isinstance(recorder, Recorder):
             if any([module._backward_hooks or module._backward_pre_hooks for module in modules]):
                 recorder.give_up("a module has a backward hook")
-            self._displace(recorder, x, output)
-        return self._handed_out(output)
+            self._displace(recorder, x, output, handed_out.detach())
+        return handed_out
 
-    def _displace(self, recorder: Recorder, x: Tensor, output: Tensor) -> None:
-        """Set ``displacement``: by rules if it can be, and is found to be right."""
+    def _displace(self, recorder: Recorder, x: Tensor, output: Tensor, before: Tensor) -> None:
+        """Set ``displacement``: by rules if it can be, and is found to be right.
+
+        ``before`` are the values of ``output``, which only the recorder knows.
+        """
         in_autocast = torch.is_autocast_enabled(x.device.type)
-        a, before = x.detach(), output.detach()
-        if self.is_apart:
-            before = before.clone()
+        a = x.detach()
 
         def reevaluation() -> Reevaluation:
             if not in_autocast:
                 return Reevaluation(self.replay, a, before, self.buffers_kept)
             # A difference of half-precision outputs would have no digits left.
-            precise = in_belief_dtype(a)
+            precise = _leaf(in_belief_dtype(a))
             return Reevaluation(
-                self.replay, precise, self.replay(precise).detach(), self.buffers_kept
+                self.replay, precise.detach(), self.replay(precise).detach(), self.buffers_kept
             )
 
         with torch.no_grad():
@@ -271,13 +274,13 @@ class Layer:
                 with outside_autocast(x.device), generators_kept(self.drawn_sources):
                     is_right = agrees(self.function, self.displacement, reevaluation, x)
                 # What was recorded once stays right for a layer that is another one each time.
-                if not is_right and self.is_replayable(before, a):
+                if not is_right and self.is_replayable(before, _leaf(a)):
                     raise Uncovered("its operations alone do not give its outputs and gradients")
             except Uncovered as reason:
                 self.uncovered = str(reason)
                 with outside_autocast(x.device), generators_kept(self.drawn_sources):
                     self.displacement = reevaluation()
-                self.is_replayable(before, a)
+                self.is_replayable(before, _leaf(a))
 
     def is_replayable(self, output: Tensor, x: Any, *others: Any) -> bool:
         """Whether a replay at the same input gives the same output; the first time, it says if not.
@@ -389,7 +392,7 @@ class Network:
         def walk(x: Tensor) -> Tensor:
             vhat[0] = x.detach()  # a pre-hook of the model may have changed it
             for layer in self.layers:
-                x = x.detach().requires_grad_(x.is_floating_point())
+                x = _leaf(x)
                 # With gradients on, as in every replay: under no_grad some modules take another
                 # path, and autocast would cache weights that are cut off from the graph.
                 moves = free_input or len(vhat) > 1
@@ -445,6 +448,11 @@ GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in HOOKS]
 
 def _of_module(hook: Callable[..., Any], module: nn.Module, _: Any, *arguments: Any) -> Any:
     return hook(module, *arguments)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """The same values as layers are given them."""
+    return x.detach().requires_grad_(x.is_floating_point())
 
 
 def detached(X: Tensor) -> Tensor:
