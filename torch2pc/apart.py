@@ -33,7 +33,7 @@ class Apart(Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Tensor | None:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
         return None if g is None else g.clone()
 
 
@@ -49,10 +49,10 @@ def copied(x: Any) -> Any:
     return [entry.clone() for entry in x] if isinstance(x, list) else x.clone()
 
 
-_OURS: type = Apart._backward_cls  # type: ignore[attr-defined]
+_OURS: type = Apart._backward_cls
 # Functions in Python that write into nothing that they are given: the wall itself; what calls the
 # hooks of a module's backward pass, which are watched as all hooks are; and ``torch.cond`` and its like.
-_HARMLESS = {_OURS, BackwardHookFunction._backward_cls}  # type: ignore[attr-defined]
+_HARMLESS = {_OURS, BackwardHookFunction._backward_cls}
 _HARMLESS_MODULE = "torch._higher_order_ops."
 # The type of the nodes of functions that are written in C++ outside PyTorch.
 _CPP = "CppFunction"
@@ -94,6 +94,8 @@ class Habits:
         self.kept: set[int] = set()
         # Those that were looked at, training or not.
         self.looked_at: set[tuple[Any, Any]] = set()
+        # Those that have written into their buffers, training or not.
+        self.write_buffers: set[tuple[Any, Any]] = set()
         # Whether the gradients of the next backward pass are to be held against copies.
         self.watches = True
         # For gradients, by their places, versions other than 0 that PyTorch itself leaves them with.

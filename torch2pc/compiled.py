@@ -169,7 +169,7 @@ class Call:
                 kept.capture(
                     self.asked,
                     tuple([layer.function for layer in network.layers]),
-                    (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
+                    (*[layer.copies_input or layer.is_apart for layer in network.layers], True),
                     *(network.loss.function, None if self.prior is None else self.prior.function),
                     *(network.X, network.Y),
                 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from torch2pc.apart import (
     held_elsewhere,
     is_apart,
     is_foreign,
-    storage,
 )
+from torch2pc.apart import storage as storage  # for whoever knows it from here
 from torch2pc.rules import belief_dtype
 from torch2pc.rules.core import unit_of
 
@@ -51,7 +50,8 @@ class Graph:
         # The layers in which code runs that is not PyTorch's.
         self.foreign: set[int] = set()
         if any_foreign(layer_of) or any_foreign([Loss.grad_fn]):
-            made = [*layer_of.items(), *zip([*nodes[1:], Loss.grad_fn], range(1, len(vhat) + 1))]
+            ends = enumerate([*nodes[1:], Loss.grad_fn], start=1)
+            made = [*layer_of.items(), *[(node, l) for l, node in ends]]
             self.foreign = {l for node, l in made if l and is_foreign(type(node))}
 
     def backpropagate(

@@ -237,9 +237,11 @@ class Layer:
         if not isinstance(self._where, int):
             self.copies_input = self.is_apart
         self.drawn = drawn_from(random) if recorder.draws else []
-        # Code that is not PyTorch's writes without a trace.
-        may_write = is_foreign or buffers.differ(recorder.written)
-        self._buffers = buffers if may_write and buffers else None
+        # Code that is not PyTorch's writes without a trace, the same values perhaps.
+        writes = is_foreign or self._key in self._habits.write_buffers
+        if buffers and (writes or buffers.differ(recorder.written)):
+            self._buffers = buffers
+            self._habits.write_buffers.add(self._key)
         self.has_leaves, self.ends_flat = bool(leaves), ends_flat(output)
         if isinstance(self._where, int) and not self.is_apart:
             self._recorded = storage(output)
