@@ -245,3 +245,34 @@ def test_one_forward_pass_where_nothing_is_foreign(ErrType: str) -> None:
 
     assert not habits_of(model).apart
     assert not habits_of(model).kept
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+@pytest.mark.parametrize("place", [0, 2])
+def test_hooks_of_modules_that_write(ErrType: str, place: int) -> None:
+    """A backward pre-hook and a hook on a tensor within the layer, the first layer among them."""
+
+    class Hooked(nn.Module):
+        def __init__(self, writes: bool) -> None:
+            super().__init__()
+            self.linear, self.writes = nn.Linear(4, 4), writes
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(x)
+            if h.requires_grad:
+                h.register_hook(lambda g: (g.mul_(2), None)[1] if self.writes else 2 * g)
+            return h * 1
+
+    items = [nn.Linear(4, 4) for _ in range(3)]
+    items.insert(place, Hooked(True))
+    model = nn.Sequential(*items).double()
+    model[1].register_full_backward_pre_hook(lambda m, g: (g[0].mul_(3), None)[1])
+    plain = copy.deepcopy(model)
+    plain[place].writes = False  # type: ignore[union-attr]
+    plain[1]._backward_pre_hooks.clear()
+    plain[1].register_full_backward_pre_hook(lambda m, g: (3 * g[0],))
+    X, Y = torch.randn(2, 3, 4, dtype=torch.float64)
+    for k in range(2):
+        found = everything(infer(model, nn.MSELoss(), X, Y, ErrType), model)
+        expected = everything(infer(plain, nn.MSELoss(), X, Y, ErrType), plain)
+        assert_same(found, expected, f"in call {k}")

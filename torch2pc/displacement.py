@@ -252,6 +252,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws = False
         self.written: set[int] = set()
+        self._outputs: list[Tensor] = []
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether any of the tensors that were computed has a hook that sees its gradient."""
+        return any([tensor._backward_hooks for tensor in self._outputs])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.draws:
@@ -272,7 +278,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation."""
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if isinstance(output, Tensor):
+            self._outputs.append(output)
+        return output
 
 
 class Recorder(Watch):
@@ -287,7 +296,6 @@ class Recorder(Watch):
         # Where the value of a tensor stands: 0 for x, k+1 for what line k computes.
         self.place: dict[int, int] = {id(x): 0}
         self._tensors: list[Tensor] = [x]  # so that no id is used twice
-        self._output_of: list[Tensor] = []
         # The version of each, as the operation that made it left it.
         self._versions: dict[int, int] = {id(x): x._version}
         self._new: list[Tensor] = []
@@ -423,7 +431,7 @@ class Recorder(Watch):
         """A line that computes ``output``, on the way to ``recorded`` if that is another tensor."""
         inputs = tuple([self.place[id(tensor)] for tensor in step.inputs])
         self.lines.append((step, inputs, [tensor._version for tensor in step.tensors]))
-        self._output_of.append(output if recorded is None else recorded)
+        self._outputs.append(output if recorded is None else recorded)
         self._enter(output, len(self.lines))
 
     def _enter(self, tensor: Tensor, place: int) -> None:
@@ -471,7 +479,7 @@ class Recorder(Watch):
             raise Uncovered("the output was changed through another name")
         if id(output) not in self.place and storage(output) in self._storages:
             raise Uncovered("the output is a tensor of the layer's under another name")
-        if any([tensor._backward_hooks for tensor in self._output_of]):
+        if self.is_hooked:
             raise Uncovered("a tensor has a backward hook")
         for step, _, versions in self.lines:
             if versions != [tensor._version for tensor in step.tensors]:
@@ -487,7 +495,7 @@ class Recorder(Watch):
         for k in used:
             step, inputs, _ = self.lines[k - 1]
             inputs = tuple([place[i] for i in inputs])
-            requires_grad = self._output_of[k - 1].requires_grad
+            requires_grad = self._outputs[k - 1].requires_grad
             lines.append(Line(step.rule, inputs, step.tensors, step.static, requires_grad))
         return Displacement(lines, None if result is None else place[result], output.detach())
 

@@ -153,7 +153,7 @@ class Graph:
         L = len(self.vhat) - 1
         added = [(c[l] - c[l + 1]) * g[l] for l in range(1, L)]
         start = torch.ones_like(self.Loss)
-        return gradient([self.Loss, *self.vhat[1:L]], leaves, [start, *added], is_fresh=True)
+        return gradient([self.Loss, *self.vhat[1:L]], leaves, [start, *added])
 
 
 def gradient(
@@ -162,19 +162,14 @@ def gradient(
     arriving: Sequence[Tensor] | None = None,
     keep_graph: bool = False,
     watches: Sequence[Callable[[Tensor], Any] | None] | None = None,
-    is_fresh: bool = False,
 ) -> list[Tensor | None]:
     """``J^T arriving`` for each input; None for one that the outputs do not depend on.
 
     watches: for each input, what is called with its result as soon as that is there.
-    is_fresh: nobody else needs the memory of ``arriving``.
     """
     if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
     hooked = has_hooks(inputs)
-    if arriving is not None and not is_fresh:
-        # Hooks and functions of a user's may write into what they are given.
-        arriving = [x.clone() for x in arriving]
     if watches is None and is_apart(outputs[0]):
         watches = [torch.clone] * len(inputs)
     watched = [] if watches is None else zip(inputs, watches, strict=True)
@@ -210,7 +205,7 @@ def gradient_of_small(
     """
     unit = unit_of(error).clamp(max=1)
     scaled = (error * unit.reciprocal()).to(prediction.dtype)
-    found = gradient([prediction], leaves, [scaled], is_fresh=True)
+    found = gradient([prediction], leaves, [scaled])
     # In place where no two share memory: they are as large as the weights.
     storages = [0 if x is None or x.is_sparse else storage(x) for x in found]
     return [

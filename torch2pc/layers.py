@@ -245,10 +245,13 @@ class Layer:
         self.has_leaves, self.ends_flat = bool(leaves), ends_flat(output)
         if isinstance(self._where, int) and not self.is_apart:
             self._recorded = storage(output)
+        has_hooks = any([m._backward_hooks or m._backward_pre_hooks for m in modules])
+        # Hooks may write into the gradients that they are given, in this call.
+        self.is_apart = self.is_apart or has_hooks or recorder.is_hooked
         # Now, as the next evaluation may write where this output is.
         handed_out = self._handed_out(output)
         if isinstance(recorder, Recorder):
-            if any([module._backward_hooks or module._backward_pre_hooks for module in modules]):
+            if has_hooks:
                 recorder.give_up("a module has a backward hook")
             self._displace(recorder, x, output, handed_out.detach())
         return handed_out
