@@ -57,7 +57,7 @@ def copied(x: Any) -> Any:
 
 
 class Habits:
-    """How the layers of a model treat memory, as far as it is known. Layers are numbered from 0."""
+    """What is known of the layers of a model from calls before. Layers are numbered from 0."""
 
     def __init__(self) -> None:
         # Those that are kept apart.
@@ -65,6 +65,10 @@ class Habits:
         # Those that were looked at, and those that have written into their buffers; training or not.
         self.looked_at: set[tuple[Any, Any]] = set()
         self.write_buffers: set[tuple[Any, Any]] = set()
+        # Whether they were found to be the same function again in a replay, training or not.
+        self.replayable: dict[tuple[Any, Any], bool] = {}
+        # Those (1 is the first here) whose outputs somebody else holds as well, to write there, perhaps.
+        self.held: set[int] = set()
         # Whether it is to be seen if anybody writes into a gradient that has arrived, and what versions
         # PyTorch itself leaves gradients with.
         self.watches = True
@@ -117,17 +121,15 @@ def _unchanged(a: Tensor, copy: Tensor) -> bool:
     return a.device.type == "meta" or same_values(a.detach(), copy.detach())
 
 
-def alone(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same values, detached and copied where anybody else has the memory, or it is not PyTorch's.
+def held_elsewhere(tensors: Sequence[Tensor]) -> list[int]:
+    """The places of those whose memory anybody else has too, or which is none of PyTorch's.
 
     Right once the graphs are gone that hold it.
     """
     # A view holds the tensor that it is a view of.
     known = {id(x): x for tensor in tensors for x in (tensor, tensor._base) if x is not None}
     tensors_at = Counter([storage(x) for x in known.values()])
-    return [
-        x.detach().clone() if _is_held(x, tensors_at[storage(x)]) else x.detach() for x in tensors
-    ]
+    return [l for l, x in enumerate(tensors) if _is_held(x, tensors_at[storage(x)])]
 
 
 def _is_held(x: Tensor, times: int) -> bool:

@@ -6,7 +6,7 @@ What a graph is the graph of, a layer or a whole feed-forward pass, is up to ``l
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from torch2pc.displacement.rules import belief_dtype
 from torch2pc.displacement.rules.core import storage, unit_of
 from torch2pc.displacement.vjp import kept_tensor, node_of, nodes_below, reaches, vjp
-from torch2pc.graph.apart import APART, Habits, UnguardedError, alone, unchanged
+from torch2pc.graph.apart import APART, Habits, UnguardedError, held_elsewhere, unchanged
 
 
 class Graph:
@@ -29,6 +29,7 @@ class Graph:
     def __init__(self, vhat: list[Tensor], Loss: Tensor, habits: Habits) -> None:
         self.vhat, self.Loss, self._habits = vhat, Loss, habits
         self._versions = [x._version for x in vhat]
+        self._looks = habits.watches
         # The leaves (parameters, mostly), and the first layer that uses each; the loss counts as
         # layer L+1. The outputs of layers belong to none, nor does what lies beyond the input (0).
         nodes = [node_of(x) for x in vhat]
@@ -46,13 +47,12 @@ class Graph:
         )
         self._leaves = [leaf.variable for leaf in leaves]
         self._l_of = [layer_of[leaf] for leaf in leaves]
-        self.foreign = self._foreign_layers(layer_of, [*nodes, Loss.grad_fn])
-        """The layers in which code runs that is not PyTorch's; L+1 is the loss."""
-
-    def _foreign_layers(self, layer_of: dict[Any, int], outputs: Sequence[Any]) -> set[int]:
-        made_by = {node: l for l, node in enumerate(outputs)}
-        found = foreign_of([node for node in (*layer_of, outputs[-1]) if node is not None])
-        return {l for node in found if (l := made_by.get(node, layer_of.get(node, 0)))}
+        # The layers in which code runs that is not PyTorch's; L+1 is the loss.
+        self.foreign: set[int] = set()
+        layer_of[Loss.grad_fn] = len(nodes)
+        if found := foreign_of(layer_of):
+            layer_of.update({node: l for l, node in enumerate(nodes)})
+            self.foreign = {layer_of[node] for node in found} - {0}
 
     def backpropagate(
         self, keep_graph: bool = False, arrived: Callable[[Tensor, int, Tensor], None] | None = None
@@ -91,7 +91,7 @@ class Graph:
     def _learn(self, found: Sequence[Tensor | None], copies: Sequence[Any] | None) -> None:
         """Whether anybody has written into the gradients since they arrived, who may do so again."""
         habits = self._habits
-        versions = tuple([0 if x is None else x._version for x in found])
+        versions = tuple([x._version for x in found if x is not None])
         if copies is None:
             if any(versions) and versions not in habits.versions:
                 # PyTorch counts what it does itself too: to be seen with copies.
@@ -108,7 +108,12 @@ class Graph:
         if versions != self._versions:
             pairs = zip(versions, self._versions, strict=True)
             raise _changed_belief(next(l for l, (now, before) in enumerate(pairs) if now != before))
-        return alone(self.vhat)
+        if self._looks:
+            self._habits.held.update(held_elsewhere(self.vhat))
+        vhat = [x.detach() for x in self.vhat]
+        for l in self._habits.held:
+            vhat[l] = vhat[l].clone()
+        return vhat
 
     def weighted_gradients(
         self, g: Sequence[Any], leaves: Sequence[Tensor], c: Sequence[float]
@@ -256,14 +261,14 @@ def next_node() -> int:
 
 # Types of nodes that are not foreign: those of our own, of what calls the hooks of a module's backward
 # pass (which is looked for on the modules), and of PyTorch's operations, as far as they were met.
-_native: set[type] = {APART, BackwardHookFunction._backward_cls}
+_native: set[type] = {type(None), APART, BackwardHookFunction._backward_cls}
 
 
-def foreign_of(nodes: Sequence[Any]) -> list[Any]:
+def foreign_of(nodes: Collection[Any]) -> list[Any]:
     """Those of the nodes whose backward is written in Python, or in C++ outside PyTorch.
 
-    Such are an ``autograd.Function``'s and a custom operation's. What it does is its own: it may use a state that changes, add what has nothing to do with the error, and write into
-    what it is given.
+    Such are an ``autograd.Function``'s and a custom operation's. What it does is its own: it may use a
+    state that changes, add what has nothing to do with the error, and write into what it is given.
     """
     kinds = set(map(type, nodes)).difference(_native)
     if not kinds:

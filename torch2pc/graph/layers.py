@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +72,6 @@ class Inference(NamedTuple):
     evaluations: int | None = None
 
 
-# For each model, which of its layers, training or not, were found to be the same function again in a
-# replay.
-_replayable: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], bool]] = WeakKeyDictionary()
-
-
 class Layer:
     """One item of the model, or the loss, as a function whose side effects happen once.
 
@@ -110,17 +104,17 @@ class Layer:
         copies_input: bool = False,
         *,
         others: tuple[Any, ...] = (),
-        model: nn.Module | None = None,
+        habits: Habits | None = None,
     ) -> None:
         self.function, self._where, self._devices = function, where, devices
-        self._others, self._model = others, model
-        self._habits = Habits() if model is None else habits_of(model)
+        self._others, self._habits = others, Habits() if habits is None else habits
         self._key = where, getattr(function, "training", None)
         # Whether it is kept from memory that others need (``apart.py``).
         self.is_apart = self._walls = where in self._habits.apart
         # What is no item is given copies until it is seen, in each call, that it needs none.
         self._is_item = isinstance(where, int)
         self.copies_input = copies_input or self.is_apart or not self._is_item
+        self._is_new = not self.copies_input and self._key not in self._habits.looked_at
         # What the forward pass adds to autograd's graph is numbered from here on.
         self._begun = next_node()
 
@@ -131,22 +125,18 @@ class Layer:
         return f"{where} ({_type_name(self.function)})"
 
     def __call__(self, *x: Any) -> Tensor:
-        before = self._to_compare(x)
+        before = copied(x) if self._is_new else None
         output = self._evaluated(self._given(x), x)
-        self._compare(x, before)
+        if before is not None:
+            self._compare(x, before)
         return self._handed_out(output)
 
-    def _to_compare(self, x: Sequence[Any]) -> list[Tensor] | None:
-        """Copies of what an item is given the first time, as nothing else may tell of a write."""
-        if self.copies_input or not self._is_item or self._key in self._habits.looked_at:
-            return None
-        return [a.detach().clone() for a in x]
-
-    def _compare(self, x: Sequence[Any], before: list[Tensor] | None) -> None:
-        if before is not None:
-            self._habits.looked_at.add(self._key)
-            if not unchanged(x, before):
-                self._habits.apart.add(self._where)
+    def _compare(self, x: Sequence[Any], before: Sequence[Any]) -> None:
+        """See if the first evaluation of an item wrote into its input, as nothing else may tell."""
+        self._is_new = False
+        self._habits.looked_at.add(self._key)
+        if not unchanged(x, before):
+            self._habits.apart.add(self._where)
 
     def _given(self, x: Sequence[Any]) -> Sequence[Any]:
         """What the function is given in the place of ``x``."""
@@ -202,7 +192,7 @@ class Layer:
         modules = modules_in(self.function)
         random = random_state([*self._devices, *generators_in(self.function, modules)])
         buffers = Buffers(modules)
-        compared, before = self._to_compare(x), next_node()
+        compared, before = copied(x) if self._is_new else None, next_node()
         given = self._given(x)
         places = [next(k for k, a in enumerate(x) if a is b) for b in moving]
         sees_exits = bool(places) and is_new(self.function)
@@ -210,7 +200,8 @@ class Layer:
         recorder = Recorder(*moves, sees_exits=sees_exits) if places else Watch()
         with uncompiled, recorder:
             output = self._evaluated(given, x)
-        self._compare(x, compared)
+        if compared is not None:
+            self._compare(x, compared)
         nodes = nodes_below(output.grad_fn)
         kept = [node for node in nodes if self._begun <= node._sequence_nr() < before]
         # Of parameters alone it is no function of beliefs.
@@ -311,8 +302,7 @@ class Layer:
 
         It does not where a layer depends on what is no buffer and no generator that can be found.
         """
-        known = {} if self._model is None else _replayable.setdefault(self._model, {})
-        key = self.name, getattr(self.function, "training", None)
+        known, key = self._habits.replayable, (self.name, self._key[1])
         if output.numel() == 0:
             return True
         if key not in known:
@@ -401,15 +391,19 @@ class Network:
         self.asks_input = X.requires_grad
         self.modules = modules
         self.nodes = nodes_of(model)
-        writes = _any_in_place(modules)
+        writes, self.habits = _any_in_place(modules), habits_of(model)
         self.layers = [
             Layer(
-                node.function, l, devices, writes and _may_write_input(node.function), model=model
+                node.function,
+                l,
+                devices,
+                writes and _may_write_input(node.function),
+                habits=self.habits,
             )
             for l, node in enumerate(self.nodes)
         ]
-        self.loss = Layer(LossFun, "LossFun", devices, others=(Y,), model=model)
-        self.prior = None if prior is None else Layer(prior, "prior", devices, model=model)
+        self.loss = Layer(LossFun, "LossFun", devices, others=(Y,), habits=self.habits)
+        self.prior = None if prior is None else Layer(prior, "prior", devices, habits=self.habits)
         self.free = set(range(0 if free_input else 1, len(self.nodes)))
         """The places whose beliefs move. The output's does not: the target has taken its place."""
         self.kept: dict[int, tuple[list[Tensor], Tensor]] = {}
@@ -441,14 +435,15 @@ class Network:
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
         with nullcontext() if from_X else self._derivatives_refused():
             Loss = check_loss(self.loss(vhat[-1]))
-        habits = habits_of(self.model)
-        graph = Graph(vhat, Loss, habits)
-        habits.apart.update([l - 1 for l in graph.foreign if l <= len(self.layers)])
+        graph = Graph(vhat, Loss, self.habits)
+        self.habits.apart.update([l - 1 for l in graph.foreign if l <= len(self.layers)])
         self._check_guarded()
         return graph
 
     def _check_guarded(self) -> None:
         """No layer is at memory that it is to be kept from."""
+        if not self.habits.apart:
+            return
         names = [layer.name for layer in self.layers if layer.is_unguarded]
         if names:
             raise UnguardedError(names)
