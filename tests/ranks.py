@@ -225,7 +225,7 @@ def compare(
 def same_as_one_process() -> dict[str, float]:
     """Differences by case."""
     found: dict[str, float] = {}
-    for ErrType in torch2pc.pcinfer.ALGORITHMS:
+    for ErrType in torch2pc.pcinfer.ErrTypes:
         for shards in ("equal", "unequal")[dist.get_world_size() - 2 :]:
             for loss, (LossFun, classes, options) in LOSSES.items():
                 torch.manual_seed(0)
@@ -257,7 +257,7 @@ def parameters_that_some_ranks_reach() -> dict[str, bool]:
     """A parameter's gradient is the sum over the ranks that reached it, and None if none did."""
     rank, count = dist.get_rank(), dist.get_world_size()
     found = {}
-    for ErrType in torch2pc.pcinfer.ALGORITHMS:
+    for ErrType in torch2pc.pcinfer.ErrTypes:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 3), Conditional(), nn.Linear(3, 3)).double()
         twin = copy.deepcopy(model)
@@ -343,7 +343,7 @@ def errors() -> dict[str, Any]:
             nn.Linear(5, 4), nn.Dropout(), Raises(1, when), nn.Linear(4, 3)
         ).double()
 
-    for ErrType in torch2pc.pcinfer.ALGORITHMS:
+    for ErrType in torch2pc.pcinfer.ErrTypes:
         told(f"raises in its forward, {ErrType}", model=failing("forward"), ErrType=ErrType)
     told("raises in its backward", model=failing("backward"))
     told("bad argument", eta="big" if rank == 1 else 0.1, ErrType="Strict")

@@ -22,6 +22,7 @@ from torch2pc.checks import (
     check_vinit_length,
 )
 from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain
+from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.nodes import PCGraph, depth
 from torch2pc.graph.state import Snapshot, modules_in, write_gradients
@@ -369,17 +370,17 @@ def infer(
     # A loss that is no module may hold some, say of a trainer, whose gradients are none of ours.
     held = modules_in(*[f for f in functions if not isinstance(f, nn.Module)])
     modules = list(dict.fromkeys([*own, *held])) if held else own
-    network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
-    before = Snapshot(modules, network.devices)
-    try:
-        inference = algorithm(network)
-        vhat, Loss, dLdy, v, epsilon, updates, distance, evaluations = inference
-        if X.is_leaf and epsilon[0] is not None:
-            updates.append((X, epsilon[0].clone()))
-        write_gradients(updates, accumulate, own)
-    except BaseException as error:
-        before.restore(error)
-        raise
+
+    def attempt() -> Inference:
+        network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
+        with Snapshot(modules, network.devices):
+            found = algorithm(network)
+            if X.is_leaf and found.epsilon[0] is not None:
+                found.updates.append((X, found.epsilon[0].clone()))
+            write_gradients(found.updates, accumulate, own)
+            return found
+
+    vhat, Loss, dLdy, v, epsilon, _, distance, evaluations = until_guarded(attempt)
     if distance is None or evaluations is None:
         return PCResult(vhat, Loss, dLdy, v, epsilon)
     result = EquilibriumResult(vhat, Loss, dLdy, v, epsilon)

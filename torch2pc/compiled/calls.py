@@ -147,7 +147,7 @@ class Call:
                     self.asked,
                     tuple([layer.function for layer in network.layers]),
                     parents,
-                    (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
+                    (*[layer.copies_input for layer in network.layers], True),
                     *(network.loss.function, None if prior is None else prior.function),
                     *(network.X, network.Y),
                 )

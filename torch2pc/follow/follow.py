@@ -27,6 +27,7 @@ from torch2pc.follow.outlook import (
     wide,
 )
 from torch2pc.follow.record import Record
+from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.autograd import add_updates, gradient, leaves_between
 from torch2pc.graph.layers import Network
 from torch2pc.graph.nodes import PCGraph
@@ -184,23 +185,24 @@ def _unchanged(
     check_no_transform()
     modules = modules_in(model, LossFun, prior)
     check_modules(modules_in(model, *[f for f in (LossFun, prior) if isinstance(f, nn.Module)]))
-    network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
-    sources: list[Source] = [
-        *network.devices,
-        *generators_in(LossFun, modules),
-        *generators_in(prior, []),
-    ]
-    with generators_kept(sources), _state_kept(Snapshot(modules, network.devices)):
-        return walk(network)
+
+    def attempt() -> Record:
+        network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
+        sources: list[Source] = [
+            *network.devices,
+            *generators_in(LossFun, modules),
+            *generators_in(prior, []),
+        ]
+        with generators_kept(sources), _state_kept(Snapshot(modules, network.devices)):
+            return walk(network)
+
+    return until_guarded(attempt)
 
 
 @contextmanager
 def _state_kept(before: Snapshot) -> Iterator[None]:
-    try:
+    with before:
         yield
-    except BaseException as error:
-        before.restore(error)
-        raise
     if before.differs():
         failed = RuntimeError("what the modules hold could not be put back")
         before.restore(failed)
