@@ -117,7 +117,8 @@ def PCInfer(
 
     A drop-in replacement for ``loss.backward()``: call it, then ``optimizer.step()``. Each of the
     L items of ``model`` is one layer ``f_l`` (nest an ``nn.Sequential`` to make several modules one
-    layer), with belief ``v_l``, and ``vhat_l`` is its output in a feed-forward pass. The update of
+    layer), with belief ``v_l``, and ``vhat_l`` is its output in a feed-forward pass. (In a ``PCGraph``
+    read "its parents" for "l-1", and sum over the children for "l+1".) The update of
     layer l's parameters is ``(df_l/dtheta_l)^T epsilon_l``, where the prediction error ``epsilon_l``
     is, for ``ErrType``
 
@@ -180,7 +181,8 @@ def PCInfer(
     (``docs/semantics.md``), and "Troubleshooting" what to do about divergence and slow learning.
 
     Args:
-        model: an ``nn.Sequential`` on any device, of any floating type, with batched inputs.
+        model: an ``nn.Sequential``, or a ``PCGraph`` of layers with any number of parents each, on any
+            device, of any floating type, with batched inputs.
         LossFun: called as ``LossFun(output, Y)``; returns a scalar tensor. If it has parameters,
             they get their gradient too. With a sum over the batch, Strict's update is the sum of its
             examples' own updates. With a mean it is not their mean: the loss then weighs 1/batch
@@ -236,7 +238,7 @@ def PCInfer(
             while in most examples the gradient was above a tenth of the errors.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; a module of it is
+        TypeError: ``model`` is neither an ``nn.Sequential`` nor a ``PCGraph``, or overrides its ``forward``; a module of it is
             sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
             entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
             is neither an int nor None; ``callback`` is not callable; a layer returns something other than
