@@ -11,13 +11,13 @@ the best on 1000 held-out training images, from other seeds, is taken. Backprop 
 PC is Strict, at η .1 and n 20 at the saddle, and at η .5 and n 13 elsewhere, which comes to the same place
 as the paper's .1 and 64 in a quarter of the time.
 
-Panels: the loss on test images near a saddle (A: tanh 784-64-64-64-64-10, weights from N(0, .005²), batches
-of 64); the alignment of the output's change with its target after one update, by depth, for linear networks (B)
-and tanh (C), with what relaxing further does to it; the error with a batch of one, averaged over the training,
-by learning rate (D: sigmoid 784-32-32-10, Xavier's weights; where a method clips, the best threshold), and
-the error while the labels of the last five classes are exchanged every 8 epochs (E: 1200 images, batches of 32).
-Targets are one-hot and the loss is half the summed squared error, without biases. The control (F) in
-errors against plain backprop's of the same seed.
+Panels: the loss on test images near a saddle (A: tanh 784-64-64-64-64-10, weights from N(0, .005²),
+batches of 64); the alignment of the output's change with its target after one update, by depth, for linear
+networks (B) and tanh (C), with what relaxing further does to it; the error with a batch of one, averaged
+over the training, by learning rate (D: sigmoid 784-32-32-10, Xavier's weights; where a method clips, at
+the best threshold), and the error while the labels of the last five classes are exchanged every 8 epochs
+(E: 1200 images, batches of 32). Targets are one-hot and the loss is half the summed squared error, without
+biases. The control (F) in errors against plain backprop's of the same seed.
 
 Sources: the code that goes with Y. Song and others, Inferring neural activity before plasticity, Nature
 Neuroscience 27 (2024), whose settings these are but for the rates and for the drift (there every 64 epochs,
@@ -55,7 +55,6 @@ from paper_figures.prospective.learning import (
     Candidate,
     Outcome,
     Task,
-    Training,
     outcomes,
     train,
 )
@@ -79,7 +78,18 @@ PAPER = {
 SADDLE = Task("saddle", (784, 64, 64, 64, 64, 10), "tanh", 0.005, 64, 150, 5, "loss", 0.1, 20)
 ONLINE = Task("online", (784, 32, 32, 10), "sigmoid", None, 1, 2000, 200, "error", 0.5, 13)
 DRIFT = Task(
-    "drift", (784, 32, 32, 10), "sigmoid", None, 32, 888, 37, "error", 0.5, 13, images=1200, drift=296
+    "drift",
+    (784, 32, 32, 10),
+    "sigmoid",
+    None,
+    32,
+    888,
+    37,
+    "error",
+    0.5,
+    13,
+    images=1200,
+    drift=296,
 )
 
 
@@ -167,7 +177,11 @@ def plan_of(data: DataSet, options: Options) -> Plan:
     if data.name == EMBEDDED_NAME:
         return Plan(seed=options.seed)
     return Plan(
-        tasks=(replace(SADDLE, steps=500), replace(ONLINE, steps=12_800), replace(DRIFT, steps=2960)),
+        tasks=(
+            replace(SADDLE, steps=500),
+            replace(ONLINE, steps=12_800),
+            replace(DRIFT, steps=2960),
+        ),
         seed=options.seed,
     )
 
@@ -255,7 +269,9 @@ def numbers_of(
     ]
     if data.name == FASHION:
         numbers += [
-            Number(f"{task}: mean error, {method}", value, statistics.fmean(found[task][method].means))
+            Number(
+                f"{task}: mean error, {method}", value, statistics.fmean(found[task][method].means)
+            )
             for task, values in PAPER.items()
             for method, value in values.items()
         ]
@@ -267,9 +283,9 @@ def numbers_of(
     saddle = found["saddle"]
     left = max(curve[-1] for curve in saddle["PC"].curves) < LEFT
     numbers.append(Number("PC leaves the saddle from every seed", "yes", yes(left), check=True))
-    stays = all(min(curve) >= LEFT for curve in saddle["backprop"].curves)
-    what = "backprop with SGD does, at the best of its rates"
-    numbers.append(Number(what, "no", yes(not stays), check=True))
+    ever = any(value < LEFT for curve in saddle["backprop"].curves for value in curve)
+    what = "backprop with SGD does from any, at the best of its rates"
+    numbers.append(Number(what, "no", yes(ever), check=True))
     return numbers
 
 
@@ -322,7 +338,7 @@ def draw(
 
 
 def draw_curves(axes: Axes, task: Task, found: dict[str, Outcome], per: int) -> None:
-    """The mean of the seeds over the training, and from the lowest to the highest; ``per`` updates are one."""
+    """The mean of the seeds, from the lowest to the highest; ``per`` updates are one on the axis."""
     for method, outcome in found.items():
         steps = [(k + 1) * task.every / per for k in range(len(outcome.curves[0]))]
         band(axes, steps, list(zip(*outcome.curves, strict=True)), *_style(method))
@@ -376,7 +392,9 @@ def draw_control(axes: Axes, found: dict[str, dict[str, Outcome]]) -> None:
             at = place + shift
             axes.plot(points, [at] * len(points), marker, color=colour, ms=4, alpha=0.6)
             axes.plot([statistics.fmean(points)] * 2, [at - 0.15, at + 0.15], color=colour, lw=2.5)
-        axes.plot([], [], marker, color="0.4", ms=4, label=f"{'D' if task == 'online' else 'E'}: {task}")
+        axes.plot(
+            [], [], marker, color="0.4", ms=4, label=f"{'D' if task == 'online' else 'E'}: {task}"
+        )
     axes.axvline(0, color="black", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(methods)), reversed(methods))
     axes.set(

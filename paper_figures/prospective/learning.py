@@ -71,7 +71,7 @@ class Training:
 
 
 def train(training: Training, data: DataSet, options: Options) -> dict[str, Any]:
-    """"curves": for each network, what was measured every so many updates."""
+    """ "curves": for each network, what was measured every so many updates."""
     task, nets = training.task, training.nets
     device = options.device
     images, labels = _images(data, slice(None, -HELD_OUT), device)
@@ -94,7 +94,9 @@ def train(training: Training, data: DataSet, options: Options) -> dict[str, Any]
             targets = functional.one_hot(names.gather(1, labels[chosen]), CLASSES)
             stack.step(images[chosen][of], targets.to(images.dtype)[of])
             if (step + 1) % task.every == 0:
-                for curve, output, own in zip(curves, stack.outputs(tested), names[of], strict=True):
+                for curve, output, own in zip(
+                    curves, stack.outputs(tested), names[of], strict=True
+                ):
                     curve.append(measured(task.measure, output, own[right]))
     return {"curves": curves}
 

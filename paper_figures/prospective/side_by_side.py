@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -233,7 +233,7 @@ def drawn_weights(sizes: Sequence[int], std: float | None, seed: int) -> list[Te
     """One network's, (in, out) each: normal with ``std``, or Xavier's uniform ones if it is None."""
     generator = torch.Generator().manual_seed(seed)
     weights = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, fan_out in pairwise(sizes):
         if std is None:
             bound = math.sqrt(6 / (fan_in + fan_out))
             weights.append((2 * torch.rand(fan_in, fan_out, generator=generator) - 1) * bound)
