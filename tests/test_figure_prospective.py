@@ -238,7 +238,7 @@ def test_the_command_draws_it_and_passes_its_check(
     assert command.main([*arguments, "--device", "cpu"]) == 0
     record = json.loads((tmp_path / "figure_prospective.json").read_text())
     assert {*record["series"]["online"]} == {*record["series"]["drift"]} == {*METHODS}
-    assert {*record["series"]["alignment"]["tanh"]["15"]} == {*alignment.RULES}
+    assert {*record["series"]["alignment"]["tanh"]["15"]} == {*alignment.STYLES}
     for outcome in record["series"]["drift"].values():
         assert [len(curve) for curve in outcome["test curves by seed"]] == [3, 3]
     assert (tmp_path / "figure_prospective.png").read_bytes().startswith(b"\x89PNG")

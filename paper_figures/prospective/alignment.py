@@ -9,7 +9,6 @@ the control is backprop in each layer as long as PC.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,25 +29,19 @@ GAINS = {"linear": 1.0, "tanh": 5 / 3}
 ACTIVATIONS: dict[str, type[nn.Module]] = {"linear": nn.Identity, "tanh": nn.Tanh}
 
 
-class Rule(NamedTuple):
-    """PCInfer's arguments, and how the line looks; ErrType None is backprop."""
-
-    ErrType: str | None
-    n: int
-    colour: str
-    style: str
-    as_long_as_PC: bool = False
-    """Backprop's directions, and in each layer the length of these arguments' update."""
-
-
-BACKPROP, PC = "backprop", "Strict, η .1, n 128"
-FURTHER, AS_LONG = "Strict, η .1, n 512", "backprop, as long as Strict, n 128"
-RULES = {
-    PC: Rule("Strict", 128, "#D55E00", "-"),
-    FURTHER: Rule("Strict", 512, "#E69F00", "-"),
-    "Equilibrium, n 100": Rule("Equilibrium", 100, "#CC79A7", "-"),
-    BACKPROP: Rule(None, 0, "black", "--"),
-    AS_LONG: Rule("Strict", 128, "#999999", "--", as_long_as_PC=True),
+PC, FURTHER = "Strict, η .1, n 128", "Strict, η .1, n 512"
+BACKPROP, AS_LONG = "backprop", "backprop, as long as Strict, n 128"
+RELAXATIONS = {
+    PC: ("Strict", 128),
+    FURTHER: ("Strict", 512),
+    "Equilibrium, n 100": ("Equilibrium", 100),
+}
+STYLES = {
+    PC: ("#D55E00", "-"),
+    FURTHER: ("#E69F00", "-"),
+    "Equilibrium, n 100": ("#CC79A7", "-"),
+    BACKPROP: ("black", "--"),
+    AS_LONG: ("#999999", "--"),
 }
 # Read off figures of the paper's code (three seeds, n 128): linear and tanh, PC and backprop.
 PAPER_DEPTHS = (2, 4, 6, 8, 10, 12, 14, 15)
@@ -95,14 +88,10 @@ def alignment(change: Tensor, way: Tensor) -> list[float]:
 def updates_of(
     weights: Sequence[Tensor], kind: type[nn.Module], X: Tensor, targets: Tensor
 ) -> dict[str, list[Tensor]]:
-    gradients = backprop(weights, kind, X, targets)
-    found = {}
-    for name, rule in RULES.items():
-        if rule.ErrType is None:
-            found[name] = gradients
-            continue
+    found = {BACKPROP: backprop(weights, kind, X, targets)}
+    for name, (ErrType, n) in RELAXATIONS.items():
         model = networks(weights, kind)
-        PCInfer(model, summed_half_squares, X, targets, rule.ErrType, 0.1, rule.n)
-        updates = [weight.grad for weight in model.parameters()]
-        found[name] = rescaled(gradients, layer_lengths(updates)) if rule.as_long_as_PC else updates
+        PCInfer(model, summed_half_squares, X, targets, ErrType, 0.1, n)
+        found[name] = [weight.grad for weight in model.parameters()]
+    found[AS_LONG] = rescaled(found[BACKPROP], layer_lengths(found[PC]))
     return found

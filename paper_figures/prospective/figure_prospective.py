@@ -215,9 +215,7 @@ def run(options: Options) -> list[Number]:
         data=data.summary(),
         settings=asdict(plan)
         | {
-            "alignment: ErrType, n": {
-                name: [rule.ErrType, rule.n] for name, rule in alignment.RULES.items()
-            },
+            "alignment: ErrType, n, at η .1": alignment.RELAXATIONS,
             "alignment: width, learning rate": [alignment.WIDTH, alignment.RATE],
         },
         series={
@@ -345,9 +343,9 @@ def draw_curves(axes: Axes, task: Task, found: dict[str, Outcome], per: int) -> 
 
 
 def draw_alignment(axes: Axes, activation: str, found: dict[int, dict[str, list[float]]]) -> None:
-    for name, rule in alignment.RULES.items():
-        values = [at[name] for at in found.values()]
-        band(axes, list(found), values, rule.colour, rule.style, label=name, spread=quartiles)
+    for rule, style in alignment.STYLES.items():
+        values = [at[rule] for at in found.values()]
+        band(axes, list(found), values, *style, label=rule, spread=quartiles)
     for rule, published in alignment.PAPER[activation].items():
         axes.plot(
             alignment.PAPER_DEPTHS,
@@ -355,7 +353,7 @@ def draw_alignment(axes: Axes, activation: str, found: dict[int, dict[str, list[
             "o",
             markersize=4,
             markerfacecolor="none",
-            color=alignment.RULES[rule].colour,
+            color=alignment.STYLES[rule][0],
             label=f"paper: {'PC' if rule == alignment.PC else rule}",
         )
     axes.set(
