@@ -69,14 +69,16 @@ DOWNLOADS = ("fashion",)
 FASHION = "Fashion-MNIST"
 # Half a square is .5 where all outputs are 0, and .45 where they are the classes' shares.
 LEFT = 0.405
+# The mean over a training that has not left, or only in its last updates.
+NEAR = 0.49
 # Read off figures of the paper's code, of Fashion-MNIST.
 PAPER = {
     "online": {"PC": 0.272, "backprop": 0.288},
     "drift": {"PC": 0.29, "backprop": 0.405},
 }
 
-SADDLE = Task("saddle", (784, 64, 64, 64, 64, 10), "tanh", 0.005, 64, 150, 5, "loss", 0.1, 20)
-ONLINE = Task("online", (784, 32, 32, 10), "sigmoid", None, 1, 2000, 200, "error", 0.5, 13)
+SADDLE = Task("saddle", (784, 64, 64, 64, 64, 10), "tanh", 0.005, 64, 120, 5, "loss", 0.1, 20)
+ONLINE = Task("online", (784, 32, 32, 10), "sigmoid", None, 1, 1600, 200, "error", 0.5, 13)
 DRIFT = Task(
     "drift",
     (784, 32, 32, 10),
@@ -119,20 +121,20 @@ CANDIDATES: dict[str, dict[str, list[Candidate]]] = {
     },
     "online": {
         "PC": rates(0.03, 0.75),
-        "PC, clipped": clips(0.15, 0.6, 0.5, 1, 2),
+        "PC, clipped": clips(0.3, 1.2, 0.25, 0.5, 1),
         "PC, Adam": rates(5e-4, 0.015),
         "backprop": rates(0.03, 0.75),
-        "backprop, clipped": clips(0.15, 0.6, 0.5, 1, 2),
+        "backprop, clipped": clips(0.3, 1.2, 0.25, 0.5, 1),
         "backprop, normalised": rates(0.03, 0.75),
         "backprop, Adam": rates(5e-4, 0.015),
         "backprop, as long as PC": rates(0.03, 0.75),
     },
     "drift": {
         "PC": rates(2e-3, 0.04),
-        "PC, clipped": clips(0.03, 0.2, 5, 10, 20),
+        "PC, clipped": clips(0.03, 0.2, 5, 12, 30),
         "PC, Adam": rates(1e-3, 0.03),
         "backprop": rates(2e-3, 0.04),
-        "backprop, clipped": clips(0.03, 0.2, 5, 10, 20),
+        "backprop, clipped": clips(0.03, 0.2, 5, 12, 30),
         "backprop, normalised": rates(0.05, 1.5),
         "backprop, Adam": rates(1e-3, 0.03),
         "backprop, as long as PC": rates(2e-3, 0.04),
@@ -278,11 +280,11 @@ def numbers_of(
         above = means[alignment.PC] >= ratio * means[alignment.BACKPROP]
         what = f"alignment, {activation}, 15 layers: PC's at least {ratio:g} of backprop's"
         numbers.append(Number(what, "yes", yes(above), check=True))
-    saddle = found["saddle"]
-    left = max(curve[-1] for curve in saddle["PC"].curves) < LEFT
+    left = max(curve[-1] for curve in found["saddle"]["PC"].curves) < LEFT
     numbers.append(Number("PC leaves the saddle from every seed", "yes", yes(left), check=True))
-    ever = any(value < LEFT for curve in saddle["backprop"].curves for value in curve)
-    what = "backprop with SGD does from any, at the best of its rates"
+    tried = found["saddle"]["backprop"].tried.values()
+    ever = min(map(min, tried)) < NEAR
+    what = f"backprop with SGD does at one of its {len(tried)} rates"
     numbers.append(Number(what, "no", yes(ever), check=True))
     return numbers
 
@@ -312,7 +314,7 @@ def draw(
     )
     for one, activation in (linear, "linear"), (tanh, "tanh"):
         draw_alignment(one, activation, aligned[activation])
-    tanh.legend(loc="lower left", fontsize=7)
+    tanh.legend(loc="lower left", fontsize=7, title="B, C")
     draw_rates(online, found["online"])
     online.set(title=f"batch 1, {tasks['online'].steps} updates: sigmoid 784-32-32-10")
     task = tasks["drift"]
@@ -360,6 +362,7 @@ def draw_alignment(axes: Axes, activation: str, found: dict[int, dict[str, list[
         xlabel="layers",
         ylabel="cosine of the output's change to its target",
         ylim=(0, 1.02),
+        xticks=list(found),
         title=f"one update, {activation}, width {alignment.WIDTH} (bands: quartiles)",
     )
 
@@ -399,7 +402,7 @@ def draw_control(axes: Axes, found: dict[str, dict[str, Outcome]]) -> None:
         xlabel="mean test error against plain backprop's (points)",
         title="the control (left is better)",
     )
-    axes.legend(loc="lower left", fontsize=7)
+    axes.legend(loc="best", fontsize=7)
 
 
 def draw_paper(axes: Axes, values: dict[str, float]) -> None:
