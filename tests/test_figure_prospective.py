@@ -231,6 +231,44 @@ def test_alignment_of_one_layer_is_complete_and_of_two_is_what_the_equilibrium_g
     assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+def fake_outcomes(task: learning.Task, value: float) -> dict[str, learning.Outcome]:
+    curves = [[value, value / 2], [value, value / 2]]
+    return {
+        method: learning.Outcome({(0.1, math.inf): [value]}, (0.1, math.inf), curves)
+        for method in prospective.CANDIDATES[task.name]
+    }
+
+
+def test_the_papers_errors_are_shown_beside_those_of_its_own_data_set(tmp_path: Path) -> None:
+    plan = replace(prospective.Plan(), depths=(2, 15), aligned=3)
+    aligned = prospective.aligned_networks(plan)
+    found = {task.name: fake_outcomes(task, 0.4) for task in plan.tasks}
+    digits = load_digits(None)
+    for name, shown in (digits.name, False), (prospective.FASHION, True):
+        data = replace(digits, name=name)
+        numbers = prospective.numbers_of(found, aligned, data)
+        papers = [number.paper for number in numbers if "mean error" in number.what]
+        assert papers == ([0.272, 0.288, 0.29, 0.405] if shown else [])
+        figure = prospective.draw(plan, found, aligned, data)
+        texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert ("paper, PC" in texts) == shown
+    # With such a loss both have left the saddle.
+    checks = {number.what: number.ours for number in numbers if number.check}
+    assert checks["PC leaves the saddle from every seed"] == "yes"
+    assert checks["backprop with SGD does at one of its 1 rates"] == "yes"
+
+
+def test_the_embedded_digits_are_learned_for_less_long() -> None:
+    options = Options(None, Path(), CPU)
+    digits = load_digits(None)
+    short = prospective.plan_of(digits, options)
+    long = prospective.plan_of(replace(digits, name=prospective.FASHION), options)
+    assert long.candidates == short.candidates
+    for few, many in zip(short.tasks, long.tasks, strict=True):
+        assert replace(many, steps=few.steps) == few and many.steps > few.steps
+    assert {task.name: task.steps for task in long.tasks}["online"] == 12_800
+
+
 def test_the_command_draws_it_and_passes_its_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
