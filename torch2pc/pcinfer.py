@@ -238,8 +238,8 @@ def PCInfer(
             while in most examples the gradient was above a tenth of the errors.
 
     Raises:
-        TypeError: ``model`` is neither an ``nn.Sequential`` nor a ``PCGraph``, or overrides its ``forward``; a module of it is
-            sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
+        TypeError: ``model`` is neither an ``nn.Sequential`` nor a ``PCGraph``, or overrides its
+            ``forward``; a module of it is sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
             entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
             is neither an int nor None; ``callback`` is not callable; a layer returns something other than
             one floating-point tensor.
