@@ -239,10 +239,10 @@ def PCInfer(
 
     Raises:
         TypeError: ``model`` is neither an ``nn.Sequential`` nor a ``PCGraph``, or overrides its
-            ``forward``; a module of it is sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
-            entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
-            is neither an int nor None; ``callback`` is not callable; a layer returns something other than
-            one floating-point tensor.
+            ``forward``; a module of it is sharded or wrapped in DistributedDataParallel; ``LossFun`` is
+            not callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a
+            string; ``n`` is neither an int nor None; ``callback`` is not callable; a layer returns
+            something other than one floating-point tensor.
         ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, or a string other than
             ``"auto"``; ``n`` < 1; ``vinit`` does not fit the layers' outputs; ``update_at`` is
             unknown; ``callback`` is given where there are no iterations, or with ``compile``; ``X`` was

@@ -238,6 +238,8 @@ class Below(NamedTuple):
     """The nodes whose backward is not PyTorch's own: it need not be linear in the error."""
     is_foreign: bool
     """Whether such a one is on the way to the inputs: J^T is not that of the operations."""
+    nodes: list[Any]
+    """All of them."""
 
 
 def below(output: Tensor, inputs: Sequence[Tensor]) -> Below:
@@ -247,11 +249,11 @@ def below(output: Tensor, inputs: Sequence[Tensor]) -> Below:
     parameters, and for those that belong to no module; faster than listing parameters, too.
     """
     if output.is_leaf:
-        return Below([], [], False)
+        return Below([], [], False, [])
     nodes = nodes_below(output.grad_fn)
     foreign = foreign_of(nodes)
     leaves = leaves_of(nodes, inputs)
-    return Below(leaves, foreign, bool(foreign) and reaches(foreign, inputs))
+    return Below(leaves, foreign, bool(foreign) and reaches(foreign, inputs), nodes)
 
 
 def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

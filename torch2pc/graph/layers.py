@@ -202,14 +202,13 @@ class Layer:
             output = self._evaluated(given, x)
         if compared is not None:
             self._compare(x, compared)
-        nodes = nodes_below(output.grad_fn)
-        kept = [node for node in nodes if self._begun <= node._sequence_nr() < before]
+        graph = below(output, tensors_in(list(x)))
+        kept = [node for node in graph.nodes if self._begun <= node._sequence_nr() < before]
         # Of parameters alone it is no function of beliefs.
         if kept and any(
             [not isinstance(x, nn.Parameter) for x in leaves_of(nodes_below(*kept), [])]
         ):
             raise kept_tensor(self.name)
-        graph = below(output, tensors_in(list(x)))
         self._keep_apart(bool(graph.foreign), given, recorder.written)
         if self.is_unguarded:
             return output  # the call begins anew

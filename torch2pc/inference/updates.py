@@ -83,7 +83,7 @@ def _of_layer(network: Network, l: int, at: Sequence[Tensor], error: Tensor) -> 
         for x in given:
             x.requires_grad_(x.is_floating_point())
         prediction = layer.replay(*given)
-    leaves, foreign, _ = below(prediction, given)
+    leaves, foreign, *_ = below(prediction, given)
     inputs = []
     if network.asks_input:
         inputs = [x for p, x in zip(parents, given, strict=True) if p == 0]
