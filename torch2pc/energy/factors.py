@@ -85,9 +85,11 @@ class _OfLayer:
             return
         with outside_autocast(self._device):
             found = self.d.backward(saved, error)
+        arriving: dict[int, Tensor] = {}
         for p, g in zip(self.parents, found, strict=True):
-            if g is not None:
-                yield p, g
+            if g is not None:  # a layer may be given the same belief twice
+                arriving[p] = arriving[p] + g if p in arriving else g
+        yield from arriving.items()
 
 
 class Prediction(_OfLayer):
