@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from tests.cases import Case, assert_close, random_beliefs, squared_error
-from torch2pc import PCInferLatent, PCResult, compiled
+from torch2pc import PCInferLatent, PCResult
+from torch2pc.compiled import calls as compiled
 from torch2pc.compiled.calls import _scalar_tensors
 
 # PyTorch's compiler uses deprecated parts of PyTorch.

@@ -104,7 +104,7 @@ def PCInferLatent(
 
     def algorithm(network: Network) -> Inference:
         def relax() -> Inference:
-            return infer_by(latent(network, eta, pi), n, callback)
+            return infer_by(latent(network, eta, pi), n, callback, "PCInferLatent")
 
         if not compile:
             return relax()

@@ -309,7 +309,7 @@ class Asked(NamedTuple):
         def relax() -> Inference:
             relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at)
             warn_of_flat_items(network, ErrType, update_at)
-            return infer_by(relaxation, n, callback)
+            return infer_by(relaxation, n, callback, ErrType)
 
         if not compile:
             return relax()

@@ -358,6 +358,7 @@ class Traced(Network):
         self.nodes = [Node(_no_function, parents, "") for parents in asked.parents]
         self.free = set(asked.free)
         self.asks_input, self.kept, self.arrived = program.asks_input, {}, None
+        self._autocast = None
         self.vhat = [find(held, place) for place in program.vhat]
         self.Loss, self.dLdy = find(held, program.Loss), find(held, program.dLdy)
         inputs = program.inputs_of(held)

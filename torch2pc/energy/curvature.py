@@ -62,7 +62,8 @@ def _linear(factor: Factor, energy: Energy) -> Any:
     if factor.d is not None:
         # Where no belief has moved, neither has the prediction.
         is_asleep = isinstance(energy, Beliefs) and energy.moved.isdisjoint(factor.beliefs)
-        before = None if is_asleep else factor.displaced(energy.delta)[0]
+        with energy.outside_autocast():
+            before = None if is_asleep else factor.displaced(energy.delta)[0]
         at = [(energy.vhat[p], energy.delta[p]) for p in factor.parents]
         own = energy.vhat[-1 if factor.target is None else factor.target]
         d = _LinearDisplacement(factor.d, at, before, own.dtype)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from torch2pc.graph.autograd import gradient, in_belief_dtype, outside_autocast
+from torch2pc.graph.autograd import gradient, in_belief_dtype
 from torch2pc.graph.layers import Network
 
 # A number, or in a compiled call a tensor without dimensions.
@@ -69,27 +69,22 @@ class _OfLayer:
 
     error: Tensor
 
-    def __init__(self, d: Displaced | None, parents: tuple[int, ...], device: torch.device) -> None:
-        self.d, self.parents, self._device = d, parents, device
+    def __init__(self, d: Displaced | None, parents: tuple[int, ...]) -> None:
+        self.d, self.parents = d, parents
 
     def displaced(self, x: Sequence[Any]) -> tuple[Tensor | None, Any]:
         """How far the prediction has moved, None if it does not, and what its way back needs."""
-        if self.d is None:
-            return None, None
-        with outside_autocast(self._device):  # the rules choose the types themselves
-            return self.d.forward(*[x[p] for p in self.parents])
+        return (None, None) if self.d is None else self.d.forward(*[x[p] for p in self.parents])
 
-    def arriving(self, saved: Any, error: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def arriving(self, saved: Any, error: Tensor) -> Iterator[tuple[int, Parts]]:
         """J^T error at each parent where anything arrives."""
-        if self.d is None:
-            return
-        with outside_autocast(self._device):
-            found = self.d.backward(saved, error)
-        arriving: dict[int, Tensor] = {}
-        for p, g in zip(self.parents, found, strict=True):
-            if g is not None:  # a layer may be given the same belief twice
-                arriving[p] = arriving[p] + g if p in arriving else g
-        yield from arriving.items()
+        if self.d is not None:
+            found: dict[int, Tensor] = {}
+            for p, g in zip(self.parents, self.d.backward(saved, error), strict=True):
+                if g is not None:  # a layer may be given the same belief twice
+                    found[p] = found[p] + g if p in found else g
+            for p, g in found.items():
+                yield p, [(g, 1.0)]
 
 
 class Prediction(_OfLayer):
@@ -104,7 +99,7 @@ class Prediction(_OfLayer):
         precision: Number = 1.0,
         is_awake: bool = False,
     ) -> None:
-        super().__init__(d, parents, vhat.device)
+        super().__init__(d, parents)
         self.is_awake = is_awake
         self.target, self.precision = target, precision
         self.beliefs = frozenset([*parents, target])
@@ -125,10 +120,7 @@ class Prediction(_OfLayer):
         if down:
             self.take(moved, x[self.target])
         del moved
-        if self.d is not None:
-            for p, g in self.arriving(saved, self.weighted()):
-                yield p, [(g, 1.0)]
-                del g
+        yield from self.arriving(saved, self.weighted())
 
     def weighted(self) -> Tensor:
         """pi e, which goes down, and which the layer's update is made of."""
@@ -158,7 +150,7 @@ class Output(_OfLayer):
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
     ) -> None:
-        super().__init__(d, parents, vhat.device)
+        super().__init__(d, parents)
         self.beliefs = frozenset(parents)
         self.vhat, self.loss = vhat, loss
         self.Loss, self.error = Loss, in_belief_dtype(dLdy).clone()
@@ -185,9 +177,7 @@ class Output(_OfLayer):
         moved, saved = self.displaced(x)
         self.take(moved)
         del moved
-        for p, g in self.arriving(saved, self.error):
-            yield p, [(g, 1.0)]
-            del g
+        yield from self.arriving(saved, self.error)
 
     def weighted(self) -> Tensor:
         """What goes down, and what the layer's update is made of."""
@@ -234,7 +224,7 @@ class Prior:
 
     def energy(self, x: Sequence[Any]) -> Tensor:
         """The energy."""
-        return self.prior(self.given(x)).detach().reshape(())
+        return self.prior(self.given(x)).detach()
 
 
 def factors_of(network: Network, precision: Sequence[float] | None = None) -> list[Factor]:
@@ -244,7 +234,7 @@ def factors_of(network: Network, precision: Sequence[float] | None = None) -> li
     """
     found: list[Factor] = []
     if network.prior is not None:
-        found.append(Prior(network.prior.replay, network.vhat))
+        found.append(Prior(network.prior_at, network.vhat))
     L = len(network.layers)
     for l in range(L, 0, -1):
         parents, vhat = network.moving(l), network.vhat[l]

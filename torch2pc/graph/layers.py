@@ -297,6 +297,7 @@ class Network:
     """The feed-forward values, once they have been recorded."""
     Loss: Tensor
     dLdy: Tensor
+    _autocast: tuple[str, torch.dtype] | None
 
     def __init__(
         self,
@@ -314,6 +315,9 @@ class Network:
         self.model, self.X, self.Y, self.devices = model, X, Y, devices
         # Whether the error that arrives at the input is asked for.
         self.asks_input = X.requires_grad
+        kind, self._autocast = X.device.type, None
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            self._autocast = kind, torch.get_autocast_dtype(kind)
         self.modules = modules
         self.nodes = nodes_of(model)
         writes = any_in_place(modules)
@@ -443,7 +447,18 @@ class Network:
 
     def loss_at(self, y: Tensor) -> Tensor:
         """The recorded loss at the output ``y``, with its graph."""
-        return self.loss.replay(y.to(self.vhat[-1].dtype)).reshape(())
+        with self._in_autocast():
+            return self.loss.replay(y.to(self.vhat[-1].dtype)).reshape(())
+
+    def prior_at(self, beliefs: list[Tensor]) -> Tensor:
+        """The recorded prior of such beliefs, with its graph."""
+        assert self.prior is not None
+        with self._in_autocast():
+            return self.prior.replay(beliefs).reshape(())
+
+    def _in_autocast(self) -> AbstractContextManager[Any]:
+        """Autocast, if it was on when the call was made."""
+        return nullcontext() if self._autocast is None else torch.autocast(*self._autocast)
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``walk(x)`` in the place of the model's forward, between the hooks of the container."""

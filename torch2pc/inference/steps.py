@@ -98,7 +98,7 @@ def round_off(dtype: torch.dtype) -> float:
 
 def _add(x: Tensor, part: Tensor, c: Any) -> None:
     """x <- x + c part"""
-    if isinstance(c, Tensor):
-        x.add_(part * c)
-    else:
+    if type(c) is float:
         x.add_(part, alpha=c)
+    else:  # a tensor without dimensions, in a compiled call
+        x.add_(part * c)
