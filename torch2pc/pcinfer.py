@@ -21,7 +21,7 @@ from torch2pc.checks import (
     check_update_at,
     check_vinit_length,
 )
-from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain
+from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain, run_plainly
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.nodes import PCGraph, depth
@@ -300,6 +300,9 @@ class Asked(NamedTuple):
             is_exact = ErrType == "Exact"
             factors = exact_factors(network) if is_exact else fixed_pred_factors(network, eta, n)
             if factors is None:
+                if compile:
+                    reason = "the ways down to its layers differ in length, where FixedPred is not compiled"
+                    run_plainly(network.model, reason)
                 return by_lengths_of_paths(network, eta, n)
             backpropagate = partial(weighted_backpropagation, network, factors)
             if not compile:

@@ -79,9 +79,12 @@ class _OfLayer:
     def arriving(self, saved: Any, error: Tensor) -> Iterator[tuple[int, Parts]]:
         """J^T error at each parent where anything arrives."""
         if self.d is not None:
+            found: dict[int, Tensor] = {}
             for p, g in zip(self.parents, self.d.backward(saved, error), strict=True):
-                if g is not None:
-                    yield p, [(g, 1.0)]
+                if g is not None:  # a layer may be given the same belief twice
+                    found[p] = found[p] + g if p in found else g
+            for p, g in found.items():
+                yield p, [(g, 1.0)]
 
 
 class Prediction(_OfLayer):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from torch2pc.follow.outlook import (
     Landscape,
     Outlook,
     Stability,
+    Ways,
+    from_above,
     largest_stable,
     look_ahead,
     wide,
@@ -30,7 +32,7 @@ from torch2pc.follow.record import Record
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.autograd import add_updates, gradient, leaves_between
 from torch2pc.graph.layers import Network
-from torch2pc.graph.nodes import PCGraph
+from torch2pc.graph.nodes import PCGraph, steps_above
 from torch2pc.graph.state import Snapshot, Source, generators_in, generators_kept, modules_in
 from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.fixed_pred import AUTO_ETA, error_factors
@@ -214,7 +216,9 @@ def _follow(relaxation: Relaxation, ErrType: str, n: int) -> Record:
     """Run a relaxation and look at it after each step."""
     network, energy = relaxation.network, relaxation.energy
     with network.replaying():
-        contributions, _ = _backpropagate(network)
+        contributions: list[dict[Tensor, Tensor]] = [{} for _ in network.layers]
+        for way in _ways_down(network, apart=False):
+            contributions[way.l - 1] = way.of_leaves
         looking = _Looking(relaxation, contributions)
         looking(0)
         relaxation.after_step = looking
@@ -349,14 +353,24 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(wide(x)) * y.to(wide(y))).sum()
 
 
-def _backpropagate(network: Network) -> tuple[list[dict[Tensor, Tensor]], list[Tensor]]:
-    """What each layer adds to the gradients of its parameters, and dLoss/dvhat_l for l = 0..L.
+class _Way(NamedTuple):
+    """A part of the gradient: what arrives at layer ``l`` along ways of ``m`` layers."""
 
-    One recorded layer after the other, so that nothing is drawn anew.
+    l: int
+    m: int
+    error: Tensor
+    of_leaves: dict[Tensor, Tensor]
+    """What it adds to the gradients of the layer's parameters."""
+
+
+def _ways_down(network: Network, apart: bool) -> list[_Way]:
+    """Backpropagation, one recorded layer after the other, so that nothing is drawn anew.
+
+    ``apart``: ways of different lengths are told apart; otherwise they are one, as if of no length.
     """
-    errors = [torch.zeros_like(vhat_l) for vhat_l in network.vhat]
-    errors[-1] = network.dLdy
-    contributions: list[dict[Tensor, Tensor]] = []
+    arriving: list[dict[int, Tensor]] = [{} for _ in network.vhat]
+    arriving[-1][0] = network.dLdy
+    found = []
     for l in range(len(network.layers), 0, -1):
         parents = network.nodes[l - 1].parents
         x = [network.vhat[p].detach() for p in parents]
@@ -366,13 +380,18 @@ def _backpropagate(network: Network) -> tuple[list[dict[Tensor, Tensor]], list[T
         leaves = leaves_between(prediction, x)
         inputs = [(p, a) for p, a in zip(parents, x, strict=True) if a.requires_grad]
         asked = [*leaves, *[a for _, a in inputs]]
-        found = gradient([prediction], asked, [errors[l].to(prediction.dtype)])
-        for (p, _), arriving in zip(inputs, found[len(leaves) :], strict=True):
-            if arriving is not None:
-                errors[p] = errors[p] + arriving
-        of_leaves = zip(leaves, found, strict=False)
-        contributions.insert(0, {leaf: g.detach() for leaf, g in of_leaves if g is not None})
-    return contributions, errors
+        for m, error in arriving[l].items():
+            of_asked = gradient([prediction], asked, [error.to(prediction.dtype)], keep_graph=True)
+            for (p, _), g in zip(inputs, of_asked[len(leaves) :], strict=True):
+                if g is not None:
+                    further = m + 1 if apart else 0
+                    kept = arriving[p].get(further)
+                    arriving[p][further] = g if kept is None else kept + g
+            pairs = zip(leaves, of_asked, strict=False)
+            found.append(
+                _Way(l, m, error, {leaf: g.detach() for leaf, g in pairs if g is not None})
+            )
+    return found
 
 
 @torch.no_grad()
@@ -391,39 +410,46 @@ def _resolved(errors: Sequence[Tensor], v: Sequence[Tensor]) -> list[float]:
 
 
 def _follow_closed_form(network: Network, ErrType: str, eta: float | str, n: int) -> Record:
-    """The rows of Exact, or of the iterations of FixedPred: multiples of the gradients."""
+    """The rows of Exact, or of the iterations of FixedPred: shares of the parts of the gradients."""
     network.record()
     vhat, Loss, L = network.vhat, network.Loss, len(network.layers)
     with network.replaying():
-        contributions, g = _backpropagate(network)
+        ways = _ways_down(network, apart=True)
     step = AUTO_ETA if isinstance(eta, str) else eta
     is_stepping = ErrType == "FixedPred"
-    # The share of the gradient that is at layer l after k iterations, and the update's.
+    longest = steps_above([node.parents for node in network.nodes], farthest=True)[0]
+    # The shares of the parts after k iterations, by the lengths of their ways, and the updates'.
     if ErrType == "Exact":
-        start = [0.0] * (L - 1) + [1.0]
-        shares, of_updates = torch.tensor([start, [1.0] * L]).double(), torch.ones(1, L).double()
+        found = [(1.0, *[0.0] * (longest - 1)), (1.0,) * longest]
     else:
-        found = [error_factors(step, k, L)[::-1] for k in range(n + 1)]
-        shares = torch.tensor(found, dtype=torch.float64)
-        of_updates = shares[:-1]
+        found = [error_factors(step, k, longest) for k in range(n + 1)]
+    shares = torch.tensor(found, dtype=torch.float64)
+    of_updates = shares[:-1] if is_stepping else shares[1:]
     like = _square(Loss.new_zeros(()))
-    sizes = torch.stack([_square(e).to(like) for e in g[1:]]).cpu().double()
     rows = torch.zeros(len(shares), 8 * L + 1, dtype=torch.float64)
     energies, weighted, gradients, arriving, moves, updates = _parts(rows, L)
-    hidden = slice(0, L - 1)
-    energies[:, 1:L] = 0.5 * shares[:, hidden].square() * sizes[hidden]
+    above, hidden, errors = from_above(shares), [], [torch.zeros_like(vhat_l) for vhat_l in vhat]
+    for l in range(1, L + 1):
+        own = [way for way in ways if way.l == l]
+        for way in own:
+            errors[l] = errors[l] + way.error * shares[-1, way.m].item()
+        if l == L or not own:
+            continue
+        products = [[_inner(a.error, b.error).to(like) for a in own] for b in own]
+        of_l = Ways([way.m for way in own], _on_host(products))
+        hidden.append(of_l)
+        weighted[:, l] = of_l.square(shares)
+        energies[:, l] = 0.5 * weighted[:, l]
+        arriving[:, l] = of_l.square(above)
+        gradients[:, l] = of_l.square(shares - above)
+        moves[1:, l] = of_l.square(shares[1:] - shares[:-1])
     energies[:, L] = Loss.double().item()
-    weighted[:, 1:] = shares[:, hidden].square() * sizes[hidden]
-    arriving[:, 1:] = shares[:, 1:].square() * sizes[hidden]
-    gradients[:, 1:] = (shares[:, hidden] - shares[:, 1:]).square() * sizes[hidden]
-    moves[1:, 1:] = (shares[1:, hidden] - shares[:-1, hidden]).square() * sizes[hidden]
-    # update = sum_a c_a g_a and gradient = sum_b g_b, over the layers that share a parameter.
-    for l, products in enumerate(_products(contributions, like)):
-        for (a, b), product in products.items():
+    # update = sum_a c_a g_a and gradient = sum_b g_b, over the ways to the layers that share a parameter.
+    for l, of_layer in enumerate(_products(ways, L, like)):
+        for (a, b), product in of_layer.items():
             updates[1:, 3 * l] += of_updates[:, a] * product
             updates[1:, 3 * l + 1] += of_updates[:, a] * of_updates[:, b] * product
             updates[1:, 3 * l + 2] += product
-    errors = [g_l * c for g_l, c in zip(g, [0.0, *shares[-1].tolist()], strict=True)]
     beliefs = [a.to(e.dtype) - e for a, e in zip(vhat, errors, strict=True)]
     return _record(
         network,
@@ -431,31 +457,35 @@ def _follow_closed_form(network: Network, ErrType: str, eta: float | str, n: int
         rows,
         eta=step if is_stepping else None,
         stability=Stability(2.0, True) if is_stepping and L > 1 else None,
-        outlook=ClosedForm(tuple(sizes[:-1].tolist())) if is_stepping and L > 1 else None,
+        outlook=ClosedForm(hidden) if is_stepping and hidden else None,
         resolved=_resolved(errors, beliefs),
         dtype=vhat[-1].dtype,
     )
 
 
-def _products(
-    contributions: list[dict[Tensor, Tensor]], like: Tensor
-) -> list[dict[tuple[int, int], float]]:
-    """For each layer g_a . g_b, summed over its parameters, for layers a and b that use them too."""
-    users: dict[Tensor, list[int]] = {}
-    for l, of_layer in enumerate(contributions):
+def _on_host(numbers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """A table of numbers, in float64."""
+    return torch.stack([torch.stack([*row]) for row in numbers]).double().cpu()
+
+
+def _products(ways: Sequence[_Way], L: int, like: Tensor) -> list[dict[tuple[int, int], float]]:
+    """For each layer g_a . g_b, summed over its parameters and over what arrives at any layer that uses them
+    along ways of a and of b layers."""
+    users: dict[Tensor, list[_Way]] = {}
+    leaves: list[dict[Tensor, None]] = [{} for _ in range(L)]
+    for way in ways:
+        for leaf in way.of_leaves:
+            users.setdefault(leaf, []).append(way)
+            leaves[way.l - 1][leaf] = None
+    result: list[dict[tuple[int, int], float]] = [{} for _ in range(L)]
+    for l, of_layer in enumerate(leaves):
         for leaf in of_layer:
-            users.setdefault(leaf, []).append(l)
-    places, products = [], []
-    for l, of_layer in enumerate(contributions):
-        for leaf in of_layer:
-            for a in users[leaf]:
-                for b in users[leaf]:
-                    places.append((l, (a, b)))
-                    products.append(_inner(contributions[a][leaf], contributions[b][leaf]).to(like))
-    result: list[dict[tuple[int, int], float]] = [{} for _ in contributions]
-    if products:
-        for (l, pair), product in zip(places, torch.stack(products).tolist(), strict=True):
-            result[l][pair] = result[l].get(pair, 0.0) + product
+            of_leaf = [way.of_leaves[leaf] for way in users[leaf]]
+            table = _on_host([[_inner(a, b).to(like) for b in of_leaf] for a in of_leaf]).tolist()
+            for one, row in zip(users[leaf], table, strict=True):
+                for other, product in zip(users[leaf], row, strict=True):
+                    pair = one.m, other.m
+                    result[l][pair] = result[l].get(pair, 0.0) + product
     return result
 
 
@@ -490,7 +520,7 @@ def _record(
     return Record(
         ErrType=ErrType,
         eta=eta,
-        names=["input", *[layer.name for layer in network.layers]],
+        names=_names(network),
         energies=energies.clone(),
         moves=torch.cat([moves.sqrt(), zero], dim=1),
         gradient=torch.cat([gradients.sqrt(), zero], dim=1),
@@ -507,6 +537,13 @@ def _record(
         slack=round_off(dtype),
         outlook=outlook,
     )
+
+
+def _names(network: Network) -> list[str]:
+    model = network.model
+    if isinstance(model, PCGraph):
+        return list(model.names)
+    return ["input", *[layer.name for layer in network.layers]]
 
 
 def _ratio(square: Tensor, of: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from torch2pc.graph.autograd import (
     output_gradient,
     outside_autocast,
 )
-from torch2pc.graph.nodes import nodes_of
+from torch2pc.graph.nodes import any_in_place, may_write_input, nodes_of
 from torch2pc.graph.state import (
     Buffers,
     RandomState,
@@ -379,13 +379,13 @@ class Network:
             self._autocast = kind, torch.get_autocast_dtype(kind)
         self.modules = modules
         self.nodes = nodes_of(model)
-        writes, self.habits = _any_in_place(modules), habits_of(model)
+        writes, self.habits = any_in_place(modules), habits_of(model)
         self.layers = [
             Layer(
                 node.function,
                 node.where,
                 devices,
-                writes and _may_write_input(node.function),
+                writes and may_write_input(node.function),
                 habits=self.habits,
             )
             for node in self.nodes
@@ -416,6 +416,9 @@ class Network:
                 if not x.requires_grad:
                     # No parameters so far, or frozen ones, on an input that needs no gradient.
                     x = x.detach().requires_grad_()
+                elif any([x is before for before in values]):
+                    # The belief at a parent has other children's errors, too.
+                    x = x.view_as(x)
                 values.append(x)
             vhat.extend(values[1:])
             return x
@@ -625,34 +628,6 @@ def own_output(output: Tensor, given: Sequence[Any]) -> Tensor:
     base = output._base if output._base is not None else output
     of_input = any([isinstance(x, Tensor) and (base is x or base is x._base) for x in given])
     return output.clone() if base.is_leaf and not of_input else output
-
-
-def _may_write_input(function: object) -> bool:
-    """Whether a module says that it works in place, and may do so on its own input."""
-    if type(function) is nn.Sequential:
-        for child in function._modules.values():
-            if _may_write_input(child):
-                return True
-            if not _may_return_input(child):
-                return False
-        return False
-    return _any_in_place(modules_in(function))
-
-
-def _any_in_place(modules: list[nn.Module]) -> bool:
-    # Not getattr of the module: one without the attribute would take a slow way to say so.
-    return any([module.__dict__.get("inplace") for module in modules]) or any(
-        [getattr(kind, "inplace", False) for kind in set(map(type, modules))]
-    )
-
-
-def _may_return_input(module: object) -> bool:
-    if type(module) is nn.Sequential:
-        return all(_may_return_input(child) for child in module)
-    return isinstance(module, _VIEWS)
-
-
-_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
 def _type_name(value: object) -> str:

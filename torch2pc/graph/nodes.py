@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from torch2pc.graph.state import modules_in
+
 
 class Node(NamedTuple):
     """A layer: a function of the beliefs at ``parents``, which predicts the belief at its place.
@@ -53,6 +55,35 @@ def steps_above(parents: Sequence[Sequence[int]], farthest: bool = False) -> lis
 def depth(model: nn.Module) -> int:
     """How many layers there are on the longest way from the input to the output."""
     return steps_above([node.parents for node in nodes_of(model)], farthest=True)[0]
+
+
+def may_write_input(function: object) -> bool:
+    """Whether a module says that it works in place, and may do so on its own input."""
+    if type(function) is nn.Sequential:
+        for child in function._modules.values():
+            if may_write_input(child):
+                return True
+            if not _may_return_input(child):
+                return False
+        return False
+    return any_in_place(modules_in(function))
+
+
+def any_in_place(modules: list[nn.Module]) -> bool:
+    """Whether any of the modules says that it works in place."""
+    # Not getattr of the module: one without the attribute would take a slow way to say so.
+    return any([module.__dict__.get("inplace") for module in modules]) or any(
+        [getattr(kind, "inplace", False) for kind in set(map(type, modules))]
+    )
+
+
+def _may_return_input(module: object) -> bool:
+    if type(module) is nn.Sequential:
+        return all(_may_return_input(child) for child in module)
+    return isinstance(module, _VIEWS)
+
+
+_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
 class PCGraph(nn.Module):
@@ -112,9 +143,9 @@ class PCGraph(nn.Module):
             raise ValueError("PCGraph must have at least one layer, as name=(module, *parents)")
         self.names, self.parents = ["x"], []
         for name, layer in layers.items():
-            module, parents = _checked(name, layer, self.names, list(layers))
             if name == "x" or hasattr(self, name):
                 raise ValueError(f"the name {name!r} of a layer is taken: choose another one")
+            module, parents = _checked(name, layer, self.names, list(layers))
             self.add_module(name, module)
             self.parents.append(tuple([self.names.index(parent) for parent in parents]))
             self.names.append(name)
@@ -125,10 +156,16 @@ class PCGraph(nn.Module):
             raise ValueError(f"each place but the last must be a parent of some layer: {what}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """The feed-forward pass: the output of the last layer."""
+        """The feed-forward pass: the output of the last layer.
+
+        As in an inference, a layer that works in place on its input is handed a copy.
+        """
         values = [x]
-        for name, parents in zip(self.names[1:], self.parents, strict=True):
-            values.append(self._modules[name](*[values[p] for p in parents]))  # type: ignore[misc]
+        for node in nodes_of(self):
+            given = [values[p] for p in node.parents]
+            if may_write_input(node.function):
+                given = [a.clone() for a in given]
+            values.append(node.function(*given))
         return values[-1]
 
     def __len__(self) -> int:
@@ -157,8 +194,8 @@ def _checked(
     module, *parents = layer
     if not isinstance(module, nn.Module) or not all([isinstance(p, str) for p in parents]):
         raise TypeError(f"{accepted}, got {type(module).__name__} and {parents!r}")
-    if "." in name:
-        raise ValueError(f"the name {name!r} of a layer must have no dot in it")
+    if "." in name or not name:
+        raise ValueError(f"the name {name!r} of a layer must not be empty, nor have a dot in it")
     for parent in parents:
         if parent == name or (parent in names and parent not in before):
             raise ValueError(

@@ -77,11 +77,11 @@ def _subtract(a: list[Tensor], b: list[Tensor], c: Sequence[float]) -> Sequence[
     if all([c_i == 1 for c_i in c]):
         return torch._foreach_sub(a, b)
     if not all([abs(c_i) < 1e38 for c_i in c]):
-        c = [_within(c_i, b_i.dtype) for c_i, b_i in zip(c, b, strict=True)]
+        c = [within(c_i, b_i.dtype) for c_i, b_i in zip(c, b, strict=True)]
     return [torch.sub(*of_i, alpha=c_i) for *of_i, c_i in zip(a, b, c, strict=True)]
 
 
-def _within(c: float, dtype: torch.dtype) -> float:
+def within(c: float, dtype: torch.dtype) -> float:
     """``c``, or infinity where it is beyond the type, for which PyTorch would raise an error."""
     return c if not abs(c) > torch.finfo(dtype).max else math.copysign(math.inf, c)
 

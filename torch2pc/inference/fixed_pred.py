@@ -40,7 +40,7 @@ from torch2pc.graph.autograd import (
 from torch2pc.graph.layers import Inference, Network, detached
 from torch2pc.graph.nodes import nodes_of, steps_above
 from torch2pc.graph.warn import warn_caller
-from torch2pc.inference.exact import Factors
+from torch2pc.inference.exact import Factors, within
 
 # A share of the gradient that this is less than, an optimizer's epsilon and round-off take for none.
 LEAST_SHARE = 1e-6
@@ -96,11 +96,13 @@ def warn_of_short_inference(model: nn.Module, eta: float | str, n: int) -> None:
 def fixed_pred_factors(network: Network, eta: float, n: int) -> Factors | None:
     """Those of the errors and beliefs after ``n`` iterations; None where ways differ in length."""
     parents = [node.parents for node in network.nodes]
-    below = steps_above(parents)
-    if below != steps_above(parents, farthest=True):
+    below, farthest = steps_above(parents), steps_above(parents, farthest=True)
+    # Where no error of the input is asked for, nothing goes down to it.
+    first = 0 if network.asks_input else 1
+    if below[first:] != farthest[first:]:
         return None
     # epsilon is that of the n-th iteration, computed before the n-th update of v; v_L is not moved.
-    before, after = (error_factors(eta, k, below[0]) for k in (n - 1, n))
+    before, after = (error_factors(eta, k, farthest[0]) for k in (n - 1, n))
     of_input = before[below[0] - 1]
     hidden = below[1:]
     return Factors(
@@ -137,9 +139,9 @@ def by_lengths_of_paths(network: Network, eta: float, n: int) -> Inference:
         (inputs, output), parts = pieces.pop(), arriving[l]
         error = epsilon[l] = torch.zeros_like(v[l])
         for m, part in parts.items():
-            error.add_(part, alpha=before[m])
+            error.add_(part, alpha=within(before[m], part.dtype))
             if m > 0:
-                v[l].sub_(part, alpha=after[m])
+                v[l].sub_(part, alpha=within(after[m], part.dtype))
         places = list(zip(network.nodes[l - 1].parents, inputs, strict=True))
         hidden = [(p, x) for p, x in places if p > 0]
         for m, part in parts.items():
