@@ -11,13 +11,12 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import modules_in
-from torch2pc.inference.steps import AUTO
+from torch2pc.inference.steps import AUTO, Rule, is_plain, number
 
 
 def check_model(model: object) -> None:
@@ -146,22 +145,38 @@ def check_tensor(name: str, value: object) -> None:
         )
 
 
-def check_eta(eta: object) -> float | str:
+def check_eta(eta: object) -> float | str | Rule:
     """``eta`` as a float: a finite number, which may be a tensor or an array without dimensions.
 
-    Or ``"auto"``, which it stays.
+    Or ``"auto"`` or a step rule, which it stays; a rule that is plain descent is its number.
     """
+    if isinstance(eta, Rule):
+        return float(eta.eta) if is_plain(eta) else eta
     if isinstance(eta, str):
         if eta != AUTO:
             raise ValueError(f'eta must be a finite number or "auto", got {eta!r}')
         return eta
-    value = eta.item() if isinstance(eta, Tensor | np.ndarray) and eta.ndim == 0 else eta
-    if isinstance(value, bool) or not isinstance(value, Real):
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
-        raise TypeError(f'eta must be a finite number or "auto", got {type(eta).__name__}{shape}')
-    if not math.isfinite(value):
-        raise ValueError(f'eta must be a finite number or "auto", got {value}')
-    return float(value)
+    if isinstance(eta, type) and issubclass(eta, Rule):
+        raise TypeError(
+            f"eta must be a rule, got the class {eta.__name__}: call it with its numbers"
+        )
+    return number("eta", eta, 'a finite number or "auto"')
+
+
+def check_rule(eta: float | str | Rule, ErrType: str) -> None:
+    """``eta`` is a rule that the algorithm can follow."""
+    if not isinstance(eta, Rule):
+        return
+    if ErrType == "FixedPred":
+        raise ValueError(
+            'eta must be a finite number or "auto" for FixedPred, whose closed form is that of plain '
+            f"descent, got {eta}"
+        )
+    if ErrType == "ErrorBased" and eta.down:
+        raise ValueError(
+            'eta must have sweep="together" for ErrorBased, whose errors all follow from one pass down '
+            f"and have no order, got {eta}"
+        )
 
 
 def check_n(n: object) -> int:

@@ -21,6 +21,7 @@ from torch2pc.compiled import Relaxing, compiled_or_plain
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.inference.relax import Callback, infer_by
+from torch2pc.inference.steps import Rule
 from torch2pc.inference.strict import latent
 from torch2pc.pcinfer import PCResult, infer
 
@@ -30,7 +31,7 @@ def PCInferLatent(
     LossFun: Callable[[Tensor, Any], Tensor],
     Y: Any,
     Xinit: Tensor,
-    eta: float | Tensor | str,
+    eta: float | Tensor | str | Rule,
     n: int,
     *,
     precision: float | Sequence[float] | None = None,
@@ -59,7 +60,8 @@ def PCInferLatent(
             other terms do: with a mean, the data would weigh less the larger the batch is.
         Y: the data, handed to ``LossFun`` as they are.
         Xinit: the latent to start from, ``(batch, *features)``, floating-point. It is not changed.
-        eta: the step size of the beliefs, a number, or ``"auto"`` as in ``PCInfer``.
+        eta: the step size of the beliefs, a number, ``"auto"`` or a rule of ``torch2pc.steps``, as in
+            ``PCInfer``.
         n: the number of iterations, at least 1.
         precision: pi_l = 1/sigma_l^2, one number for all hidden layers or a sequence of L-1
             (l = 1..L-1); 1 if not given.
@@ -118,11 +120,11 @@ def check_latent_arguments(
     model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     Xinit: Tensor,
-    eta: float | Tensor | str,
+    eta: float | Tensor | str | Rule,
     n: int,
     precision: float | Sequence[float] | None,
     prior: Callable[[list[Tensor]], Tensor] | None,
-) -> tuple[float | str, int, list[float]]:
+) -> tuple[float | str | Rule, int, list[float]]:
     """Check what describes an inference of latents; returns eta, n and the precisions."""
     check_model(model)
     check_LossFun(LossFun)

@@ -17,6 +17,7 @@ from torch2pc.checks import (
     check_modules,
     check_n,
     check_no_transform,
+    check_rule,
     check_tensor,
     check_update_at,
     check_vinit_length,
@@ -34,6 +35,7 @@ from torch2pc.inference.fixed_pred import (
     warn_of_short_inference,
 )
 from torch2pc.inference.relax import Callback, infer_by, warn_of_flat_items
+from torch2pc.inference.steps import Rule
 
 ErrTypes = ("Exact", "FixedPred", *RELAXATIONS)
 
@@ -103,7 +105,7 @@ def PCInfer(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor | str = 0.1,
+    eta: float | Tensor | str | Rule = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
@@ -190,7 +192,9 @@ def PCInfer(
         Y: the targets, handed to ``LossFun`` as they are.
         ErrType: ``"Exact"``, ``"FixedPred"``, ``"Strict"``, ``"ErrorBased"`` or ``"Equilibrium"``.
         eta: the step size of the beliefs, or of ErrorBased's errors: a number, a tensor without
-            dimensions, or ``"auto"``. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
+            dimensions, ``"auto"``, or for Strict and ErrorBased a rule of ``torch2pc.steps`` (momentum,
+            a step that shrinks, any optimizer, noise; sweeps from the top down, Strict only), which a call
+            uses as it is and leaves as it is. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
             ErrorBased take 1/lambda, where lambda is the largest eigenvalue of the energy's Hessian (in
             the beliefs, or in the errors), estimated anew in each call from 4 products with it at the
             start (Gauss-Newton, Lanczos), and a quarter of that, and so on, if the energy is
@@ -209,9 +213,9 @@ def PCInfer(
             ``torch.compile``, which takes 10 to 60 s at the first call for a model. Other
             weights, batches, ``eta``, ``n`` and ``vinit`` compile nothing anew; another mode of a module or
             ``update_at`` does, and so does the second batch size. Where it cannot be done (a layer
-            whose operations cannot be followed, hooks, ``eta="auto"``, Equilibrium and what the page on
-            semantics lists) a warning says so once. Exact and FixedPred are one graph, for every ``n``
-            and ``eta`` (``"auto"`` too) and operations that no rule covers; it equals backpropagation
+            whose operations cannot be followed, hooks, ``eta="auto"`` or a rule, Equilibrium and what the
+            page on semantics lists) a warning says so once. Exact and FixedPred are one graph, for every
+            ``n`` and ``eta`` (``"auto"`` too) and operations that no rule covers; it equals backpropagation
             to round-off.
         update_at: where the updates of the relaxations are taken, ``"v"``, ``"vhat"`` or ``"before"``. At
             v they descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken
@@ -237,13 +241,14 @@ def PCInfer(
     Raises:
         TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; a module of it is
             sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
-            entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
+            entry of ``vinit`` is no tensor; ``eta`` is neither a number, a string nor a rule; ``n``
             is neither an int nor None; ``callback`` is not callable; a layer returns something other than
             one floating-point tensor.
-        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, or a string other than
-            ``"auto"``; ``n`` < 1; ``vinit`` does not fit the layers' outputs; ``update_at`` is
-            unknown; ``callback`` is given where there are no iterations, or with ``compile``; ``X`` was
-            made under ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
+        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, a string other than
+            ``"auto"``, or a rule that the algorithm cannot follow; ``n`` < 1; ``vinit`` does not fit the
+            layers' outputs; ``update_at`` is unknown; ``callback`` is given where there are no iterations, or
+            with ``compile``; ``X`` was made under ``torch.inference_mode()``; the loss is no scalar or does
+            not depend on the output.
         RuntimeError: a layer wrote into its input without an ``inplace`` attribute that says so; the
             call is inside a transform of ``torch.func``.
 
@@ -275,7 +280,7 @@ class Asked(NamedTuple):
     """What a call asks for, checked."""
 
     ErrType: str
-    eta: float | str
+    eta: float | str | Rule
     n: int
     vinit: Sequence[Any] | None = None
     update_at: str = "v"
@@ -293,6 +298,7 @@ class Asked(NamedTuple):
         """Infer, by compiled graphs if that is asked for and can be done."""
         ErrType, eta, n, vinit, update_at, compile, callback = self
         if ErrType in ("Exact", "FixedPred"):
+            assert not isinstance(eta, Rule)
             eta = AUTO_ETA if isinstance(eta, str) else eta
             is_exact = ErrType == "Exact"
             factors = exact_factors(network) if is_exact else fixed_pred_factors(network, eta, n)
@@ -318,7 +324,7 @@ def check_arguments(
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     ErrType: str,
-    eta: float | Tensor | str,
+    eta: float | Tensor | str | Rule,
     n: int | None,
     vinit: Sequence[Any] | None,
     update_at: str,
@@ -333,7 +339,7 @@ def check_arguments(
         accepted = ", ".join(f'"{name}"' for name in ErrTypes)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
     has_iterations = ErrType in RELAXATIONS
-    size: float | str = 1.0
+    size: float | str | Rule = 1.0
     if has_iterations:
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
@@ -341,6 +347,7 @@ def check_arguments(
         n = 1
     else:
         size, n = check_eta(eta), depth(model) if n is None else check_n(n)
+        check_rule(size, ErrType)
     check_callback(callback, compile, has_iterations)
     return Asked(ErrType, size, n, vinit, update_at, compile, callback)
 

@@ -799,7 +799,8 @@ class Program:
 
 def _sweep(energy: Energy, eta: Tensor) -> None:
     """One step of a relaxation, as ``inference.relax`` makes it."""
-    rule = Descent(eta)
+    rule = Descent(0.0)
+    rule.eta = eta  # an input of the program, not a number
     rule.begin(energy)
     energy.sweep(rule.move, rule.down)
 

@@ -23,6 +23,7 @@ from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import chained_to, modules_in
 from torch2pc.inference.relax import Callback
+from torch2pc.inference.steps import Halving, Langevin, Rule
 from torch2pc.pcinfer import PCResult, check_arguments
 
 __all__ = ["PCInfer"]
@@ -34,7 +35,7 @@ def PCInfer(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor | str = 0.1,
+    eta: float | Tensor | str | Rule = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
@@ -149,6 +150,15 @@ def PCInfer(
         if isinstance(eta, str) and ErrType in ("Strict", "ErrorBased"):
             raise ValueError(
                 f"eta must be a number here, got {eta!r}, which would find another one on each rank"
+            )
+        if isinstance(eta, Halving):
+            raise ValueError(
+                f"eta must have one size on all ranks, got {eta}, of which each has its own"
+            )
+        if isinstance(eta, Langevin) and eta.generator is None:
+            raise ValueError(
+                f"eta must have a generator, of another seed on each rank, got {eta} without one: ranks "
+                "that were seeded alike would have the same noise"
             )
         check_no_transform()
         modules = modules_in(model, LossFun)

@@ -34,7 +34,7 @@ from torch2pc.graph.state import Snapshot, Source, generators_in, generators_kep
 from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.fixed_pred import AUTO_ETA, error_factors
 from torch2pc.inference.relax import Relaxation
-from torch2pc.inference.steps import round_off
+from torch2pc.inference.steps import Langevin, Rule, is_plain, round_off
 from torch2pc.inference.strict import latent
 from torch2pc.latent import check_latent_arguments
 from torch2pc.pcinfer import check_arguments
@@ -46,7 +46,7 @@ def follow(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor | str = 0.1,
+    eta: float | Tensor | str | Rule = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
@@ -79,6 +79,10 @@ def follow(
     before; the forward hooks of modules fire more often than in a call. An iteration takes about five
     times as long as one of the call, and the end as long as some 200 to 800, whatever ``n`` is. With a
     number for ``eta`` it waits for the device only at the end (but for Equilibrium, which always does).
+
+    With a rule of ``torch2pc.steps`` the rows are its iterations (Langevin's noise is that of a call with
+    the same state of its generator). The largest stable ``eta`` and the ``n`` that would be needed are
+    known of plain descent alone, and None otherwise.
 
     What the rows are for each ``ErrType``:
 
@@ -114,11 +118,12 @@ def follow(
 
     def walk(network: Network) -> Record:
         if ErrType not in RELAXATIONS:
+            assert not isinstance(asked.eta, Rule)
             return _follow_closed_form(network, ErrType, asked.eta, asked.n)
         relaxation = RELAXATIONS[ErrType](network, asked.eta, vinit, update_at)
         return _follow(relaxation, ErrType, asked.n)
 
-    return _unchanged(walk, model, LossFun, X.detach(), Y)
+    return _unchanged(walk, model, LossFun, X.detach(), Y, eta=eta)
 
 
 def follow_latent(
@@ -126,7 +131,7 @@ def follow_latent(
     LossFun: Callable[[Tensor, Any], Tensor],
     Y: Any,
     Xinit: Tensor,
-    eta: float | str,
+    eta: float | Tensor | str | Rule,
     n: int,
     *,
     precision: float | Sequence[float] | None = None,
@@ -164,7 +169,9 @@ def follow_latent(
     def walk(network: Network) -> Record:
         return _follow(latent(network, step, pi), "Latent", n)
 
-    return _unchanged(walk, model, LossFun, Xinit.detach(), Y, free_input=True, prior=prior)
+    return _unchanged(
+        walk, model, LossFun, Xinit.detach(), Y, eta=eta, free_input=True, prior=prior
+    )
 
 
 def _unchanged(
@@ -174,13 +181,16 @@ def _unchanged(
     X: Tensor,
     Y: Any,
     *,
+    eta: object,
     free_input: bool = False,
     prior: Any = None,
 ) -> Record:
     """What ``walk`` returns; whatever it draws and changes is put back."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         with torch.inference_mode(False), torch.enable_grad():
-            return _unchanged(walk, model, LossFun, X, Y, free_input=free_input, prior=prior)
+            return _unchanged(
+                walk, model, LossFun, X, Y, eta=eta, free_input=free_input, prior=prior
+            )
     check_no_transform()
     modules = modules_in(model, LossFun, prior)
     check_modules(modules_in(model, *[f for f in (LossFun, prior) if isinstance(f, nn.Module)]))
@@ -190,6 +200,8 @@ def _unchanged(
         *generators_in(LossFun, modules),
         *generators_in(prior, []),
     ]
+    if isinstance(eta, Langevin) and eta.generator is not None:
+        sources.append(eta.generator)
     with generators_kept(sources), _state_kept(Snapshot(modules, network.devices)):
         return walk(network)
 
@@ -210,6 +222,7 @@ def _state_kept(before: Snapshot) -> Iterator[None]:
 
 def _follow(relaxation: Relaxation, ErrType: str, n: int) -> Record:
     """Run a relaxation and look at it after each step."""
+    asked_rule = repr(relaxation.rule)  # before a call has changed its numbers
     network, energy = relaxation.network, relaxation.energy
     with network.replaying():
         contributions, _ = _backpropagate(network)
@@ -219,18 +232,20 @@ def _follow(relaxation: Relaxation, ErrType: str, n: int) -> Record:
         relaxation.run(n)
         relaxation.after_step = None
         resolved = _resolved(looking.errors, relaxation.v)
-        has_steps = ErrType != "Equilibrium"
+        rule = relaxation.rule
+        has_steps = ErrType != "Equilibrium" and is_plain(rule)
         stability, outlook = None, None
         if energy.free and has_steps:
             landscape, lowest = Landscape(energy), looking.lowest
-            row, eta = int(looking.row_of_lowest), float(relaxation.rule.eta)
+            row, eta = int(looking.row_of_lowest), float(rule.eta)
             outlook = look_ahead(landscape, lowest, row, eta)
             stability = largest_stable(landscape, looking.start, lowest)
     return _record(
         network,
         ErrType,
         looking.rows_on_host(),
-        eta=float(relaxation.rule.eta) if has_steps else None,
+        eta=float(rule.eta) if has_steps else None,
+        rule=None if is_plain(rule) else asked_rule,
         stability=stability,
         outlook=outlook,
         resolved=resolved,
@@ -468,6 +483,7 @@ def _record(
     rows: Tensor,
     *,
     eta: float | None,
+    rule: str | None = None,
     stability: Stability | None,
     outlook: Outlook | None,
     resolved: list[float],
@@ -488,6 +504,7 @@ def _record(
     return Record(
         ErrType=ErrType,
         eta=eta,
+        rule=rule,
         names=["input", *[layer.name for layer in network.layers]],
         energies=energies.clone(),
         moves=torch.cat([moves.sqrt(), zero], dim=1),
