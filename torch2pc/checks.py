@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -188,6 +188,19 @@ def check_n(n: object) -> int:
     return int(n)
 
 
+def check_names(name: str, given: Mapping[Any, Any], model: nn.Sequential | PCGraph) -> list[str]:
+    """The names of the hidden layers of a graph, which the keys of ``given`` are among."""
+    if not isinstance(model, PCGraph):
+        raise TypeError(
+            f"{name} must be no dict for an nn.Sequential, whose layers have no names: give a list"
+        )
+    hidden = model.names[1:-1]
+    for key in given:
+        if key not in hidden:
+            raise ValueError(f"{name} must have hidden layers as keys, {hidden}, got {key!r}")
+    return hidden
+
+
 def check_prior(prior: object) -> None:
     """``prior`` is None or can be called."""
     if prior is not None and not callable(prior):
@@ -235,17 +248,27 @@ def check_vinit_length(vinit: object, length: int) -> None:
         )
 
 
-def check_precision(precision: object, length: int) -> list[float]:
-    """``precision`` as a list of ``length`` numbers, one for each hidden layer."""
+def check_has_energy(name: str, reason: str, ErrType: str, has_iterations: bool) -> None:
+    """What changes the energy, ``name``, is for algorithms that descend one."""
+    if not has_iterations:
+        raise ValueError(f"{name} must be None for {ErrType}, {reason}")
+
+
+def check_precision(precision: object, model: nn.Sequential | PCGraph) -> list[float]:
+    """``precision`` as a list of numbers, one for each hidden layer."""
+    length = len(model) - 1
     if precision is None:
         return [1.0] * length
     if isinstance(precision, Real):
         values: Sequence[Any] = [precision] * length
+    elif isinstance(precision, Mapping):
+        values = [precision.get(name, 1.0) for name in check_names("precision", precision, model)]
     elif isinstance(precision, Sequence) and not isinstance(precision, str):
         values = precision
     else:
         raise TypeError(
-            f"precision must be a number or a list of numbers, got {type(precision).__name__}"
+            "precision must be a number or a list of numbers, or for a PCGraph a dict, "
+            f"got {type(precision).__name__}"
         )
     if len(values) != length:
         raise ValueError(

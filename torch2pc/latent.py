@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch2pc.checks import (
     check_tensor,
 )
 from torch2pc.compiled import Relaxing, compiled_or_plain
+from torch2pc.energy.factors import Terms
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.inference.relax import Callback, infer_by
@@ -34,7 +35,7 @@ def PCInferLatent(
     eta: float | Tensor | str | Rule,
     n: int,
     *,
-    precision: float | Sequence[float] | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
     prior: Callable[[list[Tensor]], Tensor] | None = None,
     accumulate: bool = False,
     compile: bool = False,
@@ -63,8 +64,8 @@ def PCInferLatent(
         eta: the step size of the beliefs, a number, ``"auto"`` or a rule of ``torch2pc.steps``, as in
             ``PCInfer``.
         n: the number of iterations, at least 1.
-        precision: pi_l = 1/sigma_l^2, one number for all hidden layers or a sequence of L-1
-            (l = 1..L-1); 1 if not given.
+        precision: pi_l = 1/sigma_l^2, one number for all hidden layers, a sequence of L-1
+            (l = 1..L-1), or for a ``PCGraph`` a dict by the layers' names; 1 where not given.
         prior: a callable from the list ``[v_0, ..., v_{L-1}]`` to a scalar energy. If it has
             parameters, they get their gradient too.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches.
@@ -106,7 +107,7 @@ def PCInferLatent(
 
     def algorithm(network: Network) -> Inference:
         def relax() -> Inference:
-            return infer_by(latent(network, eta, pi), n, callback)
+            return infer_by(latent(network, eta, Terms(pi)), n, callback)
 
         if not compile:
             return relax()
@@ -122,7 +123,7 @@ def check_latent_arguments(
     Xinit: Tensor,
     eta: float | Tensor | str | Rule,
     n: int,
-    precision: float | Sequence[float] | None,
+    precision: float | Sequence[float] | Mapping[str, float] | None,
     prior: Callable[[list[Tensor]], Tensor] | None,
 ) -> tuple[float | str | Rule, int, list[float]]:
     """Check what describes an inference of latents; returns eta, n and the precisions."""
@@ -131,6 +132,6 @@ def check_latent_arguments(
     check_tensor("Xinit", Xinit)
     if not Xinit.is_floating_point():
         raise TypeError(f"Xinit must be a floating-point tensor, got {Xinit.dtype}")
-    checked = check_eta(eta), check_n(n), check_precision(precision, len(model) - 1)
+    checked = check_eta(eta), check_n(n), check_precision(precision, model)
     check_prior(prior)
     return checked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from torch2pc.checks import (
     check_callback,
     check_eta,
+    check_has_energy,
     check_LossFun,
     check_model,
     check_modules,
     check_n,
     check_no_transform,
+    check_precision,
     check_rule,
     check_tensor,
     check_update_at,
     check_vinit_length,
 )
 from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain
+from torch2pc.energy.factors import USUAL, Terms
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.nodes import PCGraph, depth
 from torch2pc.graph.state import Snapshot, modules_in, write_gradients
@@ -113,6 +116,7 @@ def PCInfer(
     compile: bool = False,
     update_at: str = "v",
     callback: Callback | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
@@ -228,6 +232,13 @@ def PCInfer(
         callback: called after each iteration k = 1, 2, ... with ``(k, v, epsilon)``, for a measure of your
             own; later iterations may change the tensors, so copy what you keep. None for Exact and
             FixedPred, which have no iterations, and with ``compile``. ``follow`` has measures ready.
+        precision: pi_l = 1/sigma_l^2 of the relaxations' energy,
+            ``F = LossFun + 1/2 sum_l pi_l ||epsilon_l||^2``: one number for all hidden layers, a sequence of
+            L-1, or for a ``PCGraph`` a dict by the layers' names; 1 where not given. ``epsilon_l`` is still
+            prediction minus belief; what layer l hands down, and what its update is made of, is
+            ``pi_l epsilon_l``. (A number for all leads to where the loss divided by it would.) None for Exact
+            and FixedPred, whose updates are the loss's gradients, or shares of them, whatever the
+            precisions are.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``; for Equilibrium an ``EquilibriumResult``, the same
@@ -271,7 +282,9 @@ def PCInfer(
     (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
     the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
     """
-    asked = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback)
+    asked = check_arguments(
+        model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback, precision
+    )
     asked.warn(model)
     return infer(asked.algorithm, model, LossFun, X, Y, accumulate)
 
@@ -286,6 +299,7 @@ class Asked(NamedTuple):
     update_at: str = "v"
     compile: bool = False
     callback: Callback | None = None
+    terms: Terms = USUAL
 
     def warn(self, model: nn.Module) -> None:
         """Say if the errors will hardly reach some layers."""
@@ -296,7 +310,7 @@ class Asked(NamedTuple):
 
     def algorithm(self, network: Network) -> Inference:
         """Infer, by compiled graphs if that is asked for and can be done."""
-        ErrType, eta, n, vinit, update_at, compile, callback = self
+        ErrType, eta, n, vinit, update_at, compile, callback, terms = self
         if ErrType in ("Exact", "FixedPred"):
             assert not isinstance(eta, Rule)
             eta = AUTO_ETA if isinstance(eta, str) else eta
@@ -310,13 +324,14 @@ class Asked(NamedTuple):
             return compiled_or_plain(Backpropagation(network, factors), backpropagate)
 
         def relax() -> Inference:
-            relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at)
+            relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at, terms)
             warn_of_flat_items(network, ErrType, update_at)
             return infer_by(relaxation, n, callback)
 
         if not compile:
             return relax()
-        return compiled_or_plain(Relaxing(network, ErrType, eta, n, vinit, update_at), relax)
+        call = Relaxing(network, ErrType, eta, n, vinit, update_at, precision=terms.precision)
+        return compiled_or_plain(call, relax)
 
 
 def check_arguments(
@@ -330,6 +345,7 @@ def check_arguments(
     update_at: str,
     compile: bool = False,
     callback: Callback | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
 ) -> Asked:
     """Check what describes an inference; eta and n are 1 for Exact, which uses neither."""
     check_model(model)
@@ -349,7 +365,17 @@ def check_arguments(
         size, n = check_eta(eta), depth(model) if n is None else check_n(n)
         check_rule(size, ErrType)
     check_callback(callback, compile, has_iterations)
-    return Asked(ErrType, size, n, vinit, update_at, compile, callback)
+    terms = USUAL
+    if precision is not None:
+        check_has_energy("precision", _NO_PRECISION, ErrType, has_iterations)
+        terms = Terms(check_precision(precision, model))
+    return Asked(ErrType, size, n, vinit, update_at, compile, callback, terms)
+
+
+_NO_PRECISION = (
+    "whose updates are gradients of the loss whatever the precisions are: Exact's errors would be "
+    "g_l / pi_l, and FixedPred would take steps of eta pi_l in layer l on its way to these"
+)
 
 
 def infer(

@@ -7,7 +7,7 @@ computes, with a loss that is weighted where it is a mean.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -43,6 +43,7 @@ def PCInfer(
     compile: bool = False,
     update_at: str = "v",
     callback: Callback | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
     group: dist.ProcessGroup | None = None,
     reduction: str | None = None,
     count: float | Tensor | None = None,
@@ -105,6 +106,7 @@ def PCInfer(
         model, LossFun, ErrType, eta, n, accumulate, compile, update_at: as for ``torch2pc.PCInfer``,
             the same on all ranks; ``eta`` a number.
         callback: as there, called with this rank's beliefs and errors.
+        precision: as there, the same on all ranks.
         X, Y, vinit: as there, of this rank's shard, of at least one example.
         group: the processes; None for all.
         reduction: ``"mean"`` or ``"sum"``, what LossFun does over the batch; None to read it from
@@ -144,7 +146,7 @@ def PCInfer(
     peers = Peers(group)
     try:
         asked = check_arguments(
-            model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback
+            model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback, precision
         )
         asked.warn(model)
         if isinstance(eta, str) and ErrType in ("Strict", "ErrorBased"):
@@ -170,6 +172,7 @@ def PCInfer(
         parameters = _parameters(modules)
         chosen = dict(ErrType=ErrType, n=n, eta=_number(eta), update_at=update_at)
         chosen.update(accumulate=accumulate, compile=compile, reduction=reduction)
+        chosen.update(precision=asked.terms.precision)
         chosen.update(vinit="None" if vinit is None else "given", layers=len(model))
         description = {name: str(value) for name, value in chosen.items()}
         description |= _described(model, LossFun, parameters)

@@ -8,7 +8,7 @@ moved; a parent that is clamped does not move, and is no parent here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -235,11 +235,18 @@ class Prior:
         return self.prior(self.given(x)).detach().reshape(())
 
 
-def factors_of(network: Network, precision: Sequence[float] | None = None) -> list[Factor]:
-    """The terms of the energy of a recorded network, from the top down.
+class Terms(NamedTuple):
+    """What the terms of the energy are, where they are not the usual ones."""
 
-    ``precision``: one number for each hidden layer, in their order; 1 if not given.
-    """
+    precision: Sequence[Number] | None = None
+    """One number for each hidden layer, in their order; 1 if not given."""
+
+
+USUAL = Terms()
+
+
+def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
+    """The terms of the energy of a recorded network, from the top down."""
     found: list[Factor] = []
     if network.prior is not None:
         found.append(Prior(network.prior.replay, network.vhat))
@@ -250,7 +257,7 @@ def factors_of(network: Network, precision: Sequence[float] | None = None) -> li
         if l == L:
             found.append(Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at))
         else:
-            pi = 1.0 if precision is None else precision[l - 1]
+            pi = 1.0 if terms.precision is None else terms.precision[l - 1]
             # A way back that is not linear may hand down something although the error is 0.
             is_awake = not network.layers[l - 1].is_linear and bool(parents)
             found.append(Prediction(d, parents, l, vhat, pi, is_awake))

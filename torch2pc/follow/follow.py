@@ -8,7 +8,7 @@ How a relaxation would go on, and with which step sizes it would be stable, is f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_modules, check_no_transform
+from torch2pc.energy.factors import Terms
 from torch2pc.follow.look import look
 from torch2pc.follow.outlook import (
     ClosedForm,
@@ -51,6 +52,7 @@ def follow(
     vinit: Sequence[Any] | None = None,
     *,
     update_at: str = "v",
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
 ) -> Record:
     r"""Run the inference of ``PCInfer`` and return a record of it, without any other effect.
 
@@ -93,7 +95,7 @@ def follow(
     - ``"Exact"``: a single row after the start, at which the errors are the gradients.
 
     Args:
-        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at: as in ``PCInfer``.
+        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at, precision: as in ``PCInfer``.
 
     Returns:
         A ``Record``: print it, ``plot()`` it, or log its ``to_dict()``.
@@ -114,13 +116,15 @@ def follow(
         >>> record.energies.shape  # after 0, 1, ... 60 iterations; of layers 0, 1 and 2
         torch.Size([61, 3])
     """
-    asked = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at)
+    asked = check_arguments(
+        model, LossFun, X, ErrType, eta, n, vinit, update_at, precision=precision
+    )
 
     def walk(network: Network) -> Record:
         if ErrType not in RELAXATIONS:
             assert not isinstance(asked.eta, Rule)
             return _follow_closed_form(network, ErrType, asked.eta, asked.n)
-        relaxation = RELAXATIONS[ErrType](network, asked.eta, vinit, update_at)
+        relaxation = RELAXATIONS[ErrType](network, asked.eta, vinit, update_at, asked.terms)
         return _follow(relaxation, ErrType, asked.n)
 
     return _unchanged(walk, model, LossFun, X.detach(), Y, eta=eta)
@@ -134,7 +138,7 @@ def follow_latent(
     eta: float | Tensor | str | Rule,
     n: int,
     *,
-    precision: float | Sequence[float] | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
     prior: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> Record:
     """Run the inference of ``PCInferLatent`` and return a record of it, without any other effect.
@@ -167,7 +171,7 @@ def follow_latent(
     step, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
 
     def walk(network: Network) -> Record:
-        return _follow(latent(network, step, pi), "Latent", n)
+        return _follow(latent(network, step, Terms(pi)), "Latent", n)
 
     return _unchanged(
         walk, model, LossFun, Xinit.detach(), Y, eta=eta, free_input=True, prior=prior
