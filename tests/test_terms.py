@@ -160,6 +160,132 @@ def test_auto_and_follow_know_of_precisions() -> None:
     assert record.stable_eta < 0.2
 
 
+# Nudging.
+
+
+def scaled(LossFun: Any, beta: float) -> Any:
+    return lambda y, Y: beta * LossFun(y, Y)
+
+
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+@given(case=cases(max_layers=4, smooth=True), n=st.integers(1, 6), beta=st.floats(0.05, 1.0))
+def test_nudging_is_the_slope_of_the_naive_updates(
+    ErrType: str, case: Case, n: int, beta: float
+) -> None:
+    sides = []
+    for b in (beta, -beta):
+        of_side = case._replace(LossFun=scaled(case.LossFun, b))
+        if ErrType == "Strict":
+            sides.append(reference.strict(*of_side, 0.2, n))
+        else:
+            sides.append(reference.error_based(*of_side, 0.2, n))
+    case.X.requires_grad_()
+    result = case.infer(ErrType, eta=0.2, n=n, nudge=beta)
+    assert_close(result.v, sides[0].v)
+    assert_close(result.epsilon[1:], sides[0].epsilon[1:])
+    assert_close(result.Loss, case.LossFun(case.model(case.X), case.Y).detach())
+    expected = {
+        p: (sides[0].updates[p] - sides[1].updates[p]) / (2 * beta) for p in sides[0].updates
+    }
+    assert_close(grads(case), expected, 1e-8)
+    of_input = (sides[0].epsilon[0] - sides[1].epsilon[0]) / (2 * beta)
+    assert_close(result.epsilon[0], of_input, 1e-8)
+    assert torch.equal(case.X.grad, result.epsilon[0])
+
+
+RELAXED: dict[str, dict[str, Any]] = {
+    "Strict": dict(eta=0.5, n=300),
+    "ErrorBased": dict(eta=1.0, n=3),
+    "Equilibrium": dict(n=20),
+}
+
+
+@pytest.mark.parametrize("ErrType", RELAXED)
+@pytest.mark.parametrize("beta", [1e-2, 1e-4, 1e-6, 1e-12])
+def test_a_small_nudge_is_backpropagation_in_float32(ErrType: str, beta: float) -> None:
+    """Off by a multiple of beta^2 and by round-off, in every layer; others stop near 1e-3."""
+    exact = tanh_chain()
+    exact.infer("Exact")
+    expected = exact.gradients()
+    case = in_float32(exact)
+    case.infer(ErrType, nudge=beta, **RELAXED[ErrType])
+    found = {name: g.double() for name, g in case.gradients().items() if g is not None}
+    # A search stops where the gradient is sqrt(eps) of the errors.
+    round_off = 1e-3 if ErrType == "Equilibrium" else 5e-6
+    assert_close(found, expected, 50 * beta**2 + round_off)
+
+
+def test_a_nudge_is_off_by_its_square() -> None:
+    case = tanh_chain()
+    case.infer("Exact")
+    expected = [p.grad for p in case.model.parameters()]
+    off = []
+    for beta in (0.02, 0.01, 0.005):
+        case.infer("ErrorBased", eta=0.5, n=60, nudge=beta)
+        found = zip(case.model.parameters(), expected, strict=True)
+        off.append(max([float((p.grad - g).norm() / g.norm()) for p, g in found]))
+    assert off[0] / off[1] == pytest.approx(4, rel=0.1)
+    assert off[1] / off[2] == pytest.approx(4, rel=0.1)
+
+
+def test_a_nudge_has_the_effects_of_one_forward_pass() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 6),
+        nn.Sequential(nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 6)),
+        nn.Sequential(nn.Tanh(), nn.Linear(6, 3)),
+    )
+    twin = copy.deepcopy(model)
+    X, Y = torch.randn(8, 4), torch.randn(8, 3)
+    torch.manual_seed(3)
+    squared_error(twin(X), Y).backward()
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    PCInfer(model, squared_error, X, Y, "ErrorBased", 1.0, 3, nudge=1e-4)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), 0)
+    # With the same mask on both sides the slope is the gradient.
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    for p, q in pairs:
+        if float(q.grad.norm()) > 1e-5:
+            assert_close(p.grad, q.grad, 1e-4)
+
+
+def test_the_parameters_of_a_loss_get_its_gradient() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+        def forward(self, y: Tensor, Y: Tensor) -> Tensor:
+            return self.scale * squared_error(y, Y)
+
+    case = tanh_chain()._replace(LossFun=Weighted())
+    case.infer("Exact")
+    expected = case.LossFun.scale.grad  # type: ignore[attr-defined]
+    case.infer("ErrorBased", eta=1.0, n=3, nudge=1e-5)
+    assert_close(case.LossFun.scale.grad, expected, 1e-8)  # type: ignore[attr-defined]
+
+
+def test_other_options_go_with_a_nudge() -> None:
+    case, seen = tanh_chain(), []
+    options: dict[str, Any] = dict(eta="auto", n=30, nudge=0.1, precision=[1.0, 2.0, 3.0])
+    case.infer("Strict", **options)
+    first = [p.grad.clone() for p in case.model.parameters()]
+    case.infer(
+        "Strict", accumulate=True, callback=lambda k, v, e: seen.append((k, e[-1])), **options
+    )
+    for p, g in zip(case.model.parameters(), first, strict=True):
+        assert_close(p.grad, 2 * g, 1e-12)
+    assert [k for k, _ in seen] == list(range(1, 31))
+    result = case.infer("Equilibrium", n=20, nudge=0.1)
+    assert result.distance.shape == (8,)  # type: ignore[attr-defined]
+    plain = case.infer("Strict", n=3, nudge=0.1)
+    with pytest.warns(UserWarning, match="without compilation, because nudge relaxes twice"):
+        found = case.infer("Strict", n=3, nudge=0.1, compile=True)
+    assert_close(list(found), list(plain), 0)
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         dict(ErrType="Exact", precision=2.0),
@@ -184,6 +310,23 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         dict(model=graph(), precision={"out": 2.0}),
         ValueError,
         r"precision must have hidden layers as keys, \['a', 'b', 'c'\], got 'out'",
+    ),
+]
+
+
+BAD += [
+    (
+        dict(ErrType="Exact", nudge=0.1),
+        ValueError,
+        "nudge must be None for Exact, whose updates are l",
+    ),
+    (dict(nudge=0.0), ValueError, "nudge must be None or a finite number > 0, got 0.0"),
+    (dict(nudge=True), TypeError, "nudge must be None or a finite number > 0, got bool"),
+    (dict(nudge=0.1, vinit=[None] * 5), ValueError, "vinit must be None with nudge"),
+    (
+        dict(nudge=0.1, eta=steps.Langevin(0.1, 1.0)),
+        ValueError,
+        "eta must be a rule without noise with nudge",
     ),
 ]
 

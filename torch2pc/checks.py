@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import modules_in
-from torch2pc.inference.steps import AUTO, Rule, is_plain, number
+from torch2pc.inference.steps import AUTO, Langevin, Rule, is_plain, number
 
 
 def check_model(model: object) -> None:
@@ -186,6 +186,21 @@ def check_n(n: object) -> int:
     if n < 1:
         raise ValueError(f"n must be an int >= 1, got {n}")
     return int(n)
+
+
+def check_nudge(nudge: object, eta: object, vinit: object) -> float:
+    """``nudge`` as a float: a finite number above 0, of a relaxation from the feed-forward pass."""
+    beta = number("nudge", nudge, "None or a finite number > 0", lambda x: x > 0)
+    if vinit is not None:
+        raise ValueError(
+            "vinit must be None with nudge, which takes the difference of two relaxations: what both "
+            "have of other beliefs would leave nothing but round-off of it"
+        )
+    if isinstance(eta, Langevin):
+        raise ValueError(
+            f"eta must be a rule without noise with nudge, which divides by 2 beta, got {eta}"
+        )
+    return beta
 
 
 def check_names(name: str, given: Mapping[Any, Any], model: nn.Sequential | PCGraph) -> list[str]:

@@ -18,6 +18,7 @@ from torch2pc.checks import (
     check_modules,
     check_n,
     check_no_transform,
+    check_nudge,
     check_precision,
     check_rule,
     check_tensor,
@@ -37,7 +38,8 @@ from torch2pc.inference.fixed_pred import (
     fixed_pred_factors,
     warn_of_short_inference,
 )
-from torch2pc.inference.relax import Callback, infer_by, warn_of_flat_items
+from torch2pc.inference.nudge import nudged
+from torch2pc.inference.relax import Callback, Relaxation, infer_by, warn_of_flat_items
 from torch2pc.inference.steps import Rule
 
 ErrTypes = ("Exact", "FixedPred", *RELAXATIONS)
@@ -117,6 +119,7 @@ def PCInfer(
     update_at: str = "v",
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    nudge: float | None = None,
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
@@ -239,6 +242,15 @@ def PCInfer(
             ``pi_l epsilon_l``. (A number for all leads to where the loss divided by it would.) None for Exact
             and FixedPred, whose updates are the loss's gradients, or shares of them, whatever the
             precisions are.
+        nudge: None, or a number beta > 0 for the relaxations: they feel beta times the loss, once as it is
+            and once turned around, and ``.grad`` is the slope of the update in beta,
+            ``(update(beta) - update(-beta)) / (2 beta)``, as are ``epsilon[0]`` and ``X.grad``. At
+            equilibrium it goes to backpropagation's gradient as beta goes to 0, off by a multiple of
+            beta^2, in float32 too. ``v`` and the other errors are those at beta (so that epsilon_L is beta
+            times the loss's gradient), which is what a ``callback`` sees; ``Loss`` and ``dLdy`` are as
+            always, and side effects those of one forward pass. Twice the work. The steps of rules that are
+            not proportional to the gradient (Adam) do not shrink with beta. None for Exact and FixedPred,
+            which are linear in the loss.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``; for Equilibrium an ``EquilibriumResult``, the same
@@ -280,10 +292,12 @@ def PCInfer(
     PLOS ONE 17(3): e0266102 (2022). Strict is the algorithm of Whittington and Bogacz, Neural
     Computation 29(5) (2017); FixedPred that of Millidge, Tschantz and Buckley, arXiv:2006.04182
     (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
-    the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
+    the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022); centred nudging that of
+    A. Laborieux et al., Frontiers in Neuroscience 15 (2021), on predictive coding of Pinchetti et al.,
+    arXiv:2407.01163 (2024).
     """
     asked = check_arguments(
-        model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback, precision
+        model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback, precision, nudge
     )
     asked.warn(model)
     return infer(asked.algorithm, model, LossFun, X, Y, accumulate)
@@ -300,6 +314,7 @@ class Asked(NamedTuple):
     compile: bool = False
     callback: Callback | None = None
     terms: Terms = USUAL
+    nudge: float | None = None
 
     def warn(self, model: nn.Module) -> None:
         """Say if the errors will hardly reach some layers."""
@@ -310,7 +325,7 @@ class Asked(NamedTuple):
 
     def algorithm(self, network: Network) -> Inference:
         """Infer, by compiled graphs if that is asked for and can be done."""
-        ErrType, eta, n, vinit, update_at, compile, callback, terms = self
+        ErrType, eta, n, vinit, update_at, compile, callback, terms, nudge = self
         if ErrType in ("Exact", "FixedPred"):
             assert not isinstance(eta, Rule)
             eta = AUTO_ETA if isinstance(eta, str) else eta
@@ -323,14 +338,21 @@ class Asked(NamedTuple):
                 return backpropagate()
             return compiled_or_plain(Backpropagation(network, factors), backpropagate)
 
-        def relax() -> Inference:
+        def relaxation_of(terms: Terms) -> Relaxation:
             relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at, terms)
             warn_of_flat_items(network, ErrType, update_at)
-            return infer_by(relaxation, n, callback)
+            return relaxation
+
+        def relax() -> Inference:
+            if nudge is not None:
+                return nudged(relaxation_of, terms, nudge, n, callback)
+            return infer_by(relaxation_of(terms), n, callback)
 
         if not compile:
             return relax()
         call = Relaxing(network, ErrType, eta, n, vinit, update_at, precision=terms.precision)
+        if nudge is not None:
+            call.reason = "nudge relaxes twice"
         return compiled_or_plain(call, relax)
 
 
@@ -346,6 +368,7 @@ def check_arguments(
     compile: bool = False,
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    nudge: float | None = None,
 ) -> Asked:
     """Check what describes an inference; eta and n are 1 for Exact, which uses neither."""
     check_model(model)
@@ -369,9 +392,13 @@ def check_arguments(
     if precision is not None:
         check_has_energy("precision", _NO_PRECISION, ErrType, has_iterations)
         terms = Terms(check_precision(precision, model))
-    return Asked(ErrType, size, n, vinit, update_at, compile, callback, terms)
+    if nudge is not None:
+        check_has_energy("nudge", _NO_NUDGE, ErrType, has_iterations)
+        nudge = check_nudge(nudge, size, vinit)
+    return Asked(ErrType, size, n, vinit, update_at, compile, callback, terms, nudge)
 
 
+_NO_NUDGE = "whose updates are linear in the loss, so that their slope in beta is what they are"
 _NO_PRECISION = (
     "whose updates are gradients of the loss whatever the precisions are: Exact's errors would be "
     "g_l / pi_l, and FixedPred would take steps of eta pi_l in layer l on its way to these"

@@ -44,6 +44,7 @@ def PCInfer(
     update_at: str = "v",
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    nudge: float | None = None,
     group: dist.ProcessGroup | None = None,
     reduction: str | None = None,
     count: float | Tensor | None = None,
@@ -106,7 +107,7 @@ def PCInfer(
         model, LossFun, ErrType, eta, n, accumulate, compile, update_at: as for ``torch2pc.PCInfer``,
             the same on all ranks; ``eta`` a number.
         callback: as there, called with this rank's beliefs and errors.
-        precision: as there, the same on all ranks.
+        precision, nudge: as there, the same on all ranks.
         X, Y, vinit: as there, of this rank's shard, of at least one example.
         group: the processes; None for all.
         reduction: ``"mean"`` or ``"sum"``, what LossFun does over the batch; None to read it from
@@ -146,7 +147,18 @@ def PCInfer(
     peers = Peers(group)
     try:
         asked = check_arguments(
-            model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback, precision
+            model,
+            LossFun,
+            X,
+            ErrType,
+            eta,
+            n,
+            vinit,
+            update_at,
+            compile,
+            callback,
+            precision,
+            nudge,
         )
         asked.warn(model)
         if isinstance(eta, str) and ErrType in ("Strict", "ErrorBased"):
@@ -172,7 +184,7 @@ def PCInfer(
         parameters = _parameters(modules)
         chosen = dict(ErrType=ErrType, n=n, eta=_number(eta), update_at=update_at)
         chosen.update(accumulate=accumulate, compile=compile, reduction=reduction)
-        chosen.update(precision=asked.terms.precision)
+        chosen.update(precision=asked.terms.precision, nudge=asked.nudge)
         chosen.update(vinit="None" if vinit is None else "given", layers=len(model))
         description = {name: str(value) for name, value in chosen.items()}
         description |= _described(model, LossFun, parameters)

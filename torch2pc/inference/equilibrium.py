@@ -101,9 +101,7 @@ class Search(Relaxation):
         self._eps = torch.finfo(self.vhat[-1].dtype).eps
         sizes = {len(e) if e.dim() else 1 for e in errors}
         self._rows = max(sizes.pop(), 1) if len(sizes) == 1 else 1
-        self.evaluations = 0
-        """How often F and its gradient were evaluated."""
-        self.distance = errors[-1].new_zeros(self._rows)
+        self.distance: Tensor = errors[-1].new_zeros(self._rows)
         """For each row the gradient's size at the last evaluation, in units of the errors."""
 
     @torch.no_grad()
