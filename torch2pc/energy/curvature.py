@@ -72,7 +72,7 @@ def _linear(factor: Factor, energy: Energy) -> Any:
         return Prediction(d, factor.parents, factor.target, vhat, factor.precision)
     y = in_belief_dtype(factor.vhat)
     y = y if before is None else y + before
-    of_loss = second_derivative(lambda y: factor.loss(y[0]), [y])
+    of_loss = second_derivative(lambda y: factor.beta * factor.loss(y[0]), [y])
     return _LinearOutput(d, factor.parents, torch.zeros_like(y), of_loss)
 
 

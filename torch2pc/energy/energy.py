@@ -114,6 +114,9 @@ class Energy:
             for factor, state in kept:
                 vars(factor).update(state)
 
+    def wake(self) -> None:
+        """Let no factor sleep from now on: something else than their gradients may move the variables."""
+
     def settle(self) -> None:
         """Bring errors and beliefs together after a sweep, where they are variables of one another."""
 
@@ -203,11 +206,15 @@ class Beliefs(Energy):
         # moved has no error yet: it would be evaluated where it was before, to propagate zeros.
         self.moved = set(self.free if self.start is not None else [])
 
+    def wake(self) -> None:
+        """Let no factor sleep from now on: something else than their gradients may move the beliefs."""
+        self.moved = set(self.free)
+
     def stand_at(self, variables: Sequence[Tensor]) -> None:
         """Let the beliefs have moved so far."""
         for i, x_i in zip(self.free, variables, strict=True):
             self.x[i] = x_i
-        self.moved = set(self.free)
+        self.wake()
 
     @torch.no_grad()
     def sweep(self, move: Move, down: bool = False) -> None:

@@ -8,7 +8,7 @@ moved; a parent that is clamped does not move, and is no parent here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class Prediction(_OfLayer):
 
 
 class Output(_OfLayer):
-    """LossFun of the output layer's prediction, whose place the target of the loss has taken."""
+    """beta LossFun of the output layer's prediction, whose place the target of the loss has taken."""
 
     target, is_awake = None, True
 
@@ -149,11 +149,12 @@ class Output(_OfLayer):
         Loss: Tensor,
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
+        beta: float = 1.0,
     ) -> None:
         super().__init__(d, parents)
         self.beliefs = frozenset(parents)
-        self.vhat, self.loss = vhat, loss
-        self.Loss, self.error = Loss, in_belief_dtype(dLdy).clone()
+        self.vhat, self.loss, self.beta = vhat, loss, beta
+        self.Loss, self.error = self._times_beta(Loss, in_belief_dtype(dLdy).clone())
         self.y = vhat
         """The output, as it was last taken."""
 
@@ -164,13 +165,17 @@ class Output(_OfLayer):
             self.Loss, self.error = self.loss_gradient(self.y)
 
     def loss_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss for such outputs, and its gradient there."""
+        """beta times the loss for such outputs, and its gradient there."""
         y = y.detach()
         with torch.enable_grad():
             y.requires_grad_()
             Loss = self.loss(y)
         (found,) = gradient([Loss], [y])
-        return Loss.detach(), torch.zeros_like(y) if found is None else found
+        return self._times_beta(Loss.detach(), torch.zeros_like(y) if found is None else found)
+
+    def _times_beta(self, Loss: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        # After the gradient is taken, which half precision may limit.
+        return (Loss, error) if self.beta == 1 else (self.beta * Loss, self.beta * error)
 
     def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
         """J^T e at the parents."""
@@ -188,7 +193,7 @@ class Output(_OfLayer):
         self.take(self.displaced(x)[0])
 
     def energy(self, x: Sequence[Any]) -> Tensor:
-        """The loss."""
+        """beta times the loss."""
         return self.Loss
 
 
@@ -227,11 +232,20 @@ class Prior:
         return self.prior(self.given(x)).detach()
 
 
-def factors_of(network: Network, precision: Sequence[float] | None = None) -> list[Factor]:
-    """The terms of the energy of a recorded network, from the top down.
+class Terms(NamedTuple):
+    """What the terms of the energy are, where they are not the usual ones."""
 
-    ``precision``: one number for each hidden layer, in their order; 1 if not given.
-    """
+    precision: Sequence[Number] | None = None
+    """One number for each hidden layer, in their order; 1 if not given."""
+    beta: float = 1.0
+    """What the loss is multiplied by."""
+
+
+USUAL = Terms()
+
+
+def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
+    """The terms of the energy of a recorded network, from the top down."""
     found: list[Factor] = []
     if network.prior is not None:
         found.append(Prior(network.prior_at, network.vhat))
@@ -240,9 +254,11 @@ def factors_of(network: Network, precision: Sequence[float] | None = None) -> li
         parents, vhat = network.moving(l), network.vhat[l]
         d = network.layers[l - 1].displacement if parents else None
         if l == L:
-            found.append(Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at))
+            found.append(
+                Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at, terms.beta)
+            )
         else:
-            pi = 1.0 if precision is None else precision[l - 1]
+            pi = 1.0 if terms.precision is None else terms.precision[l - 1]
             # A way back that is not linear may hand down something although the error is 0.
             is_awake = not network.layers[l - 1].is_linear and bool(parents)
             found.append(Prediction(d, parents, l, vhat, pi, is_awake))

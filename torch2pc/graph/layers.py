@@ -399,6 +399,7 @@ class Network:
         # Told of each parameter's update as soon as it is there, and once more if it changes.
         self.arrived: Callable[[Tensor, Tensor], None] | None = None
         self._stand_in: nn.Module | None = None
+        self._is_recorded = False
 
     def moving(self, l: int) -> tuple[int, ...]:
         """The parents of layer l whose beliefs move."""
@@ -441,7 +442,7 @@ class Network:
             raise UnguardedError(names)
 
     def record(self) -> None:
-        """One forward pass without a graph across layers, which sets vhat, Loss and dLdy, detached.
+        """One forward pass without a graph across layers, which sets vhat, Loss and dLdy, detached; once.
 
         After it each layer, the loss and the prior can be replayed, and each layer of which a parent
         moves has a displacement. One of which none does needs no other evaluation: its inputs and its
@@ -457,6 +458,9 @@ class Network:
                 self.kept[l] = given, output
             return output
 
+        if self._is_recorded:
+            return
+        self._is_recorded = True
         vhat = self.vhat = self._layer_by_layer(evaluate)
         prediction = vhat[-1].detach().requires_grad_()
         with self._derivatives_refused():

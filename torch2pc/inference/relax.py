@@ -59,6 +59,10 @@ class Relaxation:
 
     after_step: Callable[[int], object] | None = None
     """Called after each step of ``run`` with how many there have been."""
+    distance: Tensor | None = None
+    """What a search knows of how far it came (``equilibrium.py``)."""
+    evaluations = 0
+    """How often a search has evaluated F."""
 
     def __init__(
         self,
@@ -139,7 +143,8 @@ class Relaxation:
         if self.update_at == "before" and self._before is not None:
             moved = zip(self.vhat, self._before, strict=True)
             at = [vhat if d is None else vhat + d for vhat, d in moved]
-        return updates(self.network, at, self.energy.weighted, v)
+        beta = self.energy.output.beta
+        return updates(self.network, at, self.energy.weighted, v, beta=beta)
 
     def result(self) -> Inference:
         """What was inferred, in tensors that share no memory; no step can follow."""
