@@ -3,6 +3,7 @@
 This file is the table of contents: it lists the public names and nothing else.
 """
 
+from torch2pc.cutting.graph import pc_graph
 from torch2pc.cutting.grouping import group_layers
 from torch2pc.displacement.recorder import displacement_rule
 from torch2pc.follow.follow import follow, follow_latent
@@ -28,4 +29,5 @@ __all__ = [
     "follow",
     "follow_latent",
     "group_layers",
+    "pc_graph",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -35,6 +35,7 @@ class Between(nn.Module):
         nodes: Sequence[fx.Node],
         entries: Sequence[fx.Node],
         replaced: Mapping[fx.Node, Any] | None = None,
+        copied: Collection[fx.Node] = (),
     ) -> None:
         super().__init__()
         graph = fx.Graph()
@@ -50,6 +51,9 @@ class Between(nn.Module):
                     self.reads.append(read)
                     graph.placeholder(read[1])
                 made[node] = list(graph.nodes)[len(entries) + self.reads.index(read)]
+
+        for entry in copied:
+            made[entry] = graph.call_method("clone", (made[entry],))
 
         def copy(node: fx.Node) -> Any:
             if node not in made:

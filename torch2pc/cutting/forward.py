@@ -399,6 +399,9 @@ def needed(graph: fx.Graph) -> list[fx.Node]:
     if not isinstance(result.meta["value"], Tensor):
         kind = type(result.meta["value"]).__name__
         raise NoLayers(f"model must return one tensor, got {kind}")
+    if not result.meta["value"].is_floating_point():
+        dtype = result.meta["value"].dtype
+        raise NoLayers(f"model must return a floating-point tensor, got {dtype}")
     found, waiting = {result}, [result]
     for node in waiting:
         for before in node.all_input_nodes:

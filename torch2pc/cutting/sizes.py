@@ -1,0 +1,133 @@
+"""Where a layer finds the sizes of tensors that it does not use otherwise.
+
+``n, tokens, _ = x.shape`` at the top of a forward, and ``y.reshape(n, tokens, -1)`` further down: no error
+goes from y to x because of that, so that x is to be no parent of what y feeds. The layer reads the sizes
+from its parents instead. Which size of which parent is the same one shows when the record is run on inputs
+of other sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from torch2pc.cutting.forward import Forward
+
+
+class Read(NamedTuple):
+    """What a node reads of a tensor, besides its values."""
+
+    tensor: fx.Node
+    attribute: str
+    place: int | None
+    """Which of its sizes; None: all."""
+
+
+def read_by(node: fx.Node) -> Read | None:
+    """What a node reads, if it does nothing else."""
+    args = node.args
+    if not args or not isinstance(args[0], fx.Node) or len(node.all_input_nodes) != 1:
+        return None
+    source = args[0]
+    name = str(args[1] if node.target is getattr else node.target)
+    if node.op == "call_method" or node.target is getattr:
+        if not isinstance(source.meta["value"], Tensor):
+            return None
+        if name == "size":
+            place = args[1] if len(args) > 1 else node.kwargs.get("dim")
+            return Read(source, "shape", place if isinstance(place, int) else None)
+        name = {"dim": "ndim"}.get(name, name)
+        return Read(source, name, None) if name in ("shape", "ndim", "dtype", "device") else None
+    if getattr(node.target, "__name__", "") == "getitem" and isinstance(args[1], int):
+        whole = read_by(source)
+        if whole is not None and whole.attribute == "shape" and whole.place is None:
+            return whole._replace(place=args[1])
+    return None
+
+
+class Sizes:
+    """The sizes of all tensors in a model's forward, for inputs of several sizes."""
+
+    def __init__(self, forward: Forward, X: Tensor) -> None:
+        self._forward, self._X = forward, X
+        self._runs: list[dict[fx.Node, tuple[int, ...]]] = []
+
+    def found_at(self, read: Read, entries: Sequence[fx.Node]) -> Any:
+        """An expression with the same value in terms of ``entries`` alone; None if there is none."""
+        if not entries:
+            return None
+        if read.attribute != "shape":
+            return self._attribute_at(read, entries)
+        if not self._runs:
+            self._runs = list(self._run())
+        rank = len(self._runs[0][read.tensor])
+        if read.place is not None:
+            return self._size_at(read.tensor, read.place % rank, entries)
+        sizes = [self._size_at(read.tensor, d, entries) for d in range(rank)]
+        if any(size is None for size in sizes):
+            return None
+        return self._expression(entries[0], "call_function", torch.Size, (tuple(sizes),))
+
+    def _attribute_at(self, read: Read, entries: Sequence[fx.Node]) -> Any:
+        name = read.attribute
+        wanted = getattr(read.tensor.meta["value"], name)
+        for entry in entries:
+            if getattr(entry.meta["value"], name) == wanted:
+                return self._expression(entry, "call_function", getattr, (entry, name))
+        return None
+
+    def _size_at(self, tensor: fx.Node, d: int, entries: Sequence[fx.Node]) -> Any:
+        wanted = [run[tensor][d] for run in self._runs]
+        places = [(e, k) for e in entries for k in range(len(self._runs[0][e]))]
+        # That at the same place is the likelier one.
+        for entry, k in sorted(places, key=lambda place: place[1] != d):
+            if [run[entry][k] for run in self._runs] == wanted:
+                return self._expression(entry, "call_method", "size", (entry, k))
+        return wanted[0] if len(set(wanted)) == 1 else None
+
+    def _expression(self, entry: fx.Node, *operation: Any) -> fx.Node:
+        with self._forward.graph.inserting_after(entry):
+            return self._forward.graph.create_node(*operation)
+
+    def _run(self) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
+        """The shapes of all tensors, for X and for whatever other sizes the model takes."""
+        yield _shapes(self._forward, self._X)
+        X, axes = self._X, range(self._X.dim())
+        for changed in [*([d] for d in axes), [*axes[2:]]]:
+            for larger in (True, False):
+                other = X
+                for d in changed:
+                    half = max(1, X.shape[d] // 2)
+                    other = torch.cat([other, other], d) if larger else other.narrow(d, 0, half)
+                if other.shape == X.shape:
+                    continue
+                try:
+                    yield _shapes(self._forward, other)
+                    break
+                except Exception:  # a size that the model does not take
+                    continue
+
+
+def _shapes(forward: Forward, X: Tensor) -> dict[fx.Node, tuple[int, ...]]:
+    """The shapes of all tensors in the forward on X, in eval mode."""
+    run = _Run(forward.root, graph=forward.graph)
+    for module in forward.root.modules():
+        module.training = False
+    with torch.no_grad():
+        run.run(X.clone())
+    return run.shapes
+
+
+class _Run(fx.Interpreter):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+        return value
