@@ -351,12 +351,12 @@ def test_exact_is_backpropagation(name: str, training: bool) -> None:
     model, graph, X, Y = made(name)
     model.train(training), graph.train(training)
     twin = copy.deepcopy(model)
-    loss(twin(X), Y).backward()
+    y = twin(X)
+    loss(y, Y).backward()
     result = PCInfer(graph, loss, X, Y, "Exact")
-    assert_close(result.vhat[-1], twin(X) if not training else result.vhat[-1], 0)
+    assert_close(result.vhat[-1], y.detach(), 0)
     assert_close(gradients(model), gradients(twin), 1e-12)
-    if training:
-        assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), 1e-12)
+    assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), 1e-12)
     assert {*graph.parameters()} == {p for p in model.parameters() if p.grad is not None}
     assert_close(graph(X), model(X), 0)
 
@@ -420,3 +420,331 @@ def test_strict_is_that_of_the_model_with_its_modules_clamped(name: str, trainin
     found = dict(zip(inner, result.epsilon[1:-1], strict=True))
     assert_close(found, {n: wanted_errors[n].detach() for n in inner}, 1e-9)
     assert_close(gradients(model), wanted, 1e-9)
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+def test_every_algorithm_runs(ErrType: str) -> None:
+    model, graph, X, Y = made("ViT")
+    result = PCInfer(graph, loss, X, Y, ErrType, eta=0.05, n=4)
+    assert all(e is not None and e.isfinite().all() for e in result.epsilon[1:])
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("build", [lambda: ViT(p=0.3), lambda: Encoder(p=0.3)])
+def test_what_draws_random_numbers_does_so_once_and_in_turn(build: Callable[[], Any]) -> None:
+    """Dropout that several layers would draw for themselves has a belief of its own."""
+    model = build().double()
+    X = WORDS if isinstance(model, Encoder) else IMAGES
+    graph = pc_graph(model, X)
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    loss(twin(X), torch.zeros(3, 5)).backward()
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    PCInfer(graph, loss, X, torch.zeros(3, 5).double(), "Exact")
+    assert torch.equal(torch.get_rng_state(), after)
+    assert_close(gradients(model), gradients(twin), 1e-12)
+
+
+class LateDropout(nn.Module):
+    """The skip's mask is drawn before, and used after, that of the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        skip = F.dropout(x, 0.5, self.training)
+        return self.c(torch.tanh(self.b(self.drop(x))) + skip)
+
+
+def test_random_numbers_are_drawn_in_the_models_order() -> None:
+    model = LateDropout().double()
+    graph = pc_graph(model, VECTORS)
+    assert connections(graph) == {"a": "x", "dropout": "a", "b": "a", "c": "b dropout"}
+    torch.manual_seed(1)
+    expected = model(VECTORS)
+    torch.manual_seed(1)
+    assert_close(graph(VECTORS), expected, 0)
+    with pytest.raises(
+        ValueError, match=r"dropout of model\.a's output draws random numbers.* late"
+    ):
+        pc_graph(model, VECTORS, ["a", "b"])
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.a(x)))
+
+
+def test_a_module_that_is_called_twice_makes_tied_layers() -> None:
+    model = Twice()
+    graph = pc_graph(model, VECTORS.float())
+    assert connections(graph) == {"a": "x", "a_1": "a", "b": "a_1"}
+    assert graph.a is graph.a_1 is model.a
+
+
+class Sized(nn.Module):
+    """Reads sizes far from where it uses them, one of them only computed with; N may be C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        shape, (B, N, _), kind = x.shape, x.shape, x.dtype
+        y = self.mix(x.sin()).reshape(B, -1, 2).reshape(shape).to(kind)
+        y = self.out(y.transpose(1, 2).reshape(B, x.size(-1), N).transpose(-1, -2))
+        return y.reshape(B * N, 5) / x.dim() * torch.ones(x.size(1)).sum()
+
+
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_sizes_are_read_from_parents(tokens: int) -> None:
+    model = Sized().double()
+    graph = pc_graph(model, torch.randn(2, tokens, 6).double())
+    assert connections(graph) == {"embed": "x", "mix": "embed", "out": "mix", "output": "out"}
+    for size in (2, 3), (1, 7), (5, 4):
+        X = torch.randn(*size, 6).double()
+        assert_close(graph(X), model(X), 0)
+
+
+def test_another_batch_size_than_the_samples() -> None:
+    for name in EXAMPLES:
+        model, graph, X, _ = made(name)
+        model.eval(), graph.eval()
+        assert_close(graph(X[:1]), model(X[:1]), 1e-12)
+
+
+class WritingInPlace(nn.Module):
+    """What is written into feeds several layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.act = nn.Hardswish(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.a(x))
+        y = F.celu_(self.b(x))
+        return self.c(y) + y + x
+
+
+def test_beliefs_are_not_written_into() -> None:
+    model = WritingInPlace().double()
+    graph = pc_graph(model, VECTORS)
+    assert connections(graph) == {"a": "x", "b": "a", "c": "b", "output": "a b c"}
+    assert_close(graph(VECTORS), model(VECTORS), 0)
+    result = PCInfer(graph, loss, VECTORS, torch.zeros(3, 6).double(), "Strict", n=3)
+    assert_close(result.vhat[1], model.a(VECTORS), 0)
+
+
+def test_layers_of_a_chain_are_those_of_group_layers() -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Flatten(), nn.Linear(6, 3)
+    )
+    graph, layers = pc_graph(model, VECTORS.float()), group_layers(model, VECTORS.float())
+    assert connections(graph) == {"0": "x", "2": "0", "4": "2"}
+    for one, other in zip(graph.children(), layers, strict=True):
+        assert repr(one) == repr(other)
+
+
+def test_pytorchs_transformers() -> None:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Embedding(10, 6), encoder, nn.Flatten(), nn.Linear(24, 5)).double()
+    graph = pc_graph(model, WORDS, ["0", "**.dropout1", "**.linear1", "**.norm?"])
+    assert connections(graph)["1_layers_1_norm2"] == "1_layers_1_linear1 1_layers_1_norm1"
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    loss(twin(WORDS), torch.zeros(3, 5)).backward()
+    torch.manual_seed(1)
+    PCInfer(graph, loss, WORDS, torch.zeros(3, 5).double(), "Exact")
+    assert_close(gradients(model), gradients(twin), 1e-12)
+
+
+def test_patterns() -> None:
+    def chosen(*patterns: str) -> list[str]:
+        return pc_graph(ViT(), IMAGES.float(), patterns).names[1:-1]
+
+    assert chosen("patch", "blocks.*") == ["patch", "blocks_0", "blocks_1"]
+    assert chosen("**.q", "blocks.1.fc?") == [
+        *("blocks_0_attn_q", "blocks_1_attn_q", "blocks_1_fc1", "blocks_1_fc2"),
+    ]
+    assert pc_graph(ViT(), IMAGES.float(), "blocks.0").names == ["x", "blocks_0", "output"]
+    by_kind = pc_graph(ViT(), IMAGES.float(), lambda name, m: isinstance(m, Attention))
+    assert by_kind.names[1:-1] == ["blocks_0_attn", "blocks_1_attn"]
+
+
+class Named(nn.Module):
+    """Names that mean something else in a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.a = nn.Linear(6, 6), nn.ModuleDict({"b": nn.Linear(6, 6)})
+        self.a_b, self.output, self.names = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.names(self.a_b(self.a["b"](self.x(x))))).tanh()
+
+
+def test_places_have_names_of_their_own() -> None:
+    graph = pc_graph(Named(), VECTORS.float())
+    assert graph.names == ["x", "x_1", "a_b", "a_b_1", "names_1", "output", "output_1"]
+
+
+class Changing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.tau, self.flag = 1.0, True
+        self.register_buffer("scale", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(x / self.tau) * self.scale + x
+        return self.c(y) if self.flag else self.c(x)
+
+
+@pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_changes_of_the_model_are_followed_or_errors(copied: Callable[[Any], Any] | None) -> None:
+    model = Changing().double()
+    graph = pc_graph(model, VECTORS)
+    if copied is not None:
+        model, graph = copied((model, graph))
+    model.tau, model.scale = 0.3, torch.full((6,), 2.0).double()
+    assert_close(graph(VECTORS), model(VECTORS), 1e-12)
+    model.flag = False
+    message = r"when pc_graph followed.*model\.flag.*Follow it anew, graph = pc_graph\(model, X\)"
+    for use in (graph, lambda X: PCInfer(graph, loss, X, torch.zeros(3, 6).double(), "Strict")):
+        with pytest.raises(RuntimeError, match=message):
+            use(VECTORS)
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    model = ResNet().double().eval()
+    model.layer1[0].train()
+    before, random = copy.deepcopy(model), torch.get_rng_state()
+    graph = pc_graph(model, IMAGES)
+    assert torch.equal(random, torch.get_rng_state())
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    assert_close(dict(model.state_dict()), dict(before.state_dict()), 0)
+    assert not graph.training and isinstance(graph, PCGraph)
+    between = [m for m in graph.modules() if isinstance(m, Between)]
+    assert between and not any(m.training for m in between)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.lstm(x)[0][:, -1])
+
+
+class Unused(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.uncalled = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.constant, self.kind = nn.Embedding(4, 6), Kind()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        x = torch.where(self.kind(x), x, -x)
+        return super().forward(x) + self.constant(torch.tensor(2)) + self.uncalled.bias
+
+
+class Kind(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x > 0
+
+
+class Statistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.a(x))
+        return self.b(x) + x
+
+
+class Rewritten(Twice):
+    """What is written into is used again, as it then is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = x.exp_()
+        return self.b(y) + x
+
+
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 6))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+ERRORS: list[tuple[Any, Tensor, Any, type[Exception], str]] = [
+    (Skip, VECTORS, ["a", "d"], ValueError, "no.* called 'd' .*there are a, b, c"),
+    (Skip, VECTORS, ["a", "**.q"], ValueError, r"called '\*\*\.q'"),
+    (Skip, VECTORS, [], ValueError, "at least one module, got \\[\\]"),
+    (Skip, VECTORS, lambda name, m: False, ValueError, "at least one module"),
+    (Skip, VECTORS, 3, TypeError, "patterns of names, or a function of .*got int"),
+    (Skip, VECTORS, [nn.Linear(6, 6)], TypeError, "names of modules.*got Linear"),
+    (Unused, VECTORS, ["a", "uncalled"], ValueError, "does not call uncalled"),
+    (Unused, VECTORS, ["a", "unused"], ValueError, "unused's is used nowhere"),
+    (Unused, VECTORS, ["a", "constant"], ValueError, "constant does not depend on the model's input"),
+    (Unused, VECTORS, ["a", "kind"], ValueError, r"kind returns a tensor of torch\.bool"),
+    (attention, SEQUENCES, ["self_attn.out_proj"], ValueError, r"not call self_attn\.out_proj"),
+    (attention, SEQUENCES, None, ValueError, "self_attn returns a tuple"),
+    (Recurrent, SEQUENCES, None, ValueError, "lstm returns a tuple"),
+    (Unrolled, SEQUENCES, ["cell", "cell.gates"], ValueError, "cell returns a tuple"),
+    (ViT, IMAGES, ["blocks"], ValueError, "does not call blocks"),
+    (Statistics, VECTORS, ["a", "b"], ValueError,
+        r"model\.norm's output changes buffers.*that of b and that of the output\. Put a belief"),
+    (lambda: ViT(p=0.3), IMAGES, INSIDE, ValueError, r"model\.drop's output draws random numbers"),
+    (Rewritten, VECTORS, None, ValueError, "could not be made a graph of layers.*another output"),
+    (hooked, VECTORS, None, ValueError, "model.0 has hooks"),
+    (lambda: nn.Sequential(nn.Tanh()), VECTORS, None, ValueError, "a module with weights, got none"),
+    (lambda: nn.LazyLinear(3), VECTORS, None, ValueError, "lazy modules"),
+    (lambda: torch.compile(nn.Linear(6, 6), backend="eager"), VECTORS, None, TypeError, "wrapped"),
+    (lambda: torch.relu, VECTORS, None, TypeError, "must be an nn.Module"),
+    (Skip, [1.0], None, TypeError, "X must be a torch.Tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", range(len(ERRORS)))
+def test_what_is_in_the_way_is_named(error: int) -> None:
+    build, X, beliefs, kind, message = ERRORS[error]
+    model = build()
+    model = model.double() if isinstance(model, nn.Module) else model
+    with pytest.raises(kind, match=message):
+        pc_graph(model, X, beliefs)
+
+
+def test_by_default_what_can_hold_no_belief_is_in_the_layer_that_it_feeds() -> None:
+    assert connections(pc_graph(Unused(), VECTORS.float())) == {
+        "a": "x",
+        "a_1": "a",
+        "b": "a_1",
+        "output": "b",
+    }
+    assert connections(pc_graph(nn.Linear(6, 3), VECTORS.float())) == {"output": "x"}
+
+
+def test_group_layers_names_the_way_out() -> None:
+    with pytest.raises(
+        ValueError, match=r"or let torch2pc\.pc_graph\(model, X\) make a graph of it"
+    ):
+        group_layers(Skip(), VECTORS.float())

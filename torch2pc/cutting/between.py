@@ -41,15 +41,23 @@ class Between(nn.Module):
         graph = fx.Graph()
         # What is neither an input that moves nor computed here is held: parameters, mostly.
         made: dict[fx.Node, Any] = {}
+        arguments: set[str] = set()
+
+        def argument(name: str) -> fx.Node:
+            while name in arguments:
+                name += "_"
+            arguments.add(name)
+            return graph.placeholder(name)
+
         for entry in entries:
-            made[entry] = graph.placeholder("x" if len(entries) == 1 else entry.name)
+            made[entry] = argument("x" if len(entries) == 1 else entry.name)
         # (A list: they are not to be parts of this module.)
         self.reads: list[tuple[nn.Module, str]] = []
         for node in held_by(nodes):
             if (read := node.meta.get("read")) is not None:
                 if read not in self.reads:
                     self.reads.append(read)
-                    graph.placeholder(read[1])
+                    argument(read[1])
                 made[node] = list(graph.nodes)[len(entries) + self.reads.index(read)]
 
         for entry in copied:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -294,8 +294,10 @@ def follow(root: nn.Module, X: Tensor, name: str, opens: Opens, numbers: bool = 
             record, in_eval = both(tensors_followed=False)
         reads = record.reads.joined(in_eval.reads)
         # Where one is longer, it differs at the other's output already.
-        for node, other in zip(record.graph.nodes, in_eval.graph.nodes, strict=False):
-            _tell_mode(record.graph, node, other, name)
+        same: dict[fx.Node, fx.Node] = {}
+        for node, other in zip(_live(record.graph), _live(in_eval.graph), strict=False):
+            _tell_mode(record.graph, node, other, same, name)
+            same[other] = node
         if numbers:
             _find_followed(reads, lambda others: trace(Root(model), True, others).graph)
     finally:
@@ -356,8 +358,13 @@ def _trace(root: nn.Module, X: Tensor, name: str, opens: Opens, reads: Reads | N
         ) from error
 
 
-def _tell_mode(graph: fx.Graph, node: fx.Node, other: fx.Node, name: str) -> None:
-    """Let ``node`` see whether it is in train mode, where its arguments say so."""
+def _tell_mode(
+    graph: fx.Graph, node: fx.Node, other: fx.Node, same: dict[fx.Node, fx.Node], name: str
+) -> None:
+    """Let ``node`` see whether it is in train mode, where its arguments say so.
+
+    ``other`` is what stands for it in eval mode, ``same`` says so of those before it.
+    """
     if node.op == other.op == "get_attr" and not _equal(node.meta["value"], other.meta["value"]):
         raise NoLayers(
             f"{name} must not make a tensor in its forward that is another one each time, unless it "
@@ -379,8 +386,8 @@ def _tell_mode(graph: fx.Graph, node: fx.Node, other: fx.Node, name: str) -> Non
                 inside = node.meta["inside"]
                 mode[0].meta.update(moves=False, value=True, read=(inside, "training"))
             return mode[0]
-        same = a.name == b.name if isinstance(a, fx.Node) and isinstance(b, fx.Node) else a is b
-        differs = differs or not (same or (not isinstance(a, Tensor) and a == b))
+        is_same = same.get(b) is a if isinstance(b, fx.Node) else a is b
+        differs = differs or not (is_same or (not isinstance(a, Tensor) and a == b))
         return a
 
     node.args, node.kwargs = map_aggregate((node.args, node.kwargs), told)
@@ -402,12 +409,7 @@ def needed(graph: fx.Graph) -> list[fx.Node]:
     if not result.meta["value"].is_floating_point():
         dtype = result.meta["value"].dtype
         raise NoLayers(f"model must return a floating-point tensor, got {dtype}")
-    found, waiting = {result}, [result]
-    for node in waiting:
-        for before in node.all_input_nodes:
-            if before not in found:
-                found.add(before)
-                waiting.append(before)
+    found = _depended_on([result])
     for node in graph.nodes:
         if node not in found and writes(node):
             raise NoLayers(
@@ -415,6 +417,26 @@ def needed(graph: fx.Graph) -> list[fx.Node]:
                 f"{what(node, 'model')} does: use its result, or an operation that makes a new one"
             )
     return [node for node in graph.nodes if node in found and node.meta["moves"]]
+
+
+def _depended_on(results: Iterable[fx.Node]) -> set[fx.Node]:
+    """Some nodes and all that they are computed from."""
+    waiting = list(results)
+    found = set(waiting)
+    for node in waiting:
+        new = [before for before in node.all_input_nodes if before not in found]
+        found.update(new)
+        waiting += new
+    return found
+
+
+def _live(graph: fx.Graph) -> list[fx.Node]:
+    """All that the output depends on, and what writes into tensors.
+
+    PyTorch's transformers look at more in eval mode, to see if there is a faster way.
+    """
+    live = _depended_on(node for node in graph.nodes if node.op == "output" or writes(node))
+    return [node for node in graph.nodes if node in live]
 
 
 def _equal(a: Any, b: Any) -> bool:

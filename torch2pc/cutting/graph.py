@@ -164,6 +164,8 @@ def _chosen(model: nn.Module, beliefs: Beliefs | None) -> dict[nn.Module, str]:
         raise ValueError(
             f"beliefs must choose at least one module, got {beliefs!r}, which does not"
         )
+    whole = [f"{name}." for name, module in named.items() if _is_whole(module)]
+    _check_called([name for name in found if name.startswith(tuple(whole))])
     chosen: dict[nn.Module, str] = {}
     for name in found:
         chosen.setdefault(named[name], name)
@@ -194,13 +196,18 @@ def _matching(patterns: object, named: Iterable[str], meant: Sequence[str]) -> l
     return found
 
 
+def _is_whole(m: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's that use their children's weights, and may not call them."""
+    file = type(m).__module__
+    return file.startswith("torch.nn.modules.") and not file.endswith(
+        (".container", ".transformer")
+    )
+
+
 def _weighted(container: nn.Module) -> Iterator[nn.Module]:
-    """The innermost modules with weights; those of PyTorch that use their children's are kept whole."""
+    """The innermost modules with weights."""
     for child in container.children():
-        is_whole = type(child).__module__.startswith("torch.nn.modules.") and not type(
-            child
-        ).__module__.endswith((".container", ".transformer"))
-        inside = [] if is_whole or not is_block(child) else list(_weighted(child))
+        inside = [] if _is_whole(child) or not is_block(child) else list(_weighted(child))
         if inside:
             yield from inside
         elif has_weights(child):
@@ -219,12 +226,8 @@ def _places(
 ) -> dict[fx.Node, str]:
     """The nodes that are beliefs, and what they are called."""
     used, places = set(needed), dict[fx.Node, str]()
-    uncalled = [name for module, name in chosen.items() if not forward.outputs_of(module)]
-    if uncalled and not by_default:
-        raise ValueError(
-            "beliefs must be at modules that the forward calls, but it does not call "
-            f"{', '.join(uncalled)} (it may use their weights): leave them out"
-        )
+    if not by_default:
+        _check_called([name for m, name in chosen.items() if not forward.outputs_of(m)])
     for module, name in chosen.items():
         outputs = forward.outputs_of(module)
         if by_default:
@@ -276,6 +279,14 @@ def _normalised(node: fx.Node, root: nn.Module, used: set[fx.Node]) -> fx.Node:
         return node
     normalises = is_normalisation(root.get_submodule(str(users[0].target)))
     return _normalised(users[0], root, used) if normalises else node
+
+
+def _check_called(uncalled: Sequence[str]) -> None:
+    if uncalled:
+        raise ValueError(
+            "beliefs must be at modules that the forward calls, but it does not call "
+            f"{', '.join(uncalled)} (though it may use their weights): leave these out"
+        )
 
 
 # Which layers.
