@@ -303,7 +303,7 @@ EXAMPLES = {
             "cell_gates": "x",
             "cell_gates_1": "x cell_gates",
             "cell_gates_2": "x cell_gates cell_gates_1",
-            "output": "x cell_gates cell_gates_1 cell_gates_2",
+            "output": "cell_gates cell_gates_1 cell_gates_2",
         },
     ),
     "Skip": Example(Skip, VECTORS, None, {"a": "x", "b": "a", "c": "b", "output": "x c"}),

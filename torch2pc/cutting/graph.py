@@ -386,16 +386,20 @@ class _Cutter:
         while True:
             for node in waiting:
                 read = read_by(node)
-                if read is None or read.tensor in inside | known:
-                    for before in node.all_input_nodes:
-                        if before.meta["moves"]:
-                            take(before)
+                missed = read is not None and read.tensor not in inside | known
+                for before in node.all_input_nodes:
+                    if before.meta["moves"] and not (missed and before is node.args[0]):
+                        take(before)
             waiting = [n for n in inside if (r := read_by(n)) and r.tensor in inside | known]
-            if all(b in inside | known for n in waiting for b in n.all_input_nodes):
+            if all(
+                b in inside | known or not b.meta["moves"]
+                for n in waiting
+                for b in n.all_input_nodes
+            ):
                 entries = self._met(inside, known)
-                reads = [(n, r) for n in inside if (r := read_by(n)) and n not in waiting]
-                replaced = {n: self._sizes.found_at(r, entries) for n, r in reads}
-                missing = [r.tensor for n, r in reads if replaced[n] is None]
+                reads = {n: r for n in inside if (r := read_by(n)) and n not in waiting}
+                replaced = {n: self._sizes.found_at(n, entries) for n in reads}
+                missing = [r.tensor for n, r in reads.items() if replaced[n] is None]
                 if not missing:
                     nodes = sorted(inside - set(replaced), key=self._position.__getitem__)
                     return _Layer(places.get(result), nodes, entries, replaced)

@@ -28,7 +28,7 @@ def group_layers(model: nn.Module, X: Tensor, cut: str = "before") -> nn.Sequent
       forward does between them (``torch.flatten``, a class token, a positional embedding) becomes a
       module that does the same, with the model's own parameters.
     - A module with a connection around one of its parts, such as a residual block or a transformer
-      block, is kept whole: one layer.
+      block, is kept whole: one layer (``pc_graph`` has beliefs inside it).
     - ``cut="before"`` cuts before the activation: modules without weights (activations, pooling,
       dropout, flattening) open the layer that they feed, and trailing ones close the last. Normalisation
       and embeddings directly after a module with weights stay with it (``Conv, BatchNorm | ReLU, Conv,

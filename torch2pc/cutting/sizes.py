@@ -16,12 +16,16 @@ from torch import Tensor, fx
 
 from torch2pc.cutting.forward import Forward
 
+_ATTRIBUTES = "shape", "ndim", "dtype", "device"
+_NEW = "new_zeros", "new_ones", "new_full", "new_empty"
+
 
 class Read(NamedTuple):
     """What a node reads of a tensor, besides its values."""
 
     tensor: fx.Node
     attribute: str
+    """Or a method that makes a tensor of the same type on the same device."""
     place: int | None
     """Which of its sizes; None: all."""
 
@@ -29,7 +33,7 @@ class Read(NamedTuple):
 def read_by(node: fx.Node) -> Read | None:
     """What a node reads, if it does nothing else."""
     args = node.args
-    if not args or not isinstance(args[0], fx.Node) or len(node.all_input_nodes) != 1:
+    if not args or not isinstance(args[0], fx.Node):
         return None
     source = args[0]
     name = str(args[1] if node.target is getattr else node.target)
@@ -40,7 +44,7 @@ def read_by(node: fx.Node) -> Read | None:
             place = args[1] if len(args) > 1 else node.kwargs.get("dim")
             return Read(source, "shape", place if isinstance(place, int) else None)
         name = {"dim": "ndim"}.get(name, name)
-        return Read(source, name, None) if name in ("shape", "ndim", "dtype", "device") else None
+        return Read(source, name, None) if name in (*_ATTRIBUTES, *_NEW) else None
     if getattr(node.target, "__name__", "") == "getitem" and isinstance(args[1], int):
         whole = read_by(source)
         if whole is not None and whole.attribute == "shape" and whole.place is None:
@@ -53,14 +57,17 @@ class Sizes:
 
     def __init__(self, forward: Forward, X: Tensor) -> None:
         self._forward, self._X = forward, X
+        # The expressions that are found, which are no part of the record.
+        self._scratch = fx.Graph()
         self._runs: list[dict[fx.Node, tuple[int, ...]]] = []
 
-    def found_at(self, read: Read, entries: Sequence[fx.Node]) -> Any:
-        """An expression with the same value in terms of ``entries`` alone; None if there is none."""
-        if not entries:
+    def found_at(self, node: fx.Node, entries: Sequence[fx.Node]) -> Any:
+        """What a node reads, read from one of ``entries`` instead; None if that cannot be."""
+        read = read_by(node)
+        if read is None or not entries:
             return None
         if read.attribute != "shape":
-            return self._attribute_at(read, entries)
+            return self._attribute_at(node, read, entries)
         if not self._runs:
             self._runs = list(self._run())
         rank = len(self._runs[0][read.tensor])
@@ -69,14 +76,15 @@ class Sizes:
         sizes = [self._size_at(read.tensor, d, entries) for d in range(rank)]
         if any(size is None for size in sizes):
             return None
-        return self._expression(entries[0], "call_function", torch.Size, (tuple(sizes),))
+        return self._scratch.call_function(torch.Size, (tuple(sizes),))
 
-    def _attribute_at(self, read: Read, entries: Sequence[fx.Node]) -> Any:
-        name = read.attribute
-        wanted = getattr(read.tensor.meta["value"], name)
+    def _attribute_at(self, node: fx.Node, read: Read, entries: Sequence[fx.Node]) -> Any:
+        names = ("dtype", "device") if read.attribute in _NEW else (read.attribute,)
         for entry in entries:
-            if getattr(entry.meta["value"], name) == wanted:
-                return self._expression(entry, "call_function", getattr, (entry, name))
+            pairs = [(getattr(e.meta["value"], n) for e in (entry, read.tensor)) for n in names]
+            if all(one == other for one, other in pairs):
+                arguments = (entry, *node.args[1:])
+                return self._scratch.create_node(node.op, node.target, arguments, node.kwargs)
         return None
 
     def _size_at(self, tensor: fx.Node, d: int, entries: Sequence[fx.Node]) -> Any:
@@ -85,12 +93,8 @@ class Sizes:
         # That at the same place is the likelier one.
         for entry, k in sorted(places, key=lambda place: place[1] != d):
             if [run[entry][k] for run in self._runs] == wanted:
-                return self._expression(entry, "call_method", "size", (entry, k))
+                return self._scratch.call_method("size", (entry, k))
         return wanted[0] if len(set(wanted)) == 1 else None
-
-    def _expression(self, entry: fx.Node, *operation: Any) -> fx.Node:
-        with self._forward.graph.inserting_after(entry):
-            return self._forward.graph.create_node(*operation)
 
     def _run(self) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
         """The shapes of all tensors, for X and for whatever other sizes the model takes."""
