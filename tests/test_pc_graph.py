@@ -515,6 +515,27 @@ def test_sizes_are_read_from_parents(tokens: int) -> None:
         assert_close(graph(X), model(X), 0)
 
 
+class Counted(nn.Module):
+    """Multiplied by a size that no other tensor has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        tokens = y.size(1)
+        return self.b(y.mean(1)).tanh() * tokens
+
+
+def test_a_size_that_no_parent_has_makes_one() -> None:
+    model = Counted().double()
+    graph = pc_graph(model, SEQUENCES)
+    assert connections(graph) == {"a": "x", "b": "a", "output": "a b"}
+    X = torch.randn(2, 7, 6).double()
+    assert_close(graph(X), model(X), 0)
+
+
 def test_another_batch_size_than_the_samples() -> None:
     for name in EXAMPLES:
         model, graph, X, _ = made(name)
@@ -543,6 +564,26 @@ def test_beliefs_are_not_written_into() -> None:
     assert_close(graph(VECTORS), model(VECTORS), 0)
     result = PCInfer(graph, loss, VECTORS, torch.zeros(3, 6).double(), "Strict", n=3)
     assert_close(result.vhat[1], model.a(VECTORS), 0)
+
+
+class WritingIntoAView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.same, self.act = nn.Linear(6, 6), nn.Identity(), nn.ReLU(inplace=True)
+        self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.c(x.sin() + self.b(self.act(self.same(x.clone()))))
+
+
+def test_nor_is_what_shares_their_memory() -> None:
+    """The model copies, in a layer of another belief; what a belief shares memory with is another one."""
+    model = WritingIntoAView().double()
+    graph = pc_graph(model, VECTORS, ["a", "same", "b"])
+    assert connections(graph) == {"a": "x", "same": "a", "b": "same", "output": "a b"}
+    for each in (model, graph):
+        assert_close(each(VECTORS), model(VECTORS), 0)
 
 
 def test_layers_of_a_chain_are_those_of_group_layers() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -25,6 +25,9 @@ def held_by(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 class Between(nn.Module):
     """Operations that a model's forward does between its modules, as a module.
 
+    root: what the names in ``nodes`` start from; entries: the nodes whose values are given; replaced: what
+    stands for some nodes; copies: whether it is to work on copies of what it is given.
+
     Parameters and buffers that they use are those of the model, under the same names. Numbers and
     modes are read from the model in each call.
     """
@@ -35,7 +38,7 @@ class Between(nn.Module):
         nodes: Sequence[fx.Node],
         entries: Sequence[fx.Node],
         replaced: Mapping[fx.Node, Any] | None = None,
-        copied: Collection[fx.Node] = (),
+        copies: bool = False,
     ) -> None:
         super().__init__()
         graph = fx.Graph()
@@ -60,7 +63,7 @@ class Between(nn.Module):
                     argument(read[1])
                 made[node] = list(graph.nodes)[len(entries) + self.reads.index(read)]
 
-        for entry in copied:
+        for entry in entries if copies else ():
             made[entry] = graph.call_method("clone", (made[entry],))
 
         def copy(node: fx.Node) -> Any:
@@ -77,7 +80,7 @@ class Between(nn.Module):
         for node in graph.nodes:
             node.meta.clear()  # values on the sample
         self.run = fx.GraphModule(root, graph, "Operations")
-        self.inplace = any(map(writes, nodes))
+        self.inplace = any(map(writes, nodes)) and not copies
 
     def forward(self, *x: Tensor) -> Tensor:
         return self.run(*x, *[getattr(module, name) for module, name in self.reads])

@@ -125,13 +125,13 @@ def pc_graph(model: nn.Module, X: Tensor, beliefs: Beliefs | None = None) -> PCG
             cutter = _Cutter(forward, X)
             places = _places(forward, chosen, cutter.nodes, by_default=beliefs is None)
             layers = cutter.layers(places, by_default=beliefs is None)
-            graph = Graph(**_named(layers, forward.root))
+            graph = GraphOfModel(**_named(layers))
         graph.belong_to(model, forward.origin, "pc_graph", "Follow it anew, graph = ")
         check_same(model, graph, X, "a graph")
     return graph
 
 
-class Graph(OfModel, PCGraph):
+class GraphOfModel(OfModel, PCGraph):
     """The layers of a model, connected as in its forward."""
 
     def _get_name(self) -> str:
@@ -298,11 +298,13 @@ class _Layer:
     def __init__(
         self,
         name: str | None,
+        root: nn.Module,
         nodes: list[fx.Node],
         entries: list[fx.Node],
         replaced: dict[fx.Node, Any],
     ) -> None:
-        self.name, self.nodes, self.entries, self.replaced = name, nodes, entries, replaced
+        self.name, self.root = name, root
+        self.nodes, self.entries, self.replaced = nodes, entries, replaced
 
     @property
     def result(self) -> fx.Node:
@@ -318,22 +320,28 @@ class _Layer:
             waiting += new
         return list(found)
 
-    def module(self, root: nn.Module, shared: set[fx.Node]) -> nn.Module:
-        """The layer as a module; what is given to other layers as well is not written into."""
-        called = [n for n in self.nodes if n.op == "call_module"]
-        modules = [part for n in called for part in root.get_submodule(str(n.target)).modules()]
-        copied = shared.intersection(self.entries)
-        in_place = any(map(writes, self.nodes)) or any(
-            getattr(m, "inplace", False) for m in modules
-        )
-        if copied and in_place:
-            return Between(root, self.nodes, self.entries, self.replaced, copied)
+    @property
+    def writes(self) -> bool:
+        """Whether it may write into what it is given."""
+        modules = [part for module in self.called for part in module.modules()]
+        return any(map(writes, self.nodes)) or any(getattr(m, "inplace", False) for m in modules)
+
+    @property
+    def called(self) -> list[nn.Module]:
+        called = [node for node in self.nodes if node.op == "call_module"]
+        return [self.root.get_submodule(str(node.target)) for node in called]
+
+    def module(self, copies: bool) -> nn.Module:
+        """The layer as a module; ``copies``: its inputs, if it may write into them."""
+        if copies and self.writes:
+            return Between(self.root, self.nodes, self.entries, self.replaced, copies)
         first = self.nodes[0]
-        if self.nodes == called == [first] and not first.kwargs and [*first.args] == self.entries:
-            return root.get_submodule(str(first.target))
+        is_call = len(self.nodes) == len(self.called) == 1 and not first.kwargs
+        if is_call and list(first.args) == self.entries:
+            return self.called[0]
         if len(self.entries) == 1 and not self.replaced:
-            return layer_of(cut([*self.entries, *self.nodes], root))
-        return Between(root, self.nodes, self.entries, self.replaced)
+            return layer_of(cut([*self.entries, *self.nodes], self.root))
+        return Between(self.root, self.nodes, self.entries, self.replaced)
 
 
 class _Cutter:
@@ -343,6 +351,7 @@ class _Cutter:
         self.forward, self._sizes = forward, Sizes(forward, X)
         self.nodes = forward.needed()
         self._position = {node: i for i, node in enumerate(forward.graph.nodes)}
+        self._reads = {node: read for node in self.nodes if (read := read_by(node)) is not None}
         self._effects = _Effects(forward, X)
 
     def layers(self, places: dict[fx.Node, str], by_default: bool) -> list[_Layer]:
@@ -373,51 +382,47 @@ class _Cutter:
 
     def _layer(self, result: fx.Node, places: dict[fx.Node, str]) -> _Layer:
         """What lies between a node and the places before it."""
-        inside, known = {result}, set[fx.Node]()
-        waiting = [result]
+        found, waiting = {result}, [result]
 
-        def take(node: fx.Node) -> None:
-            if node in places or node.op == "placeholder":
-                known.add(node)
-            elif node not in inside:
-                inside.add(node)
-                waiting.append(node)
+        def is_given(node: fx.Node) -> bool:
+            return node.op == "placeholder" or (node in places and node is not result)
 
         while True:
             for node in waiting:
-                read = read_by(node)
-                missed = read is not None and read.tensor not in inside | known
-                for before in node.all_input_nodes:
-                    if before.meta["moves"] and not (missed and before is node.args[0]):
-                        take(before)
-            waiting = [n for n in inside if (r := read_by(n)) and r.tensor in inside | known]
-            if all(
-                b in inside | known or not b.meta["moves"]
-                for n in waiting
-                for b in n.all_input_nodes
-            ):
-                entries = self._met(inside, known)
-                reads = {n: r for n in inside if (r := read_by(n)) and n not in waiting}
-                replaced = {n: self._sizes.found_at(n, entries) for n in reads}
-                missing = [r.tensor for n, r in reads.items() if replaced[n] is None]
-                if not missing:
-                    nodes = sorted(inside - set(replaced), key=self._position.__getitem__)
-                    return _Layer(places.get(result), nodes, entries, replaced)
-                waiting = []
-                take(missing[0])
+                # A tensor of which only sizes are read is not needed for that.
+                passed_over = node.args[0] if node in self._reads else None
+                new = [b for b in node.all_input_nodes if b.meta["moves"] and b is not passed_over]
+                if not is_given(node):
+                    new = [before for before in new if before not in found]
+                    found.update(new)
+                    waiting += new
+            inside = self._in_order(node for node in found if not is_given(node))
+            reads = [node for node in inside if node in self._reads]
+            elsewhere = [node for node in reads if self._reads[node].tensor not in found]
+            given = self._in_order(filter(is_given, found))
+            replaced = {node: self._sizes.found_at(node, given) for node in elsewhere}
+            lacking = [self._reads[node].tensor for node in elsewhere if replaced[node] is None]
+            if not lacking:
+                break
+            found.add(lacking[0])
+            waiting = [lacking[0]]
+        # On the way from a tensor to one of its sizes.
+        between = [node.args[0] for node in reads if node not in replaced]
+        found.update(node for node in between if isinstance(node, fx.Node))
+        nodes = self._in_order(n for n in found if not is_given(n) and n not in replaced)
+        met = [before for node in nodes for before in node.all_input_nodes if is_given(before)]
+        entries = list(dict.fromkeys(met))
+        return _Layer(places.get(result), self.forward.root, nodes, entries, replaced)
 
-    def _met(self, inside: set[fx.Node], known: set[fx.Node]) -> list[fx.Node]:
-        """Those that are given from outside, in the order in which they are met."""
-        nodes = sorted(inside, key=self._position.__getitem__)
-        met = [before for node in nodes for before in node.all_input_nodes if before in known]
-        return list(dict.fromkeys(met))
+    def _in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return sorted(nodes, key=self._position.__getitem__)
 
     def _out_of_turn(self, layers: Sequence[_Layer]) -> tuple[fx.Node, str] | None:
         """What draws random numbers or changes buffers twice, or after what should come later."""
         seen: dict[fx.Node, _Layer] = {}
         last = -1
         for layer in layers:
-            for node in sorted(layer.runs(), key=self._position.__getitem__):
+            for node in self._in_order(layer.runs()):
                 draws, changes = node in self._effects.draws, node in self._effects.changes
                 does = "draws random numbers" if draws else "changes buffers"
                 if (draws or changes) and node in seen:
@@ -472,23 +477,24 @@ class _Effects(fx.Interpreter):
 # What they are called.
 
 
-def _named(layers: Sequence[_Layer], root: nn.Module) -> dict[str, tuple[Any, ...]]:
+def _named(layers: Sequence[_Layer]) -> dict[str, tuple[Any, ...]]:
     """What makes a ``PCGraph`` of the layers."""
     names: dict[fx.Node, str] = {}
     taken = {"x", "names", "parents", *vars(nn.Module())}
     for layer in layers:
         base = name = "output" if layer.name is None else layer.name.replace(".", "_")
         count = 0
-        while name in taken or hasattr(Graph, name):
+        while name in taken or hasattr(GraphOfModel, name):
             count += 1
             name = f"{base}_{count}"
         taken.add(name)
         names[layer.result] = name
+    # What one layer writes into could be, or share its memory with, what another one is given.
     feeds = [entry for layer in layers for entry in layer.entries]
-    shared = {entry for entry in feeds if feeds.count(entry) > 1}
+    has_shared = len(feeds) > len(set(feeds))
     return {
         names[layer.result]: (
-            layer.module(root, shared),
+            layer.module(copies=has_shared),
             *[names.get(entry, "x") for entry in layer.entries],
         )
         for layer in layers
