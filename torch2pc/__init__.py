@@ -4,6 +4,7 @@ This file is the table of contents: it lists the public names and nothing else.
 """
 
 from torch2pc import steps
+from torch2pc.cutting.graph import pc_graph
 from torch2pc.cutting.grouping import group_layers
 from torch2pc.displacement.recorder import displacement_rule
 from torch2pc.follow.follow import follow, follow_latent
@@ -29,5 +30,6 @@ __all__ = [
     "follow",
     "follow_latent",
     "group_layers",
+    "pc_graph",
     "steps",
 ]

@@ -66,8 +66,8 @@ def _way_out(model: object) -> str:
     if isinstance(model, nn.Module):
         return (
             ": torch2pc.group_layers(model, X) makes one of it, which shares its parameters, if it runs "
-            "its parts one after the other, and says what is in the way if not; otherwise write it as "
-            "an nn.Sequential with one item for each block"
+            "its parts one after the other, and torch2pc.pc_graph(model, X) a graph of it if not; or write "
+            "it as an nn.Sequential with one item for each block"
         )
     return ""
 
