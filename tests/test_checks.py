@@ -92,7 +92,11 @@ ARGUMENTS = [
         TypeError,
         r"whole parameters, got ShardedLinear.*fully_shard.*torch2pc\.distributed\.PCInfer",
     ),
-    (dict(model=nn.Linear(4, 3)), TypeError, "model must be an nn.Sequential or a PCGraph, got Linear"),
+    (
+        dict(model=nn.Linear(4, 3)),
+        TypeError,
+        "model must be an nn.Sequential or a PCGraph, got Linear",
+    ),
     (dict(model=nn.ModuleList([nn.Linear(4, 3)])), TypeError, "model .* got ModuleList"),
     (dict(model=nn.Sequential()), ValueError, "model must have at least one layer"),
     (

@@ -474,6 +474,27 @@ def test_random_numbers_are_drawn_in_the_models_order() -> None:
         pc_graph(model, VECTORS, ["a", "b"])
 
 
+class Dropped(LateDropout):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.drop.p = 0.0, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.drop(self.a(x)), self.p, self.training)
+        return self.c(torch.tanh(self.b(x)) + x)
+
+
+@pytest.mark.parametrize("name", ["p", "drop.p"])
+def test_dropout_that_draws_later_is_an_error(name: str) -> None:
+    model = Dropped().double()
+    graph = pc_graph(model, VECTORS)
+    assert connections(graph) == {"a": "x", "b": "a", "c": "a b"}
+    graph(VECTORS)
+    (model if name == "p" else model.drop).p = 0.5
+    with pytest.raises(RuntimeError, match=rf"model\.{name} was 0\.0 and is 0\.5"):
+        PCInfer(graph, loss, VECTORS, torch.zeros(3, 5).double(), "Exact")
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -54,14 +54,13 @@ class Between(nn.Module):
 
         for entry in entries:
             made[entry] = argument("x" if len(entries) == 1 else entry.name)
-        # (A list: they are not to be parts of this module.)
-        self.reads: list[tuple[nn.Module, str]] = []
+        reads: dict[tuple[nn.Module, str], fx.Node] = {}
         for node in held_by(nodes):
             if (read := node.meta.get("read")) is not None:
-                if read not in self.reads:
-                    self.reads.append(read)
-                    argument(read[1])
-                made[node] = list(graph.nodes)[len(entries) + self.reads.index(read)]
+                if read not in reads:
+                    reads[read] = argument(read[1])
+                made[node] = reads[read]
+        self.reads = list(reads)  # (A list: they are not to be parts of this module.)
 
         for entry in entries if copies else ():
             made[entry] = graph.call_method("clone", (made[entry],))

@@ -126,6 +126,8 @@ def pc_graph(model: nn.Module, X: Tensor, beliefs: Beliefs | None = None) -> PCG
             places = _places(forward, chosen, cutter.nodes, by_default=beliefs is None)
             layers = cutter.layers(places, by_default=beliefs is None)
             graph = GraphOfModel(**_named(layers))
+            for module, name in _idle(layers):
+                forward.origin.watch(module, name)
         graph.belong_to(model, forward.origin, "pc_graph", "Follow it anew, graph = ")
         check_same(model, graph, X, "a graph")
     return graph
@@ -472,6 +474,20 @@ class _Effects(fx.Interpreter):
         ):
             self.changes.add(n)
         return value
+
+
+def _idle(layers: Iterable[_Layer]) -> Iterator[tuple[nn.Module, str]]:
+    """The probabilities of 0, with another of which dropout would draw, perhaps out of turn."""
+    for layer in layers:
+        for module in [part for called in layer.called for part in called.modules()]:
+            for name in ("p", "dropout"):
+                value = vars(module).get(name)
+                if isinstance(value, float | int) and value == 0:
+                    yield module, name
+        for node in layer.nodes:
+            if "dropout" in str(getattr(node.target, "__name__", "")):
+                reads = [n for n in node.all_input_nodes if "read" in n.meta]
+                yield from [n.meta["read"] for n in reads if n.meta["value"] == 0]
 
 
 # What they are called.

@@ -286,6 +286,10 @@ class Origin:
                 if place is not owner and hasattr(place, name):
                     places.append(place)
 
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Let an attribute be an error too where it is another one, although a layer reads it anew."""
+        self._reads.append((module, name, _Value(getattr(module, name), self._names)))
+
     def check(self) -> None:
         """Raises an error if the layers would not do what the model does now.
 
