@@ -161,6 +161,8 @@ def PCInfer(
         chosen = dict(ErrType=ErrType, n=n, eta=_number(eta), update_at=update_at)
         chosen.update(accumulate=accumulate, compile=compile, reduction=reduction)
         chosen.update(vinit="None" if vinit is None else "given", layers=len(model))
+        if isinstance(model, PCGraph):
+            chosen.update(connections=[[model.names[p] for p in ps] for ps in model.parents])
         description = {name: str(value) for name, value in chosen.items()}
         description |= _described(model, LossFun, parameters)
     except Exception as error:

@@ -386,7 +386,9 @@ def _ways_down(network: Network, apart: bool) -> list[_Way]:
                     kept = arriving[p].get(further)
                     arriving[p][further] = g if kept is None else kept + g
             pairs = zip(leaves, of_asked, strict=False)
-            found.append(_Way(l, m, error, {leaf: g.detach() for leaf, g in pairs if g is not None}))
+            found.append(
+                _Way(l, m, error, {leaf: g.detach() for leaf, g in pairs if g is not None})
+            )
     return found
 
 
