@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch2pc
+from tests.cases import Join
 from torch2pc import distributed
 from torch2pc.distributed import exchange
 
@@ -107,6 +108,18 @@ def borrowing() -> nn.Sequential:
     return model
 
 
+def graph(width: int = 7, skip: str = "stem") -> torch2pc.PCGraph:
+    """Ways of several lengths, and a layer that is used twice."""
+    join = Join(width)
+    return torch2pc.PCGraph(
+        stem=(nn.Linear(5, width), "x"),
+        a=(nn.Sequential(nn.Tanh(), nn.Linear(width, width)), "stem"),
+        b=(join, "a", skip),
+        c=(join, "b", "a"),
+        out=(nn.Linear(width, 3), "c"),
+    ).double()
+
+
 class Borrower(nn.Module):
     def __init__(self, held: list[Tensor]) -> None:
         super().__init__()
@@ -176,7 +189,7 @@ LOSSES: dict[str, tuple[Any, bool, dict[str, Any]]] = {
 
 
 def compare(
-    model: nn.Module, LossFun: Any, classes: bool, shards: str, ErrType: str, **options: Any
+    model: Any, LossFun: Any, classes: bool, shards: str, ErrType: str, **options: Any
 ) -> float:
     """The largest difference from one process with the whole batch, relative to each tensor's size."""
     torch.manual_seed(3)
@@ -231,7 +244,7 @@ def same_as_one_process() -> dict[str, float]:
                 torch.manual_seed(0)
                 name = f"{ErrType}, {shards} shards, {loss}"
                 found[name] = compare(network(), LossFun, classes, shards, ErrType, **options)
-        for build in (tied, borrowing):
+        for build in (tied, borrowing, graph):
             torch.manual_seed(0)
             name = f"{ErrType}, {build.__name__}"
             found[name] = compare(build(), nn.MSELoss(), False, "unequal", ErrType)
@@ -351,6 +364,7 @@ def errors() -> dict[str, Any]:
     told("ErrType", ErrType="Strict" if rank == 1 else "Exact")
     told("n", ErrType="Strict", n=4 + (rank == 1))
     told("width", model=lambda: network(7 + (rank == 1)))
+    told("connections", model=lambda: graph(skip="a" if rank == 1 else "stem"))
     told("frozen", model=lambda: network().requires_grad_(rank != 1))
     told("values", model=other_seed)
     told("reduction", LossFun=nn.MSELoss(reduction="sum" if rank == 1 else "mean"))

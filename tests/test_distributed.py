@@ -103,6 +103,7 @@ TOLD: dict[str, tuple[Any, Any]] = {
                 "ValueError",
                 r"model\.0\.weight must .* got \(7, 5\), .* on rank 0 and \(8, 5\)",
             ),
+            "connections": ("ValueError", "connections must be the same .*'stem'.*on rank 0"),
             "frozen": ("ValueError", r"model\.0\.weight must .* on rank 0 and none on rank 1"),
             "values": ("ValueError", r"values must be the same .*broadcast\(p\.data, 0\)"),
             "reduction": ("ValueError", "reduction must be .* mean on rank 0 and sum on rank 1"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
+import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,7 +32,8 @@ from tests.cases import (
     random_beliefs,
     squared_error,
 )
-from torch2pc import PCGraph, PCInfer, PCInferLatent
+from tests.test_compiled import infer_compiled
+from torch2pc import PCGraph, PCInfer, PCInferLatent, follow
 from torch2pc.displacement.recorder import Displacement
 from torch2pc.graph.layers import Network
 from torch2pc.inference import RELAXATIONS
@@ -505,3 +509,224 @@ def test_a_step_size_that_is_found(ErrType: str, make: Callable[[], Case]) -> No
         assert relaxation.energy.terms().sum() <= before
     found, expected = (case.infer(ErrType, eta=eta, n=20) for eta in ("auto", relaxation.rule.eta))
     assert_close(list(found), list(expected), tolerance=0)
+
+
+# Compiled calls.
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))),
+    reason="torch.compile needs a C++ compiler",
+)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "error:compile=True")
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+def test_compiled_relaxations_equal_plain_ones(ErrType: str) -> None:
+    """Whatever n is: from the feed-forward pass, a step moves what the errors have reached by then."""
+    case = residual(1)
+    settings: list[dict[str, Any]] = [dict(n=n) for n in (1, 2, 3, 4, 9)]
+    for options in [*settings, dict(n=4, vinit=random_beliefs(case))]:
+        plain = case.infer(ErrType, **options)
+        gradients = case.gradients()
+        found = infer_compiled(case, options["n"] != 1, ErrType, **options)
+        assert_close(list(found), list(plain))
+        assert_close(case.gradients(), gradients)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "error:compile=True")
+def test_compiled_backpropagation_equals_the_plain_one() -> None:
+    case = ladder()
+    case.X.requires_grad_()
+    for ErrType in ("Exact", "FixedPred"):
+        plain = case.infer(ErrType, n=4)
+        gradients = copy.deepcopy(case.gradients())
+        assert_close(list(infer_compiled(case, ErrType == "FixedPred", ErrType, n=4)), list(plain))
+        assert_close(case.gradients(), gradients)
+
+
+def test_fixed_pred_where_ways_differ_says_that_it_is_not_compiled() -> None:
+    case = residual()
+    expected = case.infer("FixedPred")
+    with pytest.warns(UserWarning, match="PCGraph runs without compilation, because the ways"):
+        found = case.infer("FixedPred", compile=True)
+    assert_close(list(found), list(expected), tolerance=0)
+    case.infer("FixedPred", compile=True)  # it says so once
+
+
+# follow.
+
+
+def of_layer(case: Case, name: str, updates: dict[Tensor, Tensor]) -> Tensor:
+    """The updates of a layer's parameters, as one vector."""
+    found = [updates[p].flatten() for p in case.model.get_submodule(name).parameters()]
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+@err_types
+@pytest.mark.parametrize("make", [residual, attention, ladder])
+def test_follow_has_the_iterations_of_the_call(ErrType: str, make: Callable[[], Case]) -> None:
+    case = make()
+    case.infer("Exact")
+    exact = updates_of(case)
+    record = follow(*case, ErrType, eta=0.2, n=5)
+    assert record.names == case.model.names
+    before = None
+    for k in range(1, record.n + 1):
+        result, updates = case.infer(ErrType, eta=0.2, n=k), updates_of(case)
+        for l, name in enumerate(case.model.names[1:], start=1):
+            update, right = of_layer(case, name, updates), of_layer(case, name, exact)
+            if len(update):
+                close = partial(pytest.approx, rel=1e-6, abs=1e-6)
+                assert record.size[k, l] == close(float(update.norm() / right.norm()))
+                if update.norm() > 1e-12 * right.norm():  # a tied one's may be round-off
+                    assert record.cosine[k, l] == close(
+                        float(update @ right / (update.norm() * right.norm()))
+                    )
+            if ErrType in ("Strict", "FixedPred") and l < record.L:
+                moved = result.v[l] - (result.vhat if before is None else before.v)[l]
+                assert record.moves[k, l] == pytest.approx(moved.norm().item(), rel=1e-6, abs=1e-12)
+        before = result
+
+
+@pytest.mark.parametrize("make", [residual, ladder])
+def test_follow_foretells_fixed_pred(make: Callable[[], Case]) -> None:
+    """Its distance is that of the iteration, and is 1 % from the n on that it says."""
+    case = make()
+    record = follow(*case, "FixedPred", eta=0.3, n=4)
+    for k in range(4):
+        epsilon = reference.fixed_pred(*case, 0.3, k + 1).epsilon
+        above = reference.arriving(case.model, reference.feed_forward(case.model, case.X), epsilon)
+        parts = [(epsilon[l], above[l]) for l in range(1, record.L)]
+        off = sum((e - a).square().sum() for e, a in parts).sqrt()
+        sizes = [
+            sum(x.square().sum() for x in of_all).sqrt() for of_all in zip(*parts, strict=True)
+        ]
+        assert record.distance[k] == pytest.approx((off / max(sizes)).item(), rel=1e-9)
+    needed = record.n_needed
+    assert needed is not None and needed > 4
+    longer = follow(*case, "FixedPred", eta=0.3, n=needed)
+    assert longer.distance[-1] <= 0.01 < longer.distance[-2]
+
+
+# Graphs themselves, and what is none.
+
+
+def test_a_graph_says_what_it_is() -> None:
+    model = residual().model
+    assert model.names == ["x", "stem", "a0", "b0", "a1", "b1", "out"]
+    assert model.parents == [(0,), (1,), (2, 1), (3,), (4, 3), (5,)]
+    assert len(model) == 6 and "b0 <- a0, stem" in repr(model)
+    X = torch.randn(2, 5, dtype=torch.float64)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(X), model(X)) and twin.names == model.names
+        twin.load_state_dict(model.state_dict())
+
+
+def test_its_forward_hands_copies_to_layers_that_work_in_place() -> None:
+    model = PCGraph(
+        a=(nn.ReLU(inplace=True), "x"), b=(nn.ReLU(inplace=True), "a"), out=(Add(), "a", "b", "x")
+    )
+    X = torch.tensor([[-1.0, 2.0]])
+    assert torch.equal(model(X), torch.tensor([[-1.0, 6.0]]))
+    assert torch.equal(X, torch.tensor([[-1.0, 2.0]]))
+
+
+linear = nn.Linear(2, 2)
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no layers": ({}, ValueError, r"at least one layer, as name=\(module, \*parents\)"),
+    "no pair": ({"a": linear}, TypeError, r"layer 'a' must be \(module, .*got Linear"),
+    "no parents": ({"a": (linear,)}, TypeError, r"layer 'a' must be \(module, \*names"),
+    "no module": ({"a": ("x", linear)}, TypeError, "layer 'a' must be .*got str"),
+    "a function": ({"a": (torch.tanh, "x")}, TypeError, "layer 'a' must be .*got builtin"),
+    "a place": ({"a": (linear, 0)}, TypeError, r"layer 'a' must be .*got Linear and \[0\]"),
+    "itself": ({"a": (Add(), "x", "a")}, ValueError, "'a' must come after .*'a' is itself.*circle"),
+    "a circle": (
+        {"a": (Add(), "x", "b"), "b": (linear, "a")},
+        ValueError,
+        "'a' must come after its parents, but 'b' comes later: the graph must have no circle",
+    ),
+    "unknown": (
+        {"a": (linear, "y")},
+        ValueError,
+        r"'a' has an unknown parent 'y'; there are \['x'\]",
+    ),
+    "two outputs": (
+        {"a": (linear, "x"), "b": (linear, "x"), "c": (linear, "a")},
+        ValueError,
+        "each place but the last must be a parent .*no layer takes 'b'",
+    ),
+    "the input's name": ({"x": (linear, "x")}, ValueError, "name 'x' of a layer is taken"),
+    "a method's name": (
+        {"forward": (linear, "x")},
+        ValueError,
+        "name 'forward' of a layer is taken",
+    ),
+    "an attribute's": (
+        {"parents": (linear, "x")},
+        ValueError,
+        "name 'parents' of a layer is taken",
+    ),
+    "a dot": ({"a.b": (linear, "x")}, ValueError, r"name 'a\.b' of a layer must .* dot"),
+    "empty": ({"": (linear, "x")}, ValueError, "name '' of a layer must not be empty"),
+    "too many": (
+        {"a": (linear, "x"), "b": (linear, "a", "x")},
+        TypeError,
+        r"'b' must take as many inputs as it has parents \(2: a, x\), but Linear",
+    ),
+    "too few": (
+        {"a": (nn.Bilinear(2, 2, 2), "x")},
+        TypeError,
+        r"'a' must take .* \(1: x\), but Bilin",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_graph_is_named(name: str) -> None:
+    layers, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        PCGraph(**layers)
+
+
+def test_what_is_found_in_a_call_is_named() -> None:
+    case = residual()
+    with pytest.raises(ValueError, match=r"vinit must have len\(model\) \+ 1 = 7 entries"):
+        case.infer("Strict", vinit=[None] * 6)
+    vinit = case.infer("Exact").v
+    vinit[3] = vinit[3][:, :2]
+    with pytest.raises(ValueError, match=r"vinit\[3\] must be a tensor of shape \(6, 4\)"):
+        case.infer("Strict", vinit=vinit)
+    with pytest.raises(ValueError, match=r"precision must have len\(model\) - 1 = 5 entries"):
+        PCInferLatent(case.model, squared_error, case.Y, case.X, 0.1, 2, precision=[1.0])
+
+    class Pair(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Any:
+            return a, b
+
+    case.model.b1 = Pair()
+    for ErrType in ERR_TYPES:
+        with pytest.raises(TypeError, match=r"model\.b1 \(Pair\) must return one floating-point"):
+            case.infer(ErrType)
+    del case.model.b1
+    with pytest.raises(ValueError, match="layer 'b1' of a PCGraph must not be taken away"):
+        case.infer("Exact")
+
+    class Own(PCGraph):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match="model must use PCGraph's forward, got Own"):
+        PCInfer(Own(a=(nn.Linear(5, 3), "x")).double(), *case[1:], "Exact")
+
+
+@pytest.mark.filterwarnings("error:The error hardly reaches")
+def test_a_short_inference_is_one_whose_ways_are_long() -> None:
+    """An error takes the shortest way: through the skips of 5 blocks it comes, but not into them."""
+    residual(12).infer("FixedPred", eta=0.5, n=20)
+    case = residual(5)
+    case.model.b0.requires_grad_(False)
+    which = r"3 layers of 12 \(model\.stem, model\.a0, model\.a1\)"
+    with pytest.warns(UserWarning, match=f"hardly reaches {which}.* n=13 would bring half"):
+        case.infer("Strict", eta=0.5, n=5)

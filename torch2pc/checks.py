@@ -28,12 +28,16 @@ def check_model(model: object) -> None:
     if len(model) == 0:
         raise ValueError("model must have at least one layer, got an empty nn.Sequential")
     if not _runs_its_items(model):
-        base = "PCGraph" if isinstance(model, PCGraph) else "nn.Sequential"
+        base, way_out = "nn.Sequential", ", or let torch2pc.group_layers(model, X) do so"
+        if isinstance(model, PCGraph):
+            base, way_out = "PCGraph", ""
         raise TypeError(
             f"model must use {base}'s forward, got {type(model).__name__}, which overrides "
             "it: predictive coding runs the items one by one and would pass it over; move what it "
-            "adds into an item, or let torch2pc.group_layers(model, X) do so"
+            f"adds into an item{way_out}"
         )
+    if isinstance(model, PCGraph):
+        model.check_layers()
     if (check_origin := getattr(model, "check_origin", None)) is not None:
         check_origin()  # layers that group_layers has made
 

@@ -133,6 +133,7 @@ class Call:
         prior = network.prior
         self.asked = Asked(
             parents=parents,
+            names=tuple([node.where for node in network.nodes]),
             free=tuple(sorted(network.free)),
             has_prior=prior is not None,
             **self.asks(),

@@ -54,6 +54,8 @@ class Asked(NamedTuple):
     """What is moved: the ``"beliefs"``, the ``"errors"``, or ``"nothing"``, as in Exact and FixedPred."""
     parents: tuple[tuple[int, ...], ...]
     """Those of each layer."""
+    names: tuple[str, ...]
+    """What errors call the layers."""
     free: tuple[int, ...]
     """The places whose beliefs move."""
     update_at: str = "v"
@@ -355,7 +357,9 @@ class Traced(Network):
         held, self.eta, pi, is_reached, self.state = program.divided(given)
         self._program, self.held = program, held
         self.terms = Terms(pi[1:L] if asked.is_weighted else None)
-        self.nodes = [Node(_no_function, parents, "") for parents in asked.parents]
+        self.nodes = [
+            Node(_no_function, *pair) for pair in zip(asked.parents, asked.names, strict=True)
+        ]
         self.free = set(asked.free)
         self.asks_input, self.kept, self.arrived = program.asks_input, {}, None
         self._autocast = None
@@ -551,7 +555,7 @@ class Program:
                     if reason := recorder.own_backward(output, self._is_foreign[l]):
                         raise Uncovered(reason)
                 except Uncovered as reason:
-                    raise Uncovered(f"model[{l - 1}]: {reason}") from reason
+                    raise Uncovered(f"{asked.names[l - 1]}: {reason}") from reason
                 places = [[held.place(x) for x in line.tensors] for line in displacement.lines]
                 self._lines[l] = displacement, places
             self.drawn[l] = [held.place(numbers) for numbers in watched.drawn]
@@ -747,10 +751,10 @@ class Program:
         with torch.enable_grad():
             output = self.parts.run(l, own, *x)
             if versions != [a._version for a in x] or not output.dtype.is_floating_point:
-                raise Uncovered(f"model[{l - 1}] is no function of its input")
+                raise Uncovered(f"{self.asked.names[l - 1]} is no function of its input")
             if output.is_leaf or output._is_view():
                 output = own_output(output, x)
-        graph = _captured(output, x, f"model[{l - 1}]")
+        graph = _captured(output, x, self.asked.names[l - 1])
         self.leaves_of[l] = _places(graph.leaves, own)
         self._is_linear[l], self._is_foreign[l] = not graph.foreign, graph.is_foreign
         return output

@@ -186,6 +186,8 @@ def PCInfer(
         chosen.update(accumulate=accumulate, compile=compile, reduction=reduction)
         chosen.update(precision=asked.terms.precision, nudge=asked.nudge)
         chosen.update(vinit="None" if vinit is None else "given", layers=len(model))
+        if isinstance(model, PCGraph):
+            chosen.update(connections=[[model.names[p] for p in ps] for ps in model.parents])
         description = {name: str(value) for name, value in chosen.items()}
         description |= _described(model, LossFun, parameters)
     except Exception as error:

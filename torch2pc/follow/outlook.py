@@ -194,20 +194,14 @@ def _as_far(made: int, now: float, eta: float) -> int:
 
 
 class Ways(NamedTuple):
-    """The parts of a gradient that arrive along ways of so many layers.
-
-    FixedPred's errors are shares of them.
-    """
+    """The parts of a gradient, by the lengths of their ways; FixedPred's errors are made of them."""
 
     lengths: list[int]
     products: Tensor
     """Their inner products, in float64 on the host."""
 
     def square(self, shares: Tensor) -> Tensor:
-        """The squared length of the sum of the parts, each times its share.
-
-        ``shares`` has rows for lengths.
-        """
+        """The squared length of the sum of the parts times their shares, for each row ``(rows, lengths)``."""
         chosen = shares[:, self.lengths]
         return (chosen @ self.products * chosen).sum(1)
 

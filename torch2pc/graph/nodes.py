@@ -155,6 +155,12 @@ class PCGraph(nn.Module):
             what = "no layer takes the input" if ends == ["x"] else f"no layer takes {ends[-1]!r}"
             raise ValueError(f"each place but the last must be a parent of some layer: {what}")
 
+    def check_layers(self) -> None:
+        """Each layer is still there, whatever has been assigned since."""
+        for name in self.names[1:]:
+            if self._modules.get(name) is None:
+                raise ValueError(f"the layer {name!r} of a PCGraph must not be taken away")
+
     def forward(self, x: Tensor) -> Tensor:
         """The feed-forward pass: the output of the last layer.
 

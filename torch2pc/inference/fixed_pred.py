@@ -82,15 +82,19 @@ def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -
         return
     _warned.add(model)
     first, last = nodes[short[0] - 1].where, nodes[short[-1] - 1].where
-    layers = f"layer {short[0]}" if len(short) == 1 else f"layers {short[0]} to {short[-1]}"
+    layers, which = f"layer {short[0]}", first
+    if len(short) > 1:
+        layers, which = f"layers {short[0]} to {short[-1]}", f"{first} to {last}"
+    if len(short) != 1 + short[-1] - short[0]:  # not one after the other, in a graph
+        layers, which = f"{len(short)} layers", ", ".join([nodes[l - 1].where for l in short])
     step = min(eta, 1.0) if eta > 1e-3 else 0.1
     remedy = f"n={1 + math.ceil(farthest / step)}" + (f" with eta={step}" if step != eta else "")
     if n > farthest:
         remedy += f", or eta={math.ceil(100 * farthest / (n - 1)) / 100:g},"
     warn_caller(
-        f"The error hardly reaches {layers} of {L} ({first} to {last}) "
+        f"The error hardly reaches {layers} of {L} ({which}) "
         f"with eta={given} and n={n}: the share of the gradient that arrives at layer {short[0]} is "
-        f"{shares[below[short[0] - 1]]:.0e}; {remedy} would bring half of it to layer 1 "
+        f"{shares[below[short[0] - 1]]:.0e}; {remedy} would bring half of it to all "
         "(FixedPred; with Strict it takes somewhat longer). Modules nested in one nn.Sequential "
         "count as one layer"
     )
