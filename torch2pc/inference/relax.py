@@ -17,7 +17,7 @@ from torch2pc.energy import Energy
 from torch2pc.graph.autograd import own
 from torch2pc.graph.layers import Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
-from torch2pc.inference.steps import Rule, round_off
+from torch2pc.inference.steps import Langevin, Rule, round_off
 from torch2pc.inference.updates import updates
 
 # What PCInfer calls after each iteration, with its number, v and epsilon.
@@ -197,7 +197,9 @@ def _warn_if_risen(relaxation: Relaxation, n: int, name: str) -> None:
         return
     F = energy.last()
     # From the feed-forward pass on, where no layer has an error.
-    start = None if energy.start is not None or network.prior is not None else network.Loss
+    knows_start = energy.start is None and network.prior is None
+    # (Samples of Langevin's are about a minimum, not at it.)
+    start = network.Loss if knows_start and not isinstance(relaxation.rule, Langevin) else None
     is_higher = start is not None and bool(start + round_off(start.dtype) * start.abs() < F)
     if bool(F.isfinite()) and not is_higher:
         return
