@@ -158,7 +158,7 @@ def _chosen(model: nn.Module, beliefs: Beliefs | None) -> dict[nn.Module, str]:
         for name, module in named.items()
         if type(module).forward is not nn.Module.forward and "parametrizations" not in name
     }
-    if callable(beliefs):
+    if callable(beliefs) and not isinstance(beliefs, nn.Module | type):
         found = [name for name, module in meant.items() if beliefs(name, module)]
     else:
         found = _matching([beliefs] if isinstance(beliefs, str) else beliefs, named, [*meant])
@@ -179,7 +179,7 @@ def _matching(patterns: object, named: Iterable[str], meant: Sequence[str]) -> l
     accepted = (
         "beliefs must be names of modules, patterns of names, or a function of (name, module)"
     )
-    if not isinstance(patterns, Iterable):
+    if not isinstance(patterns, Iterable) or isinstance(patterns, nn.Module | type):
         raise TypeError(f"{accepted}, got {type(patterns).__name__}")
     found: list[str] = []
     for pattern in patterns:
