@@ -74,10 +74,10 @@ def pc_graph(model: nn.Module, X: Tensor, beliefs: Beliefs | None = None) -> PCG
             more examples if it normalises over the batch.
         beliefs: which modules. Their qualified names, or patterns of these, in which ``*`` stands for
             anything within one part of a name, ``?`` for a letter and ``**`` for any number of parts
-            (``"layer*.*.conv1"``, ``"**.q"``); or a function of ``(name, module)`` that says whether it is one. Containers are
-            modules too. By default each module with weights (a matrix or a kernel), after a normalisation
-            that directly follows it, and what draws random numbers or changes buffers and would be computed
-            in several layers, or after what comes later.
+            (``"layer*.*.conv1"``, ``"**.q"``); or a function of ``(name, module)`` that says whether it
+            is one. Containers are modules too. By default each module with weights (a matrix or a
+            kernel), after a normalisation that directly follows it, and what draws random
+            numbers or changes buffers and would be computed in several layers, or after what comes later.
 
     Returns:
         A ``PCGraph`` for ``PCInfer``; ``names`` and ``parents`` say what was found.
