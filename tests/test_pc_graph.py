@@ -763,6 +763,8 @@ ERRORS: list[tuple[Any, Tensor, Any, type[Exception], str]] = [
     (Skip, VECTORS, [], ValueError, "at least one module, got \\[\\]"),
     (Skip, VECTORS, lambda name, m: False, ValueError, "at least one module"),
     (Skip, VECTORS, 3, TypeError, "patterns of names, or a function of .*got int"),
+    (Skip, VECTORS, nn.Linear, TypeError, "names of modules.*got type"),
+    (Skip, VECTORS, nn.Sequential(nn.Tanh()), TypeError, "names of modules.*got Sequential"),
     (Skip, VECTORS, [nn.Linear(6, 6)], TypeError, "names of modules.*got Linear"),
     (Unused, VECTORS, ["a", "uncalled"], ValueError, "does not call uncalled"),
     (Unused, VECTORS, ["a", "unused"], ValueError, "unused's is used nowhere"),

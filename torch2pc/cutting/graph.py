@@ -73,11 +73,11 @@ def pc_graph(model: nn.Module, X: Tensor, beliefs: Beliefs | None = None) -> PCG
         X: a small batch of inputs, ``(batch, *features)``, of the shape that it is used with; two or
             more examples if it normalises over the batch.
         beliefs: which modules. Their qualified names, or patterns of these, in which ``*`` stands for
-            anything within one part of a name and ``**`` for any number of parts (``"layer*.*.conv1"``,
-            ``"**.q"``); or a function of ``(name, module)`` that says whether it is one. Containers are
-            modules too. By default each module with weights (a matrix or a kernel), after a normalisation
-            that directly follows it, and what draws random numbers or changes buffers and would be computed
-            in several layers, or after what comes later.
+            anything within one part of a name, ``?`` for a letter and ``**`` for any number of parts
+            (``"layer*.*.conv1"``, ``"**.q"``); or a function of ``(name, module)`` that says whether it
+            is one. Containers are modules too. By default each module with weights (a matrix or a
+            kernel), after a normalisation that directly follows it, and what draws random
+            numbers or changes buffers and would be computed in several layers, or after what comes later.
 
     Returns:
         A ``PCGraph`` for ``PCInfer``; ``names`` and ``parents`` say what was found.
@@ -158,7 +158,7 @@ def _chosen(model: nn.Module, beliefs: Beliefs | None) -> dict[nn.Module, str]:
         for name, module in named.items()
         if type(module).forward is not nn.Module.forward and "parametrizations" not in name
     }
-    if callable(beliefs):
+    if callable(beliefs) and not isinstance(beliefs, nn.Module | type):
         found = [name for name, module in meant.items() if beliefs(name, module)]
     else:
         found = _matching([beliefs] if isinstance(beliefs, str) else beliefs, named, [*meant])
@@ -179,7 +179,7 @@ def _matching(patterns: object, named: Iterable[str], meant: Sequence[str]) -> l
     accepted = (
         "beliefs must be names of modules, patterns of names, or a function of (name, module)"
     )
-    if not isinstance(patterns, Iterable):
+    if not isinstance(patterns, Iterable) or isinstance(patterns, nn.Module | type):
         raise TypeError(f"{accepted}, got {type(patterns).__name__}")
     found: list[str] = []
     for pattern in patterns:
