@@ -9,7 +9,7 @@ before, so that the equations of a chain have l-1 for "parents".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -338,11 +338,13 @@ def strict_by(
     n: int,
     down: bool = False,
     F: Callable[[list[Tensor]], Tensor] | None = None,
+    between: Mapping[int, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Any]]:
     """The beliefs and the errors after n iterations of a step rule, all at once or from the top down.
 
     Each gradient is that of the whole energy, by autograd, at the beliefs as they are then. ``F``: another
-    energy of the beliefs [v_0..v_L].
+    energy of the beliefs [v_0..v_L]. ``between``: energies of layers whose error is the derivative in the
+    prediction.
     """
     v, L = feed_forward(model, X), len(model)
     F = F or (lambda v: energy_of_beliefs(model, LossFun, Y, v))
@@ -354,6 +356,8 @@ def strict_by(
 
     def error(l: int) -> Tensor:
         y = model[l - 1](v[l - 1]).detach()
+        if between and l in between:
+            return loss_gradient(between[l], y, v[l])[1]
         return loss_gradient(LossFun, y, Y)[1] if l == L else y - v[l]
 
     step.end(F(v).detach())

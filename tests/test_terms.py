@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from tests import reference
 from tests.cases import Case, assert_close, cases, squared_error
-from torch2pc import PCGraph, PCInfer, PCInferLatent, PCResult, follow, steps
+from torch2pc import PCGraph, PCInfer, PCInferLatent, PCResult, energies, follow, steps
+from torch2pc.energy.curvature import hessian, largest_eigenvalue
+from torch2pc.energy.factors import Terms
+from torch2pc.graph.layers import Network
+from torch2pc.inference.strict import strict
 
 precisions = st.floats(0.1, 4.0)
 
@@ -286,6 +290,178 @@ def test_other_options_go_with_a_nudge() -> None:
     assert_close(list(found), list(plain), 0)
 
 
+# Other energies.
+
+BETWEEN: dict[str, Any] = {
+    "huber": energies.Huber(0.05),
+    "laplace": energies.Laplace(0.2),
+    "categorical": energies.Categorical(),
+    "own": lambda f, v: 0.25 * (f - v).pow(4).sum(),
+    "least elsewhere": lambda f, v: 0.5 * (f - v).square().sum() + 0.1 * v.square().sum(),
+}
+
+
+def energy_between(
+    case: Case, between: dict[int, Any], pi: list[float]
+) -> Callable[[list[Tensor]], Tensor]:
+    """The energy of beliefs [v_0..v_L]."""
+
+    def F(v: list[Tensor]) -> Tensor:
+        found = case.LossFun(case.model[-1](v[-2]), case.Y)
+        for l, p in enumerate(pi, start=1):
+            f = case.model[l - 1](v[l - 1])
+            E = between.get(l, lambda f, v: 0.5 * (f - v).square().sum())
+            found = found + p * E(f, v[l])
+        return found
+
+    return F
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@given(case=cases(max_layers=4, smooth=True), data=st.data(), n=st.integers(1, 6))
+def test_another_energy_equals_the_naive_descent(
+    name: str, case: Case, data: st.DataObject, n: int
+) -> None:
+    hidden = range(1, len(case.model))
+    between = {l: BETWEEN[name] for l in hidden if data.draw(st.booleans())}
+    pi, down = [data.draw(precisions) for _ in hidden], data.draw(st.booleans())
+    F = energy_between(case, between, pi)
+    v, epsilon = reference.strict_by(*case, reference.Step(0.1), n, down, F, between)
+    rule = steps.Descent(0.1, sweep="down" if down else "together")
+    result = case.infer("Strict", eta=rule, n=n, precision=pi, energies=between)
+    assert_close(result.v, v, 1e-8)
+    assert_close(result.epsilon[1:], epsilon[1:], 1e-8)
+    assert_close(grads(case), updates(case, v, epsilon, pi), 1e-8)
+
+
+SHIPPED = ["huber", "laplace", "categorical"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("size", [30.0, 1.0, 1e-2, 1e-5, 1e-8])
+def test_slopes_in_float32_keep_their_digits(name: str, size: float) -> None:
+    """Down to displacements whose differences of values would be noise."""
+    E = BETWEEN[name]
+    torch.manual_seed(2)
+    vhat = 3 * torch.randn(16, 7)
+    df, dv = size * torch.randn(16, 7), size * torch.randn(16, 7)
+    wide = [x.double() for x in (vhat, df, dv)]
+    found, expected = E.slopes(vhat, df, dv), E.slopes(*wide)
+    for mine, right in zip(found, expected, strict=True):
+        assert float((mine.double() - right).norm() / right.norm()) < (3e-6 if size > 1 else 1e-6)
+    assert float(E.value(vhat, df, dv)) == pytest.approx(float(E.value(*wide)), rel=2e-6)
+    # In float64 they are the derivatives.
+    f, v = [(wide[0] + d).requires_grad_() for d in wide[1:]]
+    of_value = torch.autograd.grad(E(f, v), (f, v))
+    for right, derivative in zip(expected, of_value, strict=True):
+        assert float((right - derivative).norm() / right.norm()) < max(1e-11, 1e-13 / size)
+    if size > 1e-5:
+        assert float(E(f, v).detach()) == pytest.approx(float(E.value(*wide)), rel=1e-8)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_relaxation_in_float32_keeps_its_digits(name: str) -> None:
+    """With a small loss, whose errors are small: the lower layers too."""
+    exact = tanh_chain()
+    exact = exact._replace(LossFun=scaled(squared_error, 1e-5))
+    between = {1: BETWEEN[name], 2: BETWEEN[name]}
+    expected = exact.infer("Strict", n=12, energies=between)
+    found = in_float32(exact).infer("Strict", n=12, energies=between)
+    for mine, right in zip(found.epsilon[1:], expected.epsilon[1:], strict=True):
+        assert mine is not None and right is not None
+        assert float((mine.double() - right).norm() / right.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_auto_follow_and_latents_know_of_them(name: str) -> None:
+    case, pi = tanh_chain(), [1.0, 2.0, 1.0]
+    between = {2: BETWEEN[name], 3: BETWEEN[name]}
+    F = torch.no_grad()(energy_between(case, between, pi))
+    options: dict[str, Any] = dict(precision=pi, energies=between)
+    result = case.infer("Strict", eta="auto", n=30, **options)
+    assert float(F(result.v)) < float(F(result.vhat))
+    record = follow(*case, "Strict", 0.02, 5, **options)
+    v = case.infer("Strict", eta=0.02, n=5, **options).v
+    assert float(record.F[-1]) == pytest.approx(float(F(v)), rel=1e-9)
+    # The gradient of F, by autograd.
+    free = [x.clone().requires_grad_() for x in v[1:-1]]
+    with torch.enable_grad():
+        value = energy_between(case, between, pi)([case.X, *free, v[-1]])
+    found = torch.stack([g.norm() for g in torch.autograd.grad(value, free)])
+    assert_close(record.gradient[-1, 1:4], found)
+    halved = case.infer("Strict", eta=steps.Halving(0.02), n=5, **options).v
+    assert_close(halved, v)
+    # Without labels, where layer 1's prediction moves too.
+    args = (case.model, case.LossFun, case.Y, case.X, 0.02, 5)
+    latent = PCInferLatent(*args, **options)
+    x = reference.feed_forward(case.model, case.X)
+    for _ in range(5):
+        free = [x_i.detach().requires_grad_() for x_i in x[:-1]]
+        value = energy_between(case, between, pi)([*free, x[-1]])
+        gradients = torch.autograd.grad(value, free)
+        x = [*[a - 0.02 * g for a, g in zip(free, gradients, strict=True)], x[-1]]
+    assert_close(latent.v[:-1], [x_i.detach() for x_i in x[:-1]])
+
+
+def test_the_curvature_is_that_of_the_other_energy() -> None:
+    """Against the largest eigenvalue of the whole Hessian, by autograd, at the start."""
+    case = tanh_chain()
+    case = case._replace(X=case.X[:2], Y=case.Y[:2])
+    between = {2: energies.Laplace(0.05)}
+    v = reference.feed_forward(case.model, case.X)
+    sizes = [x.numel() for x in v[1:-1]]
+
+    def F(x: Tensor) -> Tensor:
+        parts = [p.reshape(a.shape) for p, a in zip(x.split(sizes), v[1:-1], strict=True)]
+        return energy_between(case, between, [1.0] * 3)([case.X, *parts, v[-1]])
+
+    H = torch.autograd.functional.hessian(F, torch.cat([x.flatten() for x in v[1:-1]]))
+    network = Network(case.model, case.LossFun, case.X, case.Y)
+    relaxation = strict(network, 0.1, terms=Terms(between=between))
+    product = hessian(relaxation.energy)
+    found = largest_eigenvalue(product, relaxation.energy.variables, passes=30)
+    # (Where errors are 0 nothing is left of the layers' own second derivatives but the loss's.)
+    assert found == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=0.02)
+    assert found > 15
+
+
+def test_other_options_go_with_them() -> None:
+    case = tanh_chain()
+    options: dict[str, Any] = dict(n=4, energies={1: energies.Huber(), 2: energies.Categorical()})
+    plain = case.infer("Strict", **options)
+    with pytest.warns(UserWarning, match="without compilation, because layers have energies"):
+        found = case.infer("Strict", compile=True, **options)
+    assert_close(list(found), list(plain), 0)
+    # Errors below delta are those of half the squared difference.
+    same = case.infer("Strict", n=4, energies={1: energies.Huber(100.0)})
+    assert_close(list(same), list(case.infer("Strict", n=4)), 1e-12)
+    # A nudge small enough is backpropagation's gradient, whatever the energies are.
+    case.infer("Exact")
+    expected = case.gradients()
+    both = {1: energies.Huber(), 2: energies.Laplace(1.0)}
+    case.infer("Strict", eta=0.3, n=400, nudge=1e-5, energies=both)
+    assert_close(case.gradients(), expected, 1e-6)
+
+
+def test_a_graph_takes_energies_by_name() -> None:
+    model, X, Y = graph(), torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    E = energies.Categorical()
+    found = PCInfer(model, squared_error, X, Y, "Strict", n=4, energies={"b": E})
+    expected = PCInfer(model, squared_error, X, Y, "Strict", n=4, energies={2: E})
+    assert_close(list(found), list(expected), 0)
+    assert not torch.equal(found.v[2], PCInfer(model, squared_error, X, Y, "Strict", n=4).v[2])
+
+
+def test_half_precision_is_held_in_float32() -> None:
+    case = in_float32(tanh_chain())
+    options: dict[str, Any] = dict(n=4, energies={1: energies.Categorical(), 2: energies.Huber()})
+    expected = case.infer("Strict", **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.infer("Strict", **options)
+    assert found.epsilon[1] is not None and found.epsilon[1].dtype == torch.float32
+    assert_close(found.v[1], expected.v[1], 0.05)
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         dict(ErrType="Exact", precision=2.0),
@@ -329,6 +505,53 @@ BAD += [
         "eta must be a rule without noise with nudge",
     ),
 ]
+
+
+BAD += [
+    (dict(ErrType="Exact", energies={}), ValueError, "energies must be None for Exact"),
+    (dict(ErrType="ErrorBased", energies={}), ValueError, "energies must be None for ErrorBased"),
+    (dict(energies=[energies.Huber()]), TypeError, "energies must be a dict .* got list"),
+    (
+        dict(energies={0: energies.Huber()}),
+        ValueError,
+        "energies must have .* keys, 1 to 3.* got 0",
+    ),
+    (dict(energies={"a": energies.Huber()}), ValueError, "energies must have .* keys.* got 'a'"),
+    (dict(energies={1: energies.Huber}), TypeError, r"energies\[1\] must be one of .* got Huber"),
+    (dict(energies={1: 0.5}), TypeError, r"energies\[1\] must be one of .* got float"),
+    (dict(energies={1: nn.Linear(2, 2)}), TypeError, r"energies\[1\] must have no parameters"),
+    (
+        dict(energies={1: lambda f, v: f - v}),
+        ValueError,
+        r"energies\[1\] must return a scalar, got shape \(8, 6\)",
+    ),
+    (
+        dict(energies={1: lambda f, v: torch.zeros(())}),
+        ValueError,
+        r"energies\[1\] must depend on the prediction and the belief",
+    ),
+    (
+        dict(model=graph(), energies={"out": energies.Huber()}),
+        ValueError,
+        r"energies must have hidden layers as keys, \['a', 'b', 'c'\], got 'out'",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: energies.Huber(0.0), ValueError, "delta must be a number > 0, got 0.0"),
+        (lambda: energies.Huber("1"), TypeError, "delta must be a number > 0, got str"),
+        (lambda: energies.Laplace(-1), ValueError, "smoothing must be a number > 0, got -1"),
+        (lambda: energies.Categorical(1.0), TypeError, "dim must be an int, got float"),
+    ],
+)
+def test_bad_numbers_are_named(
+    make: Callable[[], object], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        make()
 
 
 @pytest.mark.parametrize(("arguments", "kind", "message"), BAD)

@@ -3,7 +3,7 @@
 This file is the table of contents: it lists the public names and nothing else.
 """
 
-from torch2pc import steps
+from torch2pc import energies, steps
 from torch2pc.cutting.graph import pc_graph
 from torch2pc.cutting.grouping import group_layers
 from torch2pc.displacement.recorder import displacement_rule
@@ -27,6 +27,7 @@ __all__ = [
     "PCResult",
     "Record",
     "displacement_rule",
+    "energies",
     "follow",
     "follow_latent",
     "group_layers",

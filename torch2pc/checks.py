@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch2pc.energy.divergences import LayerEnergy, OfCallable
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import modules_in
 from torch2pc.inference.steps import AUTO, Langevin, Rule, is_plain, number
@@ -190,6 +191,35 @@ def check_n(n: object) -> int:
     if n < 1:
         raise ValueError(f"n must be an int >= 1, got {n}")
     return int(n)
+
+
+def check_energies(energies: object, model: nn.Sequential | PCGraph) -> dict[int, LayerEnergy]:
+    """``energies`` by the places of hidden layers."""
+    if not isinstance(energies, Mapping):
+        raise TypeError(
+            "energies must be a dict from places of hidden layers to energies, "
+            f"got {type(energies).__name__}"
+        )
+    if isinstance(model, PCGraph):
+        check_names("energies", {k: 0 for k in energies if not isinstance(k, int)}, model)
+    found: dict[int, LayerEnergy] = {}
+    for key, energy in energies.items():
+        place = model.names.index(key) if isinstance(model, PCGraph) and key in model.names else key
+        if isinstance(place, bool) or not isinstance(place, int) or not 1 <= place < len(model):
+            raise ValueError(
+                f"energies must have places of hidden layers as keys, 1 to {len(model) - 1}, as in v "
+                f"and epsilon, got {key!r}"
+            )
+        name = f"energies[{key!r}]"
+        if isinstance(energy, type) or not callable(energy):
+            raise TypeError(
+                f"{name} must be one of torch2pc.energies, or a callable (prediction, belief) -> scalar, "
+                f"got {energy.__name__ if isinstance(energy, type) else type(energy).__name__}"
+            )
+        if isinstance(energy, nn.Module) and any([True for _ in energy.parameters()]):
+            raise TypeError(f"{name} must have no parameters, as it would not learn, got {energy}")
+        found[place] = energy if isinstance(energy, LayerEnergy) else OfCallable(name, energy)
+    return found
 
 
 def check_nudge(nudge: object, eta: object, vinit: object) -> float:

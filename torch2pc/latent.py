@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torch2pc.checks import (
     check_callback,
+    check_energies,
     check_eta,
     check_LossFun,
     check_model,
@@ -36,6 +37,7 @@ def PCInferLatent(
     n: int,
     *,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     prior: Callable[[list[Tensor]], Tensor] | None = None,
     accumulate: bool = False,
     compile: bool = False,
@@ -66,6 +68,7 @@ def PCInferLatent(
         n: the number of iterations, at least 1.
         precision: pi_l = 1/sigma_l^2, one number for all hidden layers, a sequence of L-1
             (l = 1..L-1), or for a ``PCGraph`` a dict by the layers' names; 1 where not given.
+        energies: other energies of hidden layers, as in ``PCInfer``.
         prior: a callable from the list ``[v_0, ..., v_{L-1}]`` to a scalar energy. If it has
             parameters, they get their gradient too.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches.
@@ -102,16 +105,21 @@ def PCInferLatent(
     79-87 (1999); the energy with precisions follows J. Whittington and R. Bogacz, Neural
     Computation 29(5) (2017).
     """
-    eta, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
+    eta, n, terms = check_latent_arguments(
+        model, LossFun, Xinit, eta, n, precision, prior, energies
+    )
     check_callback(callback, compile)
 
     def algorithm(network: Network) -> Inference:
         def relax() -> Inference:
-            return infer_by(latent(network, eta, Terms(pi)), n, callback, "PCInferLatent")
+            return infer_by(latent(network, eta, terms), n, callback, "PCInferLatent")
 
         if not compile:
             return relax()
-        return compiled_or_plain(Relaxing(network, "Latent", eta, n, precision=pi), relax)
+        call = Relaxing(network, "Latent", eta, n, precision=terms.precision)
+        if terms.between:
+            call.reason = "layers have energies of their own"
+        return compiled_or_plain(call, relax)
 
     X = Xinit.detach()
     return infer(algorithm, model, LossFun, X, Y, accumulate, free_input=True, prior=prior)
@@ -125,13 +133,15 @@ def check_latent_arguments(
     n: int,
     precision: float | Sequence[float] | Mapping[str, float] | None,
     prior: Callable[[list[Tensor]], Tensor] | None,
-) -> tuple[float | str | Rule, int, list[float]]:
-    """Check what describes an inference of latents; returns eta, n and the precisions."""
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
+) -> tuple[float | str | Rule, int, Terms]:
+    """Check what describes an inference of latents; returns eta, n and the energy's terms."""
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("Xinit", Xinit)
     if not Xinit.is_floating_point():
         raise TypeError(f"Xinit must be a floating-point tensor, got {Xinit.dtype}")
-    checked = check_eta(eta), check_n(n), check_precision(precision, model)
+    step, n, pi = check_eta(eta), check_n(n), check_precision(precision, model)
     check_prior(prior)
-    return checked
+    between = {} if energies is None else check_energies(energies, model)
+    return step, n, Terms(pi, between=between)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torch2pc.checks import (
     check_callback,
+    check_energies,
     check_eta,
     check_has_energy,
     check_LossFun,
@@ -67,7 +68,8 @@ class PCResult(NamedTuple):
     def energy(self) -> Tensor:
         """``||epsilon_l||^2 / 2`` of the hidden layers l = 1..L-1, ``(L-1,)``, computed when read.
 
-        What the output adds to the energy is the loss.
+        What the output adds to the energy is the loss. Precisions, and other energies that layers were
+        given, are not in it.
 
         >>> from torch import nn
         >>> from torch2pc import PCInfer
@@ -121,6 +123,7 @@ def PCInfer(
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
     nudge: float | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
@@ -254,6 +257,12 @@ def PCInfer(
             always, and side effects those of one forward pass. Twice the work. The steps of rules that are
             not proportional to the gradient (Adam) do not shrink with beta. None for Exact and FixedPred,
             which are linear in the loss.
+        energies: for Strict, a dict from places of hidden layers (1..L-1 as in ``v``, or names in a
+            ``PCGraph``) to other energies between prediction and belief than half the squared difference:
+            those of ``torch2pc.energies`` (Huber, Laplace, a divergence of categorical beliefs), one of your
+            own that derives from ``energies.LayerEnergy``, or a function of prediction and belief that
+            returns a scalar. Such a layer's ``epsilon_l`` is the energy's derivative in the prediction; its
+            precision multiplies the energy. None for the others.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``; for Equilibrium an ``EquilibriumResult``, the same
@@ -300,7 +309,19 @@ def PCInfer(
     arXiv:2407.01163 (2024).
     """
     asked = check_arguments(
-        model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback, precision, nudge
+        model,
+        LossFun,
+        X,
+        ErrType,
+        eta,
+        n,
+        vinit,
+        update_at,
+        compile,
+        callback,
+        precision,
+        nudge,
+        energies,
     )
     asked.warn(model)
     return infer(asked.algorithm, model, LossFun, X, Y, accumulate)
@@ -359,6 +380,8 @@ class Asked(NamedTuple):
         call = Relaxing(network, ErrType, eta, n, vinit, update_at, precision=terms.precision)
         if nudge is not None:
             call.reason = "nudge relaxes twice"
+        elif terms.between:
+            call.reason = "layers have energies of their own"
         return compiled_or_plain(call, relax)
 
 
@@ -375,6 +398,7 @@ def check_arguments(
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
     nudge: float | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Asked:
     """Check what describes an inference; eta and n are 1 for Exact, which uses neither."""
     check_model(model)
@@ -401,9 +425,16 @@ def check_arguments(
     if nudge is not None:
         check_has_energy("nudge", _NO_NUDGE, ErrType, has_iterations)
         nudge = check_nudge(nudge, size, vinit)
+    if energies is not None:
+        check_has_energy("energies", _NO_ENERGIES, ErrType, ErrType == "Strict")
+        terms = terms._replace(between=check_energies(energies, model))
     return Asked(ErrType, size, n, vinit, update_at, compile, callback, terms, nudge)
 
 
+_NO_ENERGIES = (
+    "whose variables are differences of predictions and beliefs, or which descends no energy: that is for "
+    "Strict, and PCInferLatent"
+)
 _NO_NUDGE = "whose updates are linear in the loss, so that their slope in beta is what they are"
 _NO_PRECISION = (
     "whose updates are gradients of the loss whatever the precisions are: Exact's errors would be "

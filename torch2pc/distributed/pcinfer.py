@@ -45,6 +45,7 @@ def PCInfer(
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
     nudge: float | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     group: dist.ProcessGroup | None = None,
     reduction: str | None = None,
     count: float | Tensor | None = None,
@@ -107,7 +108,7 @@ def PCInfer(
         model, LossFun, ErrType, eta, n, accumulate, compile, update_at: as for ``torch2pc.PCInfer``,
             the same on all ranks; ``eta`` a number.
         callback: as there, called with this rank's beliefs and errors.
-        precision, nudge: as there, the same on all ranks.
+        precision, nudge, energies: as there, the same on all ranks.
         X, Y, vinit: as there, of this rank's shard, of at least one example.
         group: the processes; None for all.
         reduction: ``"mean"`` or ``"sum"``, what LossFun does over the batch; None to read it from
@@ -159,6 +160,7 @@ def PCInfer(
             callback,
             precision,
             nudge,
+            energies,
         )
         asked.warn(model)
         if isinstance(eta, str) and ErrType in ("Strict", "ErrorBased"):
@@ -185,6 +187,7 @@ def PCInfer(
         chosen = dict(ErrType=ErrType, n=n, eta=_number(eta), update_at=update_at)
         chosen.update(accumulate=accumulate, compile=compile, reduction=reduction)
         chosen.update(precision=asked.terms.precision, nudge=asked.nudge)
+        chosen.update(energies=sorted(asked.terms.between))
         chosen.update(vinit="None" if vinit is None else "given", layers=len(model))
         if isinstance(model, PCGraph):
             chosen.update(connections=[[model.names[p] for p in ps] for ps in model.parents])

@@ -201,7 +201,7 @@ class Beliefs(Energy):
             if self.start is not None:
                 torch.sub(self.start[i].detach(), self.vhat[i], out=self.x[i])
         for factor in self.predictions.values():
-            factor.error.zero_()
+            factor.rest()
         # The beliefs that are no more at their feed-forward values. A factor of none of which any has
         # moved has no error yet: it would be evaluated where it was before, to propagate zeros.
         self.moved = set(self.free if self.start is not None else [])
@@ -293,7 +293,7 @@ class Errors(Energy):
         """Put the errors where they start."""
         of = self.predictions
         for i in self.free:
-            of[i].error.zero_()
+            of[i].rest()
             self.delta[i] = torch.zeros_like(of[i].error)
             if self.start is not None:
                 torch.sub(self.start[i].detach(), self.vhat[i], out=self.delta[i])

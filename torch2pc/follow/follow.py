@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_modules, check_no_transform
-from torch2pc.energy.factors import Terms
-from torch2pc.follow.look import look
+from torch2pc.follow.look import look, wide
 from torch2pc.follow.outlook import (
     ClosedForm,
     Landscape,
@@ -27,7 +26,6 @@ from torch2pc.follow.outlook import (
     from_above,
     largest_stable,
     look_ahead,
-    wide,
 )
 from torch2pc.follow.record import Record
 from torch2pc.graph.apart import until_guarded
@@ -56,6 +54,7 @@ def follow(
     *,
     update_at: str = "v",
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Record:
     r"""Run the inference of ``PCInfer`` and return a record of it, without any other effect.
 
@@ -98,7 +97,7 @@ def follow(
     - ``"Exact"``: a single row after the start, at which the errors are the gradients.
 
     Args:
-        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at, precision: as in ``PCInfer``.
+        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at, precision, energies: as in ``PCInfer``.
 
     Returns:
         A ``Record``: print it, ``plot()`` it, or log its ``to_dict()``.
@@ -120,7 +119,7 @@ def follow(
         torch.Size([61, 3])
     """
     asked = check_arguments(
-        model, LossFun, X, ErrType, eta, n, vinit, update_at, precision=precision
+        model, LossFun, X, ErrType, eta, n, vinit, update_at, precision=precision, energies=energies
     )
 
     def walk(network: Network) -> Record:
@@ -142,6 +141,7 @@ def follow_latent(
     n: int,
     *,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     prior: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> Record:
     """Run the inference of ``PCInferLatent`` and return a record of it, without any other effect.
@@ -152,7 +152,7 @@ def follow_latent(
     pass from ``Xinit``.
 
     Args:
-        model, LossFun, Y, Xinit, eta, n, precision, prior: as in ``PCInferLatent``.
+        model, LossFun, Y, Xinit, eta, n, precision, energies, prior: as in ``PCInferLatent``.
 
     Returns:
         A ``Record``.
@@ -171,10 +171,12 @@ def follow_latent(
         >>> record.rises_at is None
         True
     """
-    step, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
+    step, n, terms = check_latent_arguments(
+        model, LossFun, Xinit, eta, n, precision, prior, energies
+    )
 
     def walk(network: Network) -> Record:
-        return _follow(latent(network, step, Terms(pi)), "Latent", n)
+        return _follow(latent(network, step, terms), "Latent", n)
 
     return _unchanged(
         walk, model, LossFun, Xinit.detach(), Y, eta=eta, free_input=True, prior=prior
@@ -302,13 +304,11 @@ class _Looking:
         energy = relaxation.energy
         here = look(energy)
         self.errors = here.errors
-        pi = {l: factor.precision for l, factor in energy.predictions.items()}
         first = L - len(here.gradient)
         clamped = [zero] * first
-        squares = list(enumerate(map(_square, here.errors[1:L]), start=1))
         prior = zero if here.prior is None else here.prior
-        energies = [prior, *[0.5 * pi[l] * square for l, square in squares], here.Loss]
-        weighted = [zero, *[pi[l] ** 2 * square for l, square in squares]]
+        energies = [prior, *here.energies, here.Loss]
+        weighted = [zero, *map(_square, here.pulls)]
         gradients = [*clamped, *map(_square, here.gradient)]
         arriving = [*clamped, *map(_square, here.arriving)]
         moves = [zero] * L

@@ -220,6 +220,7 @@ class Halving(Descent):
         super().begin(energy)
         self._energy, self._round_off = energy, round_off(energy.vhat[-1].dtype)
         self._F, self._slack = self._look()
+        self.eta = self._F.new_full((), self.eta)  # in the type of the beliefs
 
     def end(self) -> None:
         """Shorten the next step if this one raised the energy."""
