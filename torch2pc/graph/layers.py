@@ -93,6 +93,9 @@ class Layer:
     own_backward: str | None = None
     # Whether J^T 0 is 0: not where a backward or a hook may add what it likes.
     is_linear = True
+    # Whether it is kept from memory that others need (``apart.py``), and whether its way back is.
+    is_apart = False
+    _walls = False
     # The memory of the output that it recorded, which no replay may write into.
     _recorded: int | None = None
 
@@ -109,11 +112,11 @@ class Layer:
         self.function, self._where, self._devices = function, where, devices
         self._others, self._habits = others, Habits() if habits is None else habits
         self._key = where, getattr(function, "training", None)
-        # Whether it is kept from memory that others need (``apart.py``).
-        self.is_apart = self._walls = where in self._habits.apart
         # What is no item is given copies until it is seen, in each call, that it needs none.
         self._is_item = isinstance(where, int)
-        self.copies_input = copies_input or self.is_apart or not self._is_item
+        self.copies_input = copies_input or not self._is_item
+        if where in self._habits.apart:
+            self.is_apart = self._walls = self.copies_input = True
         self._is_new = not self.copies_input and self._key not in self._habits.looked_at
         # What the forward pass adds to autograd's graph is numbered from here on.
         self._begun = next_node()
