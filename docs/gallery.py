@@ -14,6 +14,7 @@ ORDER = [
     "transformer",
     "deep",
     "follow",
+    "side_by_side",
     "incremental",
     "unsupervised",
     "rao_ballard",

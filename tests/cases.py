@@ -21,7 +21,8 @@ RELAXED = ERR_TYPES[2:]
 class Case(NamedTuple):
     """A model in float64, a loss, a batch. A fresh copy of the whole is drawn for each example."""
 
-    model: nn.Sequential
+    model: Any
+    """An ``nn.Sequential`` or a ``PCGraph``."""
     LossFun: Callable[[Tensor, Any], Tensor]
     X: Tensor
     Y: Any
@@ -109,6 +110,110 @@ def cases(draw: st.DrawFn, max_layers: int = 6, smooth: bool = False) -> Case:
     return Case(model, LossFun, X, Y)
 
 
+class Add(nn.Module):
+    def forward(self, *x: Tensor) -> Tensor:
+        return torch.stack(x).sum(0)
+
+
+class Gate(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * torch.sigmoid(b)
+
+
+class Join(nn.Module):
+    """The end of a residual block, whose branch is a belief."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, a: Tensor, skip: Tensor) -> Tensor:
+        return skip + self.linear(torch.tanh(a))
+
+
+class Attend(nn.Module):
+    """Attention, whose queries, keys and values are beliefs."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
+
+
+class Readout(nn.Module):
+    """All that is left over, to a few numbers."""
+
+    def __init__(self, inputs: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, out)
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.linear(torch.cat(x, -1).mean(1))
+
+
+WIDTH, TIME = 4, 3
+# Layers of beliefs ``(batch, TIME, WIDTH)``, by how many they take.
+OF_ONE: list[Callable[[], nn.Module]] = [
+    lambda: nn.Linear(WIDTH, WIDTH),
+    lambda: nn.Sequential(nn.Tanh(), nn.Linear(WIDTH, WIDTH)),
+    lambda: nn.LayerNorm(WIDTH),
+    lambda: nn.SiLU(inplace=True),
+    nn.Tanh,
+    nn.Identity,
+]
+RANDOM: list[Callable[[], nn.Module]] = [
+    lambda: nn.Dropout(0.4),
+    lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.4, inplace=True)),
+    lambda: nn.BatchNorm1d(TIME),
+]
+OF_SEVERAL: list[tuple[int, Callable[[], nn.Module]]] = [
+    (2, lambda: Join(WIDTH)),
+    (2, Gate),
+    (2, lambda: nn.Bilinear(WIDTH, WIDTH, WIDTH)),
+    (3, Attend),
+    (3, Add),
+]
+
+
+@st.composite
+def graphs(
+    draw: st.DrawFn, max_layers: int = 6, random: bool = False, integers: bool = False
+) -> Case:
+    """A graph with skips, branches, layers of several inputs and layers that are used twice.
+
+    ``random``: layers among them that draw random numbers or have buffers that change, in train mode.
+    ``integers``: the input is of integers, that embeddings take.
+    """
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    batch = draw(st.integers(1, 4))
+    X = torch.randn(batch, TIME, WIDTH, dtype=torch.float64)
+    layers: dict[str, tuple[Any, ...]] = {}
+    names = ["x"]
+    if integers:
+        X = torch.randint(9, (batch, TIME))
+        layers = {name: (nn.Embedding(9, WIDTH), "x") for name in ("e0", "e1")}
+        names = [*layers]
+    used: list[tuple[int, nn.Module]] = []
+    for l in range(draw(st.integers(1, max_layers))):
+        kinds = ["one", "several", *(["used"] if used else []), *(["random"] if random else [])]
+        kind = draw(st.sampled_from(kinds))
+        if kind == "used":
+            count, layer = draw(st.sampled_from(used))
+        elif kind == "several":
+            count, make = draw(st.sampled_from(OF_SEVERAL))
+            layer = make()
+        else:
+            count, layer = 1, draw(st.sampled_from(OF_ONE if kind == "one" else RANDOM))()
+        used.append((count, layer))
+        parents = [draw(st.sampled_from(names)) for _ in range(count)]
+        names.append(f"l{l}")
+        layers[names[-1]] = layer, *parents
+    fed = {parent for _, *parents in layers.values() for parent in parents}
+    ends = [name for name in names if name not in fed]
+    layers["out"] = Readout(WIDTH * len(ends), 3), *ends
+    LossFun = draw(st.sampled_from(SMOOTH_LOSSES))
+    model = torch2pc.PCGraph(**layers).double()
+    return Case(model, LossFun, X, torch.randn(batch, 3, dtype=torch.float64))
+
+
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
     """Equal to within ``tolerance`` of the largest entry, in tensors, lists and dicts of them."""
     if isinstance(expected, dict):
@@ -130,10 +235,8 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 
 def random_beliefs(case: Case) -> list[Tensor]:
     """A vinit: the feed-forward values with noise added, the input and the output too."""
-    beliefs = [case.X]
-    for layer in case.model:
-        beliefs.append(layer(beliefs[-1]).detach())
-    return [belief + 0.3 * torch.randn_like(belief) for belief in beliefs]
+    beliefs = reference.feed_forward(case.model, case.X)
+    return [belief + 0.3 * torch.randn_like(belief.double()) for belief in beliefs]
 
 
 def check_against_reference(case: Case, ErrType: str, seed: int = 1, **options: Any) -> None:

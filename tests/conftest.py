@@ -36,6 +36,8 @@ def seed() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Many tests make few iterations, to be quick.
     config.addinivalue_line("filterwarnings", "ignore:The error hardly reaches:UserWarning")
+    # Or too large ones.
+    config.addinivalue_line("filterwarnings", "ignore:The energy that .* descends went:UserWarning")
     # Nor do they wait for the equilibrium.
     config.addinivalue_line("filterwarnings", "ignore:Equilibrium stopped after:UserWarning")
     # Many small operations: a second thread costs more than it brings.

@@ -2,6 +2,9 @@
 
 Every function takes a model without randomness or changing buffers, in float64, and evaluates the
 layers as often as the equations name them. Parameter updates are returned in a dict, not written.
+
+Layer i predicts belief i from those of its parents, f_i(v_parents); in an ``nn.Sequential`` that is the one
+before, so that the equations of a chain have l-1 for "parents".
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from torch2pc import PCGraph
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -24,22 +29,59 @@ class Reference(NamedTuple):
     updates: dict[nn.Parameter, Tensor]
 
 
-def feed_forward(model: nn.Sequential, X: Tensor) -> list[Tensor]:
-    """vhat_0 = X, vhat_l = f_l(vhat_{l-1})"""
+class Node(NamedTuple):
+    layer: Callable[..., Tensor]
+    parents: Sequence[int]
+
+    def __call__(self, v: Sequence[Any]) -> Tensor:
+        """f_i(v_parents), on copies, as the layer may work in place"""
+        return self.layer(*[v[p].clone() for p in self.parents])
+
+
+def nodes(model: nn.Module) -> list[Node]:
+    """The layers 1..L; place 0 is the input."""
+    if isinstance(model, PCGraph):
+        return [
+            Node(model.get_submodule(name), parents)
+            for name, parents in zip(model.names[1:], model.parents, strict=True)
+        ]
+    return [Node(layer, [l]) for l, layer in enumerate(model.children())]
+
+
+def feed_forward(model: nn.Module, X: Tensor) -> list[Tensor]:
+    """vhat_0 = X, vhat_i = f_i(vhat_parents)"""
     vhat = [X.detach()]
-    for layer in model:
-        vhat.append(layer(vhat[-1]).detach())
+    for node in nodes(model):
+        vhat.append(node(vhat).detach())
     return vhat
 
 
-def input_vjp(layer: nn.Module, a: Tensor, e: Tensor) -> Tensor:
+def input_vjp(layer: Callable[..., Tensor], a: Tensor, e: Tensor) -> Tensor:
     """J(a)^T e"""
-    a = a.detach().requires_grad_()
-    output = layer(a)
-    if not output.requires_grad:
-        return torch.zeros_like(a)
-    (result,) = torch.autograd.grad(output, a, e, allow_unused=True, materialize_grads=True)
+    (result,) = input_vjps(layer, [a], e)
     return result
+
+
+def input_vjps(layer: Callable[..., Tensor], a: Sequence[Tensor], e: Tensor) -> list[Tensor]:
+    """J(a)^T e for each input; 0 for integers"""
+    a = [x.detach().requires_grad_(x.is_floating_point()) for x in a]
+    asked, output = [x for x in a if x.requires_grad], layer(*[x.clone() for x in a])
+    found: list[Any] = [torch.zeros_like(x) for x in asked]
+    if output.requires_grad and asked:
+        found = list(
+            torch.autograd.grad(output, asked, e, allow_unused=True, materialize_grads=True)
+        )
+    return [found.pop(0) if x.requires_grad else torch.zeros_like(x) for x in a]
+
+
+def arriving(model: nn.Module, at: Sequence[Tensor], epsilon: Sequence[Any]) -> list[Tensor]:
+    """For each place, sum over its children c of J_c(at)^T epsilon_c"""
+    found = [torch.zeros_like(x) for x in at]
+    for node, error in zip(nodes(model), epsilon[1:], strict=True):
+        vjps = input_vjps(node.layer, [at[p] for p in node.parents], error)
+        for p, vjp in zip(node.parents, vjps, strict=True):
+            found[p] = found[p] + vjp
+    return found
 
 
 def loss_gradient(LossFun: Loss, y: Tensor, Y: Any) -> tuple[Tensor, Tensor]:
@@ -50,63 +92,59 @@ def loss_gradient(LossFun: Loss, y: Tensor, Y: Any) -> tuple[Tensor, Tensor]:
 
 
 def parameter_updates(
-    model: nn.Sequential, inputs: Sequence[Tensor], epsilon: Sequence[Tensor]
+    model: nn.Module, inputs: Sequence[Tensor], epsilon: Sequence[Tensor]
 ) -> dict[nn.Parameter, Tensor]:
-    """sum over l of (df_l(inputs_{l-1}) / dtheta)^T epsilon_l, for every parameter"""
+    """sum over i of (df_i(inputs_parents) / dtheta)^T epsilon_i, for every parameter"""
     updates: dict[nn.Parameter, Tensor] = {}
-    for l, layer in enumerate(model, start=1):
-        parameters = [p for p in layer.parameters() if p.requires_grad]
+    inputs = [x.detach() for x in inputs]
+    for i, node in enumerate(nodes(model), start=1):
+        assert isinstance(node.layer, nn.Module)
+        parameters = [p for p in node.layer.parameters() if p.requires_grad]
         if parameters:
-            output = layer(inputs[l - 1].detach())
-            found = torch.autograd.grad(output, parameters, epsilon[l], allow_unused=True)
+            found = torch.autograd.grad(node(inputs), parameters, epsilon[i], allow_unused=True)
             for p, update in zip(parameters, found, strict=True):
                 if update is not None:
                     updates[p] = updates[p] + update if p in updates else update
     return updates
 
 
-def input_error(model: nn.Sequential, X: Tensor, epsilon: Sequence[Tensor]) -> Tensor | None:
-    """J_1(X)^T epsilon_1"""
-    return input_vjp(model[0], X, epsilon[1]) if X.is_floating_point() else None
+def input_error(model: nn.Module, at: Sequence[Tensor], epsilon: Sequence[Tensor]) -> Tensor | None:
+    """What arrives at the input, where the beliefs are ``at``"""
+    return arriving(model, at, epsilon)[0] if at[0].is_floating_point() else None
 
 
-def exact(model: nn.Sequential, LossFun: Loss, X: Tensor, Y: Any) -> Reference:
+def exact(model: nn.Module, LossFun: Loss, X: Tensor, Y: Any) -> Reference:
     vhat = feed_forward(model, X)
     Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
-    L = len(model)
-    epsilon: list[Any] = [None] * L + [dLdy]
-    for l in range(L - 1, 0, -1):
-        epsilon[l] = input_vjp(model[l], vhat[l], epsilon[l + 1])
+    L = len(vhat) - 1
+    epsilon: list[Any] = [*map(torch.zeros_like, vhat[:-1]), dLdy]
+    for node, l in zip(reversed(nodes(model)), range(L, 0, -1), strict=True):
+        vjps = input_vjps(node.layer, [vhat[p] for p in node.parents], epsilon[l])
+        for p, vjp in zip(node.parents, vjps, strict=True):
+            epsilon[p] = epsilon[p] + vjp
     v = [X, *(vhat[l] - epsilon[l] for l in range(1, L + 1))]
     updates = parameter_updates(model, vhat, epsilon)
-    epsilon[0] = input_error(model, X, epsilon)
+    epsilon[0] = epsilon[0] if X.is_floating_point() else None
     return Reference(vhat, Loss, dLdy, v, epsilon, updates)
 
 
-def fixed_pred(
-    model: nn.Sequential, LossFun: Loss, X: Tensor, Y: Any, eta: float, n: int
-) -> Reference:
+def fixed_pred(model: nn.Module, LossFun: Loss, X: Tensor, Y: Any, eta: float, n: int) -> Reference:
     vhat = feed_forward(model, X)
     Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
-    L = len(model)
+    L = len(vhat) - 1
     v = list(vhat)
-    epsilon: list[Any] = [None] * L + [dLdy]
     for _ in range(n):
-        for l in range(1, L):
-            epsilon[l] = vhat[l] - v[l]
-        v = [
-            v[l] + eta * (epsilon[l] - input_vjp(model[l], vhat[l], epsilon[l + 1]))
-            if 0 < l < L
-            else v[l]
-            for l in range(L + 1)
-        ]
+        epsilon: list[Any] = [None, *(vhat[l] - v[l] for l in range(1, L)), dLdy]
+        above = arriving(model, vhat, epsilon)
+        hidden = [v[l] + eta * (epsilon[l] - above[l]) for l in range(1, L)]
+        v = [v[0], *hidden, v[L]]
     updates = parameter_updates(model, vhat, epsilon)
-    epsilon[0] = input_error(model, X, epsilon)
+    epsilon[0] = input_error(model, vhat, epsilon)
     return Reference(vhat, Loss, dLdy, v, epsilon, updates)
 
 
 def strict(
-    model: nn.Sequential,
+    model: nn.Module,
     LossFun: Loss,
     X: Tensor,
     Y: Any,
@@ -117,55 +155,53 @@ def strict(
 ) -> Reference:
     vhat = feed_forward(model, X)
     Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
-    L = len(model)
+    L = len(vhat) - 1
     v = list(vhat) if vinit is None else [X, *vinit[1:L], vhat[L]]
     for _ in range(n):
-        predictions = [None, *(model[l - 1](v[l - 1]).detach() for l in range(1, L + 1))]
+        predictions = [None, *(node(v).detach() for node in nodes(model))]
         epsilon: list[Any] = [None, *(predictions[l] - v[l] for l in range(1, L)), None]
         _, epsilon[L] = loss_gradient(LossFun, predictions[L], Y)
-        before = v
-        v = [
-            v[l] + eta * (epsilon[l] - input_vjp(model[l], v[l], epsilon[l + 1]))
-            if 0 < l < L
-            else v[l]
-            for l in range(L + 1)
-        ]
+        before, above = v, arriving(model, v, epsilon)
+        hidden = [v[l] + eta * (epsilon[l] - above[l]) for l in range(1, L)]
+        v = [v[0], *hidden, v[L]]
     places = {"v": v, "vhat": vhat, "before": before}
     updates = parameter_updates(model, places[update_at], epsilon)
-    epsilon[0] = input_error(model, X, epsilon)
+    epsilon[0] = input_error(model, places[update_at], epsilon)
     return Reference(vhat, Loss, dLdy, v, epsilon, updates)
 
 
 def perturbed_pass(
-    model: nn.Sequential, X: Tensor, epsilon: Sequence[Tensor]
+    model: nn.Module, X: Tensor, epsilon: Sequence[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """v_0 = X, v_l = f_l(v_{l-1}) - epsilon_l for l < L, and the output f_L(v_{L-1})"""
-    v = [X]
-    for layer, epsilon_l in zip(model, epsilon[1:], strict=False):
-        v.append(layer(v[-1]) - epsilon_l)
-    return v, model[-1](v[-1])
+    """v_0 = X, v_i = f_i(v_parents) - epsilon_i for i < L, and the output f_L(v_parents)"""
+    v, (*hidden, last) = [X], nodes(model)
+    for node, epsilon_i in zip(hidden, epsilon[1:], strict=True):
+        v.append(node(v) - epsilon_i)
+    return v, last(v)
 
 
 def energy_of_errors(
-    model: nn.Sequential, LossFun: Loss, X: Tensor, Y: Any, epsilon: Sequence[Tensor]
+    model: nn.Module, LossFun: Loss, X: Tensor, Y: Any, epsilon: Sequence[Tensor]
 ) -> Tensor:
-    """F(epsilon) = LossFun(y, Y) + 1/2 sum_{l<L} ||epsilon_l||^2"""
+    """F(epsilon) = LossFun(y, Y) + 1/2 sum_{i<L} ||epsilon_i||^2"""
     _, y = perturbed_pass(model, X, epsilon)
     squares = [e.square().sum() for e in epsilon[1:]]
     return LossFun(y, Y) + sum(squares, torch.zeros((), dtype=y.dtype)) / 2
 
 
-def errors_of(model: nn.Sequential, X: Tensor, vinit: Sequence[Any] | None) -> list[Tensor]:
-    """[None, epsilon_1..epsilon_{L-1}]: those of ``vinit``, f_l(v_{l-1}) - v_l, or else 0"""
-    vhat, L = feed_forward(model, X), len(model)
+def errors_of(model: nn.Module, X: Tensor, vinit: Sequence[Any] | None) -> list[Any]:
+    """[None, epsilon_1..epsilon_{L-1}]: those of ``vinit``, f_i(v_parents) - v_i, or else 0"""
+    vhat = feed_forward(model, X)
+    L = len(vhat) - 1
     if vinit is None:
         return [None, *(torch.zeros_like(vhat[l]) for l in range(1, L))]
     v = [X, *vinit[1:L]]
-    return [None, *(model[l - 1](v[l - 1]).detach() - v[l] for l in range(1, L))]
+    hidden = enumerate(nodes(model)[:-1], start=1)
+    return [None, *(node(v).detach() - v[l] for l, node in hidden)]
 
 
 def at_errors(
-    model: nn.Sequential,
+    model: nn.Module,
     LossFun: Loss,
     X: Tensor,
     Y: Any,
@@ -178,13 +214,14 @@ def at_errors(
     v, y = perturbed_pass(model, X.detach(), epsilon)
     v = [*(v_l.detach() for v_l in v), vhat[-1]]
     all_errors: list[Any] = [*epsilon, loss_gradient(LossFun, y.detach(), Y)[1]]
-    updates = parameter_updates(model, vhat if update_at == "vhat" else v, all_errors)
-    all_errors[0] = input_error(model, X, all_errors)
+    at = vhat if update_at == "vhat" else v
+    updates = parameter_updates(model, at, all_errors)
+    all_errors[0] = input_error(model, at, all_errors)
     return Reference(vhat, Loss, dLdy, v, all_errors, updates)
 
 
 def error_based(
-    model: nn.Sequential,
+    model: nn.Module,
     LossFun: Loss,
     X: Tensor,
     Y: Any,
@@ -205,7 +242,7 @@ def error_based(
 
 
 def equilibrium(
-    model: nn.Sequential,
+    model: nn.Module,
     LossFun: Loss,
     X: Tensor,
     Y: Any,
@@ -236,16 +273,130 @@ def equilibrium(
     return at_errors(model, LossFun, X, Y, [None, *(e.detach() for e in free)], update_at)
 
 
-def energy(model: nn.Sequential, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
+def energy(model: nn.Module, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
     return energy_of_beliefs(model, LossFun, Y, v).detach()
 
 
-def energy_of_beliefs(model: nn.Sequential, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
-    """F(v) = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} ||f_l(v_{l-1}) - v_l||^2"""
-    L = len(model)
-    errors = [model[l - 1](v[l - 1]) - v[l] for l in range(1, L)]
-    squares = sum((e.square().sum() for e in errors), torch.zeros((), dtype=v[-1].dtype))
-    return LossFun(model[-1](v[L - 1]), Y) + squares / 2
+def energy_of_beliefs(model: nn.Module, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
+    """F(v) = LossFun(f_L(v_parents), Y) + 1/2 sum_{i<L} ||f_i(v_parents) - v_i||^2"""
+    return latent_energy(model, LossFun, Y, v, [1.0] * (len(v) - 2), None)
+
+
+class Step:
+    """Gradient descent, one variable at a time; what follows are the other step rules."""
+
+    def __init__(self, eta: float) -> None:
+        self.eta = eta
+
+    def __call__(self, l: int, x: Tensor, gradient: Tensor) -> Tensor:
+        return x - self.eta * gradient
+
+    def end(self, F: Tensor) -> None:
+        """Told of the energy at the start, and after each iteration."""
+
+
+class MomentumStep(Step):
+    def __init__(self, eta: float, mu: float, nesterov: bool) -> None:
+        super().__init__(eta)
+        self.mu, self.nesterov, self.w = mu, nesterov, dict[int, Tensor]()
+
+    def __call__(self, l: int, x: Tensor, gradient: Tensor) -> Tensor:
+        self.w[l] = self.mu * self.w.get(l, torch.zeros_like(x)) + gradient
+        along = gradient + self.mu * self.w[l] if self.nesterov else self.w[l]
+        return x - self.eta * along
+
+
+class HalvingStep(Step):
+    def __init__(self, eta: float, factor: float) -> None:
+        super().__init__(eta)
+        self.factor, self.F = factor, float("inf")
+
+    def end(self, F: Tensor) -> None:
+        if not float(F) <= self.F + 1e-13 * abs(self.F):
+            self.eta *= self.factor
+        self.F = float(F)
+
+
+class AdamStep(Step):
+    def __init__(self, eta: float) -> None:
+        super().__init__(eta)
+        self.moments: dict[int, tuple[Tensor, Tensor, int]] = {}
+
+    def __call__(self, l: int, x: Tensor, gradient: Tensor) -> Tensor:
+        m, s, k = self.moments.get(l, (torch.zeros_like(x), torch.zeros_like(x), 0))
+        m, s, k = 0.9 * m + 0.1 * gradient, 0.999 * s + 0.001 * gradient**2, k + 1
+        self.moments[l] = m, s, k
+        return x - self.eta * (m / (1 - 0.9**k)) / ((s / (1 - 0.999**k)).sqrt() + 1e-8)
+
+
+def strict_by(
+    model: nn.Sequential,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    step: Step,
+    n: int,
+    down: bool = False,
+    F: Callable[[list[Tensor]], Tensor] | None = None,
+) -> tuple[list[Tensor], list[Any]]:
+    """The beliefs and the errors after n iterations of a step rule, all at once or from the top down.
+
+    Each gradient is that of the whole energy, by autograd, at the beliefs as they are then. ``F``: another
+    energy of the beliefs [v_0..v_L].
+    """
+    v, L = feed_forward(model, X), len(model)
+    F = F or (lambda v: energy_of_beliefs(model, LossFun, Y, v))
+
+    def gradients(v: list[Tensor]) -> list[Tensor]:
+        free = [x.detach().requires_grad_() for x in v[1:L]]
+        value = F([X, *free, v[L]])
+        return list(torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True))
+
+    def error(l: int) -> Tensor:
+        y = model[l - 1](v[l - 1]).detach()
+        return loss_gradient(LossFun, y, Y)[1] if l == L else y - v[l]
+
+    step.end(F(v).detach())
+    epsilon: list[Any] = [None, *map(error, range(1, L + 1))]
+    for _ in range(n):
+        if down:
+            epsilon[L] = error(L)
+            for l in range(L - 1, 0, -1):
+                v[l] = step(l, v[l], gradients(v)[l - 1])
+                epsilon[l] = error(l)
+        else:
+            epsilon = [None, *map(error, range(1, L + 1))]
+            found = gradients(v) if L > 1 else []
+            v = [X, *(step(l, v[l], g) for l, g in enumerate(found, start=1)), v[L]]
+        step.end(F(v).detach())
+    return v, epsilon
+
+
+def error_based_by(
+    model: nn.Sequential,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    step: Step,
+    n: int,
+    F: Callable[[list[Any]], Tensor] | None = None,
+) -> Reference:
+    """The same in the errors; ``F``: another energy of [None, epsilon_1..epsilon_{L-1}]."""
+    epsilon = errors_of(model, X, None)
+    F = F or (lambda epsilon: energy_of_errors(model, LossFun, X, Y, epsilon))
+    step.end(F(epsilon).detach())
+    for _ in range(n):
+        free = [e.detach().requires_grad_() for e in epsilon[1:]]
+        value = F([None, *free])
+        found: Sequence[Tensor] = []
+        if free:
+            found = torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True)
+        moved = [
+            step(l, e.detach(), g) for l, (e, g) in enumerate(zip(free, found, strict=True), 1)
+        ]
+        epsilon = [None, *moved]
+        step.end(F(epsilon).detach())
+    return at_errors(model, LossFun, X, Y, epsilon)
 
 
 class Frozen(nn.Module):
@@ -257,43 +408,48 @@ class Frozen(nn.Module):
         self.random = torch.get_rng_state()
         self.values = [b.clone() for b in layer.buffers()]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *x: Tensor) -> Tensor:
         torch.set_rng_state(self.random)
         for buffer, value in zip(self.layer.buffers(), self.values, strict=True):
             buffer.data = value.clone()
-        return self.layer(x.clone())  # it may work in place
+        return self.layer(*x)
 
 
-def freeze(model: nn.Sequential, X: Tensor) -> nn.Sequential:
+def freeze(model: nn.Module, X: Tensor) -> Any:
     """``model`` with each layer frozen as it is when a forward pass from ``X`` comes to it.
 
     The parameters are those of ``model``; use a copy, as its buffers move.
     """
-    frozen = nn.Sequential()
-    for layer in model:
-        frozen.append(Frozen(layer))
-        X = layer(X).detach()
-    return frozen
+    frozen, values = [], [X]
+    for node in nodes(model):
+        assert isinstance(node.layer, nn.Module)
+        frozen.append(Frozen(node.layer))
+        values.append(node.layer(*[values[p].clone() for p in node.parents]).detach())
+    if not isinstance(model, PCGraph):
+        return nn.Sequential(*frozen)
+    names = [[model.names[p] for p in parents] for parents in model.parents]
+    layers = zip(model.names[1:], frozen, names, strict=True)
+    return PCGraph(**{name: (layer, *parents) for name, layer, parents in layers})
 
 
 def latent_energy(
-    model: nn.Sequential,
+    model: nn.Module,
     LossFun: Loss,
     Y: Any,
     v: Sequence[Tensor],
     pi: Sequence[float],
     prior: Callable[[list[Tensor]], Tensor] | None,
 ) -> Tensor:
-    """F(v) = LossFun(f_L(v_{L-1}), Y) + 1/2 sum_{l<L} pi_l ||f_l(v_{l-1}) - v_l||^2 + prior(v)"""
-    L = len(model)
-    F = LossFun(model[-1](v[L - 1]), Y)
-    for l in range(1, L):
-        F = F + 0.5 * pi[l - 1] * (model[l - 1](v[l - 1]) - v[l]).square().sum()
-    return F if prior is None else F + prior(list(v[:L]))
+    """F(v) = LossFun(f_L(v_parents), Y) + 1/2 sum_{i<L} pi_i ||f_i(v_parents) - v_i||^2 + prior(v)"""
+    *hidden, last = nodes(model)
+    F = LossFun(last(v), Y)
+    for l, node in enumerate(hidden, start=1):
+        F = F + 0.5 * pi[l - 1] * (node(v) - v[l]).square().sum()
+    return F if prior is None else F + prior(list(v[: len(hidden) + 1]))
 
 
 def latent(
-    model: nn.Sequential,
+    model: nn.Module,
     LossFun: Loss,
     Y: Any,
     Xinit: Tensor,

@@ -222,7 +222,7 @@ def test_layers_of_several_inputs(where: str, way: str) -> None:
         habits = Habits()
 
         def attempt() -> tuple[Layer, list[Tensor], Tensor]:
-            layer = Layer(joint, 0, set(), habits=habits)
+            layer = Layer(joint, "model.joint", set(), habits=habits)
             x = [value.clone().requires_grad_() for value in values[:2]]
             output = layer.record(*x, moving=x)
             if layer.is_unguarded:

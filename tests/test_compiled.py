@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from tests.cases import Case, assert_close, random_beliefs, squared_error
-from torch2pc import PCInferLatent, PCResult, compiled
-from torch2pc.compiled.calls import _scalar_tensors, changing_number
+from torch2pc import PCInferLatent, PCResult
+from torch2pc.compiled import calls as compiled
+from torch2pc.compiled.calls import _scalar_tensors
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -48,7 +49,7 @@ def infer_compiled(
         case.model.load_state_dict(twin)
         torch.set_rng_state(random)
     runs: list[object] = []
-    kind = compiled.Backpropagation if ErrType in ("Exact", "FixedPred") else compiled.Call
+    kind = compiled.Backpropagation if ErrType in ("Exact", "FixedPred") else compiled.Relaxing
     run = kind.run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "run", lambda *args: runs.append(1) or run(*args))
@@ -322,9 +323,10 @@ def scaled_error(yhat: Tensor, Y: Tensor, beta: float) -> Tensor:
         Scaled,
     ],
 )
-def test_a_number_that_changes_is_named_and_not_compiled_again(
-    hold: Callable[[float], Callable[..., Tensor]],
+def test_a_number_that_changes_is_compiled_a_few_times(
+    hold: Callable[[float], Callable[..., Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch2pc.compiled.calls.MOST_CAPTURES", 2)
     case = small_case()
     graphs = counters["stats"]["unique_graphs"]
     for beta in (0.5, 0.7, 0.5):
@@ -333,10 +335,12 @@ def test_a_number_that_changes_is_named_and_not_compiled_again(
     assert compiled_so_far <= 2
     case = case._replace(LossFun=hold(0.25))
     plain = case.infer("Strict", n=4)
-    with pytest.warns(UserWarning, match="a Python number beta, now 0.25, that changes"):
+    with pytest.warns(UserWarning, match="captured 2 times .* a number that changes from call"):
         assert_close(list(case.infer("Strict", n=4, compile=True)), list(plain))
     # The values that were compiled are still there.
-    case._replace(LossFun=hold(0.7)).infer("Strict", n=4, compile=True)
+    case = case._replace(LossFun=hold(0.7))
+    plain = case.infer("Strict", n=4)
+    assert_close(list(case.infer("Strict", n=4, compile=True)), list(plain))
     assert counters["stats"]["unique_graphs"] - graphs == compiled_so_far
 
 
@@ -365,77 +369,6 @@ def test_so_is_a_number_of_a_layer() -> None:
         plain = case.infer("Strict", n=4)
         assert_close(list(infer_compiled(case, n=4)), list(plain))
     assert counters["stats"]["unique_graphs"] == graphs + 2
-    layer.beta = 0.8
-    plain = case.infer("Strict", n=4)
-    with pytest.warns(
-        UserWarning, match=r"Warm holds a Python number beta, now 0\.8, that changes"
-    ):
-        assert_close(list(case.infer("Strict", n=4, compile=True)), list(plain))
-    assert counters["stats"]["unique_graphs"] == graphs + 2
-
-
-class Trainer:
-    def __init__(self, beta: float, other: float = 0.0) -> None:
-        self.beta, self.other = beta, other
-
-    def __call__(self, yhat: Tensor, Y: Tensor) -> Tensor:
-        return self.beta * (yhat - Y).square().mean()
-
-    def loss(self, yhat: Tensor, Y: Tensor) -> Tensor:
-        return self.weighted((yhat - Y).square().mean())
-
-    def weighted(self, error: Tensor) -> Tensor:
-        return self.beta * error
-
-
-def of_table(beta: float, other: float) -> Callable[..., Tensor]:
-    settings = {"beta": beta, "other": other, "name": "mean"}
-    return lambda yhat, Y: settings["beta"] * (yhat - Y).square().mean()
-
-
-def of_function(beta: float, other: float) -> Callable[..., Tensor]:
-    def weighted(error: Tensor) -> Tensor:
-        return beta * error
-
-    return lambda yhat, Y: weighted((yhat - Y).square().mean())
-
-
-def of_object(beta: float, other: float) -> Callable[..., Tensor]:
-    trainer = Trainer(beta, other)
-    return lambda yhat, Y: trainer.beta * (yhat - Y).square().mean()
-
-
-@pytest.mark.parametrize(
-    "hold",
-    [
-        of_table,
-        of_object,
-        of_function,
-        Trainer,
-        lambda beta, other: Trainer(beta, other).loss,
-        lambda beta, other: lambda yhat, Y, beta=beta: beta * (yhat - Y).square().mean(),
-        lambda beta, other: functools.partial(scaled_error, beta=beta),
-    ],
-)
-def test_numbers_are_found_where_losses_hold_them(hold: Callable[..., Any]) -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    found = [
-        changing_number(model, model.modules(), [hold(beta, float(k))])
-        for k, beta in enumerate((0.5, 0.7, 0.5, 0.7, 0.25))
-    ]
-    assert found[:4] == [(None, True), (None, True), (None, False), (None, False)]
-    reason, is_new = found[4]
-    assert "beta, now 0.25" in str(reason) and not is_new
-
-
-def recursive_loss(yhat: Tensor, Y: Tensor, depth: int = 2, beta: float = 0.5) -> Tensor:
-    return recursive_loss(yhat, Y, depth - 1) if depth else beta * (yhat - Y).square().mean()
-
-
-def test_a_loss_that_calls_itself_is_looked_at_a_few_times() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    assert changing_number(model, [], [recursive_loss]) == (None, True)
-    assert changing_number(model, [], [recursive_loss]) == (None, False)
 
 
 @needs_compiler
@@ -612,21 +545,19 @@ def test_a_hook_on_a_parameter_sees_what_backpropagation_finds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("L", "lowest", "expected"),
+    ("L", "expected"),
     [
-        (2, 2, [2]),
-        (3, 2, [2, 3]),
-        (8, 2, [2, 3, 4, 5, 6, 7, 8]),
-        (10, 2, [2, 3, 4, 5, 6, 7, 8, 9, 10]),
-        (11, 2, [2, 4, 6, 8, 10]),
-        (20, 2, [2, 7, 12, 17]),
-        (20, 1, [1, 6, 11, 16]),
-        (100, 2, [2, 52]),
+        (2, [1]),
+        (3, [2, 0]),
+        (8, [7, 5, 4, 3, 2, 1, 0]),
+        (11, [10, 7, 5, 3, 1]),
+        (20, [19, 13, 8, 3]),
+        (100, [99, 48]),
     ],
 )
-def test_where_compiled_steps_begin(L: int, lowest: int, expected: list[int]) -> None:
-    tracing = pytest.importorskip("torch2pc.tracing", reason="this PyTorch has no compiler")
-    assert tracing.levels(L, lowest) == expected
+def test_where_compiled_steps_begin(L: int, expected: list[int]) -> None:
+    program = pytest.importorskip("torch2pc.compiled.program", reason="no compiler")
+    assert program.levels(L, L) == expected
 
 
 @needs_compiler
@@ -635,7 +566,7 @@ def test_layers_that_no_error_has_reached_stay_where_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A step may begin below the layers that errors have reached, as in deep models."""
-    monkeypatch.setattr("torch2pc.compiled.program.levels", lambda L, lowest: [lowest, L - 1])
+    monkeypatch.setattr("torch2pc.compiled.program.levels", lambda count, L: [L - 1, 1])
     items = [nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1)) for _ in range(4)]
     model = nn.Sequential(*items, nn.Linear(3, 2)).double()
     case = Case(model, nn.MSELoss(), torch.randn(4, 3).double(), torch.randn(4, 2).double())

@@ -234,3 +234,46 @@ def test_warns_where_updates_at_v_feed_themselves(ErrType: str) -> None:
         warnings.simplefilter("error")
         case.infer(ErrType)
         cut_after().infer(ErrType, update_at="vhat")
+
+
+def steep_case() -> Case:
+    case = linear_case(8)
+    with torch.no_grad():
+        for layer in case.model:
+            layer.weight.mul_(6)
+    return case
+
+
+@pytest.mark.filterwarnings("error:The energy that:UserWarning")
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+def test_warns_once_where_the_energy_rises(ErrType: str) -> None:
+    case = steep_case()
+    with pytest.warns(UserWarning, match=rf"energy that {ErrType} descends went from .* eta=0\.1"):
+        case.infer(ErrType, eta=0.1, n=30)
+    case.infer(ErrType, eta=0.1, n=30)
+    steep_case().infer(ErrType, eta="auto", n=30)
+    linear_case(4).infer(ErrType, eta=0.01, n=5)
+
+
+def test_warns_where_the_energy_is_no_number() -> None:
+    with pytest.warns(UserWarning, match="went from .* to (nan|inf) in n=2000 iterations"):
+        steep_case().infer("ErrorBased", eta=0.5, n=2000)
+
+
+@pytest.mark.filterwarnings("error:The energy that:UserWarning")
+def test_a_rise_that_comes_in_training_is_seen() -> None:
+    """Not in each call, but in calls 1, 2, 4, 8, ... of a model."""
+    case = linear_case(8)
+    case.infer("ErrorBased", n=5)
+    with torch.no_grad():
+        for layer in case.model:
+            layer.weight.mul_(6)
+    with pytest.warns(UserWarning, match="steps are too long"):
+        for _ in range(3):
+            case.infer("ErrorBased", n=30)
+
+
+@pytest.mark.filterwarnings("error:The energy that:UserWarning")
+def test_a_loss_that_is_no_number_is_none_of_the_steps() -> None:
+    case = linear_case(3)
+    case._replace(Y=case.Y * float("nan")).infer("Strict", n=3)

@@ -12,11 +12,12 @@ from torch2pc.checks import check_LossFun, check_model, check_tensor
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.autograd import Graph, output_gradient
 from torch2pc.graph.layers import Network
+from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import Snapshot
 
 
 def FwdPassPlus(
-    model: nn.Sequential, LossFun: Callable[[Tensor, Any], Tensor], X: Tensor, Y: Any
+    model: nn.Sequential | PCGraph, LossFun: Callable[[Tensor, Any], Tensor], X: Tensor, Y: Any
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     r"""Run a feed-forward pass and return all of its values, still attached to its autograd graph.
 

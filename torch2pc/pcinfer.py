@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,23 +12,36 @@ from torch import Tensor, nn
 from torch2pc.checks import (
     check_callback,
     check_eta,
+    check_has_energy,
     check_LossFun,
     check_model,
     check_modules,
     check_n,
     check_no_transform,
+    check_nudge,
+    check_precision,
+    check_rule,
     check_tensor,
     check_update_at,
     check_vinit_length,
 )
-from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain
+from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain, run_plainly
+from torch2pc.energy.factors import USUAL, Terms
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.layers import Inference, Network
+from torch2pc.graph.nodes import PCGraph, depth
 from torch2pc.graph.state import Snapshot, modules_in, write_gradients
 from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.exact import exact_factors, weighted_backpropagation
-from torch2pc.inference.fixed_pred import fixed_pred_factors, warn_of_short_inference
-from torch2pc.inference.relax import Callback, infer_by, warn_of_flat_items
+from torch2pc.inference.fixed_pred import (
+    AUTO_ETA,
+    by_lengths_of_paths,
+    fixed_pred_factors,
+    warn_of_short_inference,
+)
+from torch2pc.inference.nudge import nudged
+from torch2pc.inference.relax import Callback, Relaxation, infer_by, warn_of_flat_items
+from torch2pc.inference.steps import Rule
 
 ErrTypes = ("Exact", "FixedPred", *RELAXATIONS)
 
@@ -93,12 +106,12 @@ torch.serialization.add_safe_globals([PCResult, EquilibriumResult])
 
 
 def PCInfer(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor | str = 0.1,
+    eta: float | Tensor | str | Rule = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
@@ -106,12 +119,15 @@ def PCInfer(
     compile: bool = False,
     update_at: str = "v",
     callback: Callback | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    nudge: float | None = None,
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
     A drop-in replacement for ``loss.backward()``: call it, then ``optimizer.step()``. Each of the
     L items of ``model`` is one layer ``f_l`` (nest an ``nn.Sequential`` to make several modules one
-    layer), with belief ``v_l``, and ``vhat_l`` is its output in a feed-forward pass. The update of
+    layer), with belief ``v_l``, and ``vhat_l`` is its output in a feed-forward pass. (In a ``PCGraph``
+    read "its parents" for "l-1", and sum over the children for "l+1".) The update of
     layer l's parameters is ``(df_l/dtheta_l)^T epsilon_l``, where the prediction error ``epsilon_l``
     is, for ``ErrType``
 
@@ -174,7 +190,8 @@ def PCInfer(
     (``docs/semantics.md``), and "Troubleshooting" what to do about divergence and slow learning.
 
     Args:
-        model: an ``nn.Sequential`` on any device, of any floating type, with batched inputs.
+        model: an ``nn.Sequential``, or a ``PCGraph`` of layers with any number of parents each, on any
+            device, of any floating type, with batched inputs.
         LossFun: called as ``LossFun(output, Y)``; returns a scalar tensor. If it has parameters,
             they get their gradient too. With a sum over the batch, Strict's update is the sum of its
             examples' own updates. With a mean it is not their mean: the loss then weighs 1/batch
@@ -185,7 +202,9 @@ def PCInfer(
         Y: the targets, handed to ``LossFun`` as they are.
         ErrType: ``"Exact"``, ``"FixedPred"``, ``"Strict"``, ``"ErrorBased"`` or ``"Equilibrium"``.
         eta: the step size of the beliefs, or of ErrorBased's errors: a number, a tensor without
-            dimensions, or ``"auto"``. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
+            dimensions, ``"auto"``, or for Strict and ErrorBased a rule of ``torch2pc.steps`` (momentum,
+            a step that shrinks, any optimizer, noise; sweeps from the top down, Strict only), which a call
+            uses as it is and leaves as it is. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
             ErrorBased take 1/lambda, where lambda is the largest eigenvalue of the energy's Hessian (in
             the beliefs, or in the errors), estimated anew in each call from 4 products with it at the
             start (Gauss-Newton, Lanczos), and a quarter of that, and so on, if the energy is
@@ -204,9 +223,9 @@ def PCInfer(
             ``torch.compile``, which takes 10 to 60 s at the first call for a model. Other
             weights, batches, ``eta``, ``n`` and ``vinit`` compile nothing anew; another mode of a module or
             ``update_at`` does, and so does the second batch size. Where it cannot be done (a layer
-            whose operations cannot be followed, hooks, ``eta="auto"``, Equilibrium and what the page on
-            semantics lists) a warning says so once. Exact and FixedPred are one graph, for every ``n``
-            and ``eta`` (``"auto"`` too) and operations that no rule covers; it equals backpropagation
+            whose operations cannot be followed, hooks, ``eta="auto"`` or a rule, Equilibrium and what the
+            page on semantics lists) a warning says so once. Exact and FixedPred are one graph, for every
+            ``n`` and ``eta`` (``"auto"`` too) and operations that no rule covers; it equals backpropagation
             to round-off.
         update_at: where the updates of the relaxations are taken, ``"v"``, ``"vhat"`` or ``"before"``. At
             v they descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken
@@ -219,6 +238,22 @@ def PCInfer(
         callback: called after each iteration k = 1, 2, ... with ``(k, v, epsilon)``, for a measure of your
             own; later iterations may change the tensors, so copy what you keep. None for Exact and
             FixedPred, which have no iterations, and with ``compile``. ``follow`` has measures ready.
+        precision: pi_l = 1/sigma_l^2 of the relaxations' energy,
+            ``F = LossFun + 1/2 sum_l pi_l ||epsilon_l||^2``: one number for all hidden layers, a sequence of
+            L-1, or for a ``PCGraph`` a dict by the layers' names; 1 where not given. ``epsilon_l`` is still
+            prediction minus belief; what layer l hands down, and what its update is made of, is
+            ``pi_l epsilon_l``. (A number for all leads to where the loss divided by it would.) None for Exact
+            and FixedPred, whose updates are the loss's gradients, or shares of them, whatever the
+            precisions are.
+        nudge: None, or a number beta > 0 for the relaxations: they feel beta times the loss, once as it is
+            and once turned around, and ``.grad`` is the slope of the update in beta,
+            ``(update(beta) - update(-beta)) / (2 beta)``, as are ``epsilon[0]`` and ``X.grad``. At
+            equilibrium it goes to backpropagation's gradient as beta goes to 0, off by a multiple of
+            beta^2, in float32 too. ``v`` and the other errors are those at beta (so that epsilon_L is beta
+            times the loss's gradient), which is what a ``callback`` sees; ``Loss`` and ``dLdy`` are as
+            always, and side effects those of one forward pass. Twice the work. The steps of rules that are
+            not proportional to the gradient (Adam) do not shrink with beta. None for Exact and FixedPred,
+            which are linear in the loss.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``; for Equilibrium an ``EquilibriumResult``, the same
@@ -230,15 +265,16 @@ def PCInfer(
             while in most examples the gradient was above a tenth of the errors.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; a module of it is
-            sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
-            entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
-            is neither an int nor None; ``callback`` is not callable; a layer returns something other than
-            one floating-point tensor.
-        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, or a string other than
-            ``"auto"``; ``n`` < 1; ``vinit`` does not fit the layers' outputs; ``update_at`` is
-            unknown; ``callback`` is given where there are no iterations, or with ``compile``; ``X`` was
-            made under ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
+        TypeError: ``model`` is neither an ``nn.Sequential`` nor a ``PCGraph``, or overrides its
+            ``forward``; a module of it is sharded or wrapped in DistributedDataParallel; ``LossFun`` is
+            not callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is neither a number, a
+            string nor a rule; ``n`` is neither an int nor None; ``callback`` is not callable; a layer
+            returns something other than one floating-point tensor.
+        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, a string other than
+            ``"auto"``, or a rule that the algorithm cannot follow; ``n`` < 1; ``vinit`` does not fit the
+            layers' outputs; ``update_at`` is unknown; ``callback`` is given where there are no iterations, or
+            with ``compile``; ``X`` was made under ``torch.inference_mode()``; the loss is no scalar or does
+            not depend on the output.
         RuntimeError: a layer wrote into its input without an ``inplace`` attribute that says so; the
             call is inside a transform of ``torch.func``.
 
@@ -259,9 +295,13 @@ def PCInfer(
     PLOS ONE 17(3): e0266102 (2022). Strict is the algorithm of Whittington and Bogacz, Neural
     Computation 29(5) (2017); FixedPred that of Millidge, Tschantz and Buckley, arXiv:2006.04182
     (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
-    the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
+    the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022); centred nudging that of
+    A. Laborieux et al., Frontiers in Neuroscience 15 (2021), on predictive coding of Pinchetti et al.,
+    arXiv:2407.01163 (2024).
     """
-    asked = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback)
+    asked = check_arguments(
+        model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback, precision, nudge
+    )
     asked.warn(model)
     return infer(asked.algorithm, model, LossFun, X, Y, accumulate)
 
@@ -270,12 +310,14 @@ class Asked(NamedTuple):
     """What a call asks for, checked."""
 
     ErrType: str
-    eta: float | str
+    eta: float | str | Rule
     n: int
     vinit: Sequence[Any] | None = None
     update_at: str = "v"
     compile: bool = False
     callback: Callback | None = None
+    terms: Terms = USUAL
+    nudge: float | None = None
 
     def warn(self, model: nn.Module) -> None:
         """Say if the errors will hardly reach some layers."""
@@ -286,36 +328,53 @@ class Asked(NamedTuple):
 
     def algorithm(self, network: Network) -> Inference:
         """Infer, by compiled graphs if that is asked for and can be done."""
-        ErrType, eta, n, vinit, update_at, compile, callback = self
+        ErrType, eta, n, vinit, update_at, compile, callback, terms, nudge = self
         if ErrType in ("Exact", "FixedPred"):
-            L = len(network.layers)
-            factors = exact_factors(L) if ErrType == "Exact" else fixed_pred_factors(eta, n, L)
-            backpropagate = partial(weighted_backpropagation, network, *factors)
+            assert not isinstance(eta, Rule)
+            eta = AUTO_ETA if isinstance(eta, str) else eta
+            is_exact = ErrType == "Exact"
+            factors = exact_factors(network) if is_exact else fixed_pred_factors(network, eta, n)
+            if factors is None:
+                if compile:
+                    reason = "the ways down to its layers differ in length, where FixedPred is not compiled"
+                    run_plainly(network.model, reason)
+                return by_lengths_of_paths(network, eta, n)
+            backpropagate = partial(weighted_backpropagation, network, factors)
             if not compile:
                 return backpropagate()
-            return compiled_or_plain(Backpropagation(network, *factors), backpropagate)
+            return compiled_or_plain(Backpropagation(network, factors), backpropagate)
+
+        def relaxation_of(terms: Terms) -> Relaxation:
+            relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at, terms)
+            warn_of_flat_items(network, ErrType, update_at)
+            return relaxation
 
         def relax() -> Inference:
-            relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at)
-            warn_of_flat_items(network, ErrType, update_at)
-            return infer_by(relaxation, n, callback)
+            if nudge is not None:
+                return nudged(relaxation_of, terms, nudge, n, callback)
+            return infer_by(relaxation_of(terms), n, callback, ErrType)
 
         if not compile:
             return relax()
-        return compiled_or_plain(Relaxing(network, ErrType, eta, n, vinit, update_at), relax)
+        call = Relaxing(network, ErrType, eta, n, vinit, update_at, precision=terms.precision)
+        if nudge is not None:
+            call.reason = "nudge relaxes twice"
+        return compiled_or_plain(call, relax)
 
 
 def check_arguments(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     ErrType: str,
-    eta: float | Tensor | str,
+    eta: float | Tensor | str | Rule,
     n: int | None,
     vinit: Sequence[Any] | None,
     update_at: str,
     compile: bool = False,
     callback: Callback | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    nudge: float | None = None,
 ) -> Asked:
     """Check what describes an inference; eta and n are 1 for Exact, which uses neither."""
     check_model(model)
@@ -325,21 +384,36 @@ def check_arguments(
         accepted = ", ".join(f'"{name}"' for name in ErrTypes)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
     has_iterations = ErrType in RELAXATIONS
-    size: float | str = 1.0
+    size: float | str | Rule = 1.0
     if has_iterations:
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
     if ErrType == "Exact":
         n = 1
     else:
-        size, n = check_eta(eta), len(model) if n is None else check_n(n)
+        size, n = check_eta(eta), depth(model) if n is None else check_n(n)
+        check_rule(size, ErrType)
     check_callback(callback, compile, has_iterations)
-    return Asked(ErrType, size, n, vinit, update_at, compile, callback)
+    terms = USUAL
+    if precision is not None:
+        check_has_energy("precision", _NO_PRECISION, ErrType, has_iterations)
+        terms = Terms(check_precision(precision, model))
+    if nudge is not None:
+        check_has_energy("nudge", _NO_NUDGE, ErrType, has_iterations)
+        nudge = check_nudge(nudge, size, vinit)
+    return Asked(ErrType, size, n, vinit, update_at, compile, callback, terms, nudge)
+
+
+_NO_NUDGE = "whose updates are linear in the loss, so that their slope in beta is what they are"
+_NO_PRECISION = (
+    "whose updates are gradients of the loss whatever the precisions are: Exact's errors would be "
+    "g_l / pi_l, and FixedPred would take steps of eta pi_l in layer l on its way to these"
+)
 
 
 def infer(
     algorithm: Callable[[Network], Inference],
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     Y: Any,

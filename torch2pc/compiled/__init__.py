@@ -5,6 +5,6 @@ the sweep, the step rule and the updates of ``energy`` and ``inference``, ``prod
 product of matrices. Above ``inference``, which knows nothing of it; ``PCInfer`` asks through these names.
 """
 
-from torch2pc.compiled.calls import Backpropagation, Relaxing, compiled_or_plain
+from torch2pc.compiled.calls import Backpropagation, Relaxing, compiled_or_plain, run_plainly
 
-__all__ = ["Backpropagation", "Relaxing", "compiled_or_plain"]
+__all__ = ["Backpropagation", "Relaxing", "compiled_or_plain", "run_plainly"]

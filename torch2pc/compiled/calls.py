@@ -11,7 +11,6 @@ does, with a warning, a call that cannot be compiled.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -26,11 +25,13 @@ from torch import Tensor, nn
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast, own
 from torch2pc.graph.layers import GLOBAL_HOOKS, HOOKS, Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
+from torch2pc.inference.exact import Factors
 from torch2pc.inference.start import check_vinit_entries
+from torch2pc.inference.steps import Rule
 
 _warned: WeakSet[nn.Module] = WeakSet()
 # How often a model's call is captured anew before what changes is taken to change on.
-MOST_CAPTURES = 8
+MOST_CAPTURES = 6
 
 
 class _Model:
@@ -154,9 +155,12 @@ class Call:
         except _PlainlyError:
             assert self.captured is not None
             self.reason = self.reason or self.captured.reason
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
             # What was captured before goes on being used.
-            self.reason = _what_changes(error)
+            self.reason = (
+                f"it was captured {MOST_CAPTURES} times and would have to be again (PyTorch's log names "
+                "what changes): hold a number that changes from call to call in a tensor"
+            )
         except Exception as error:
             if self.has_begun:
                 raise
@@ -222,7 +226,7 @@ class Relaxing(Call):
         self,
         network: Network,
         ErrType: str,
-        eta: float | Tensor | str,
+        eta: float | Tensor | str | Rule,
         n: int,
         vinit: Sequence[Any] | None = None,
         update_at: str = "v",
@@ -238,6 +242,8 @@ class Relaxing(Call):
             self.reason = f"{ErrType}'s search is not compiled"
         elif isinstance(eta, str):
             self.reason = f'eta="{eta}" finds its step size as it runs'
+        elif isinstance(eta, Rule):
+            self.reason = f"eta is another rule than plain descent, {eta}"
 
     def asks(self) -> dict[str, Any]:
         return dict(
@@ -269,6 +275,7 @@ class Relaxing(Call):
             for i in asked.free:
                 torch.sub(self.vinit[i].detach(), vhat[i], out=x[i])
         like = epsilon[-1]
+        assert not isinstance(self.eta, Rule)
         eta = self.eta if isinstance(self.eta, Tensor) else like.new_full((), float(self.eta))
         pi: Sequence[Any] = [None] * (L + 1)
         if self.precision is not None:
@@ -348,9 +355,9 @@ class Backpropagation(Call):
     The factors are as in ``exact.weighted_backpropagation``.
     """
 
-    def __init__(self, network: Network, c_epsilon: Sequence[float], c_v: Sequence[float]) -> None:
+    def __init__(self, network: Network, factors: Factors) -> None:
         super().__init__(network)
-        self._c = (*reversed(c_epsilon), *reversed(c_v))
+        self._c = (*factors.epsilon[1:], *factors.v[1:])
 
     def asks(self) -> dict[str, Any]:
         return dict(kind="nothing")
@@ -446,18 +453,6 @@ def _hooked(network: Network) -> str | None:
         if hasattr(type(module).forward, "displacement_rule"):
             return f"{type(module).__name__} has a displacement_rule"
     return None
-
-
-def _what_changes(error: Exception) -> str:
-    """Why a call is not captured once more."""
-    why = re.search(
-        r"(?:last reason|recompile reason)[^:]*: *(?:\d+/\d+: *)?(.*)", str(error), re.IGNORECASE
-    )
-    what = f" ({why[1].strip()})" if why else ""
-    return (
-        f"it was captured {MOST_CAPTURES} times, and would have to be again{what}: hold a number that "
-        "changes from call to call in a tensor"
-    )
 
 
 def compiled_or_plain(call: Call, plainly: Callable[[], Inference]) -> Inference:

@@ -62,7 +62,8 @@ def _linear(factor: Factor, energy: Energy) -> Any:
     if factor.d is not None:
         # Where no belief has moved, neither has the prediction.
         is_asleep = isinstance(energy, Beliefs) and energy.moved.isdisjoint(factor.beliefs)
-        before = None if is_asleep else factor.displaced(energy.delta)[0]
+        with energy.outside_autocast():
+            before = None if is_asleep else factor.displaced(energy.delta)[0]
         at = [(energy.vhat[p], energy.delta[p]) for p in factor.parents]
         own = energy.vhat[-1 if factor.target is None else factor.target]
         d = _LinearDisplacement(factor.d, at, before, own.dtype)
@@ -71,7 +72,7 @@ def _linear(factor: Factor, energy: Energy) -> Any:
         return Prediction(d, factor.parents, factor.target, vhat, factor.precision)
     y = in_belief_dtype(factor.vhat)
     y = y if before is None else y + before
-    of_loss = second_derivative(lambda y: factor.loss(y[0]), [y])
+    of_loss = second_derivative(lambda y: factor.beta * factor.loss(y[0]), [y])
     return _LinearOutput(d, factor.parents, torch.zeros_like(y), of_loss)
 
 

@@ -19,14 +19,14 @@ factor, so that its gradient is whole there.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch2pc.energy.factors import Number, Output, Parts, Prediction
-from torch2pc.graph.autograd import in_belief_dtype
+from torch2pc.energy.factors import Number, Output, Parts, Prediction, Prior
+from torch2pc.graph.autograd import in_belief_dtype, outside_autocast
 
 # What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
 # variable there and then, in ``x``.
@@ -41,6 +41,8 @@ class Energy:
     ) -> None:
         self.factors, self.vhat, self.free = list(factors), vhat, sorted(free)
         self.x: list[Any] = [None] * len(vhat)
+        self.start: Sequence[Any] | None = None
+        """The beliefs that it started from, if they were others than the feed-forward values."""
 
     @property
     def output(self) -> Output:
@@ -72,6 +74,10 @@ class Energy:
     def variables(self) -> list[Tensor]:
         """Those that F is descended in."""
         return [self.x[i] for i in self.free]
+
+    def outside_autocast(self) -> AbstractContextManager[Any]:
+        """The rules choose the types themselves; the loss and a prior enter autocast again."""
+        return outside_autocast(self.vhat[-1].device)
 
     def sweep(self, move: Move, down: bool = False) -> None:
         """Go through the factors once, telling ``move`` of each variable's gradient."""
@@ -108,6 +114,9 @@ class Energy:
             for factor, state in kept:
                 vars(factor).update(state)
 
+    def wake(self) -> None:
+        """Let no factor sleep from now on: something else than their gradients may move the variables."""
+
     def settle(self) -> None:
         """Bring errors and beliefs together after a sweep, where they are variables of one another."""
 
@@ -127,11 +136,15 @@ class Energy:
         """The terms of F where the variables are, one after the other."""
         raise NotImplementedError
 
-    def _terms(self) -> Tensor:
+    def last(self) -> Tensor:
+        """F by the errors as they were last taken, without a prior."""
+        return self._terms(
+            [factor for factor in self.factors if not isinstance(factor, Prior)]
+        ).sum()
+
+    def _terms(self, factors: Sequence[Any]) -> Tensor:
         with torch.no_grad():
-            found = [
-                in_belief_dtype(factor.energy(self.delta).reshape(())) for factor in self.factors
-            ]
+            found = [in_belief_dtype(factor.energy(self.delta).reshape(())) for factor in factors]
             return torch.stack([term.to(found[0]) for term in found])
 
     delta: list[Any]
@@ -168,7 +181,7 @@ class Beliefs(Energy):
         start: Sequence[Any] | None = None,
     ) -> None:
         super().__init__(factors, vhat, free)
-        self._start = start
+        self.start = start
         # For each factor, the beliefs that no later one pulls at.
         last = {i: k for k, factor in enumerate(self.factors) for i in factor.beliefs}
         self._order = [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
@@ -185,19 +198,23 @@ class Beliefs(Energy):
         for i in self.free:
             like = in_belief_dtype(self.vhat[i])
             self.x[i] = torch.zeros_like(like)
-            if self._start is not None:
-                torch.sub(self._start[i].detach(), self.vhat[i], out=self.x[i])
+            if self.start is not None:
+                torch.sub(self.start[i].detach(), self.vhat[i], out=self.x[i])
         for factor in self.predictions.values():
             factor.error.zero_()
         # The beliefs that are no more at their feed-forward values. A factor of none of which any has
         # moved has no error yet: it would be evaluated where it was before, to propagate zeros.
-        self.moved = set(self.free if self._start is not None else [])
+        self.moved = set(self.free if self.start is not None else [])
+
+    def wake(self) -> None:
+        """Let no factor sleep from now on: something else than their gradients may move the beliefs."""
+        self.moved = set(self.free)
 
     def stand_at(self, variables: Sequence[Tensor]) -> None:
         """Let the beliefs have moved so far."""
         for i, x_i in zip(self.free, variables, strict=True):
             self.x[i] = x_i
-        self.moved = set(self.free)
+        self.wake()
 
     @torch.no_grad()
     def sweep(self, move: Move, down: bool = False) -> None:
@@ -208,28 +225,28 @@ class Beliefs(Energy):
         errors are those at the beliefs before the sweep.
         """
         x, moved = self.x, self.moved
-        pulls = {i: _Sum() for i in self.free}
+        pulls: dict[int, Parts] = {i: [] for i in self.free}
+        now_moved = set(moved)
 
         def tell(i: int) -> None:
-            parts = pulls.pop(i).parts
-            if parts:
+            if parts := pulls.pop(i):
                 move(i, parts)
                 now_moved.add(i)
 
-        now_moved = set(moved)
-        for factor, last in self._order:
-            is_moved = now_moved if down else moved
-            is_awake = factor.is_awake or not is_moved.isdisjoint(factor.beliefs)
-            if is_awake or (down and factor.target in pulls and pulls[factor.target].parts):
-                for i, parts in factor.pulls(x, down):
+        with self.outside_autocast():
+            for factor, last in self._order:
+                is_moved = now_moved if down else moved
+                is_awake = factor.is_awake or not is_moved.isdisjoint(factor.beliefs)
+                if is_awake or (down and pulls.get(factor.target)):
+                    for i, parts in factor.pulls(x, down):
+                        if i in pulls:
+                            _add_parts(pulls[i], parts)
+                            if i in last:
+                                tell(i)
+                        del parts
+                for i in last:
                     if i in pulls:
-                        pulls[i].add(parts)
-                        if i in last:
-                            tell(i)
-                    del parts
-            for i in last:
-                if i in pulls:
-                    tell(i)
+                        tell(i)
         self.moved = now_moved
 
     @contextmanager
@@ -242,14 +259,15 @@ class Beliefs(Energy):
     @torch.no_grad()
     def retake(self) -> None:
         """Take all errors where the beliefs are now."""
-        for factor in self.factors:
-            factor.retake(self.x)
+        with self.outside_autocast():
+            for factor in self.factors:
+                factor.retake(self.x)
 
     def terms(self) -> Tensor:
         """The terms of F at the beliefs as they are now."""
         with self.aside():
             self.retake()
-            return self._terms()
+            return self._terms(self.factors)
 
 
 class Errors(Energy):
@@ -266,7 +284,7 @@ class Errors(Energy):
         start: Sequence[Any] | None = None,
     ) -> None:
         super().__init__(factors, vhat, free)
-        self._start = start
+        self.start = start
         self.delta = [None] * len(vhat)
         self.restart()
 
@@ -277,11 +295,12 @@ class Errors(Energy):
         for i in self.free:
             of[i].error.zero_()
             self.delta[i] = torch.zeros_like(of[i].error)
-            if self._start is not None:
-                torch.sub(self._start[i].detach(), self.vhat[i], out=self.delta[i])
+            if self.start is not None:
+                torch.sub(self.start[i].detach(), self.vhat[i], out=self.delta[i])
         for i in self.free:
-            if self._start is not None:
-                of[i].retake(self.delta)
+            if self.start is not None:
+                with self.outside_autocast():
+                    of[i].retake(self.delta)
             self.x[i] = of[i].error
         # Whether the beliefs and the output's error are those that the errors make, and what each factor
         # has saved on the way up, for the way down.
@@ -300,7 +319,8 @@ class Errors(Energy):
     def settle(self) -> None:
         """Take the beliefs that the errors make, from the input up, and the output's error there."""
         if not self._is_settled:
-            self._saved, self._is_settled = self._climb(), True
+            with self.outside_autocast():
+                self._saved, self._is_settled = self._climb(), True
 
     def _climb(self) -> list[Any]:
         """Once up; returns what each factor has saved."""
@@ -320,7 +340,8 @@ class Errors(Energy):
         """For each prediction, from the top down, what arrives there of the output's error, or of another
         one in its place; None if nothing does. It uses up what ``settle`` has saved."""
         self.settle()
-        saved, self._saved = self._saved or self._climb(), None
+        with self.outside_autocast():
+            saved, self._saved = self._saved or self._climb(), None
         arriving: dict[int, Tensor] = {}
         for factor in self.factors:
             kept = saved.pop()
@@ -330,8 +351,9 @@ class Errors(Energy):
                 arrived = arriving.pop(factor.target, None)
                 yield factor, arrived
             if arrived is not None:
-                for p, g in factor.arriving(kept, arrived):
-                    arriving[p] = arriving[p] + g if p in arriving else g
+                with self.outside_autocast():
+                    for p, [(g, _)] in factor.arriving(kept, arrived):
+                        arriving[p] = arriving[p] + g if p in arriving else g
 
     @torch.no_grad()
     def sweep(self, move: Move, down: bool = False) -> None:
@@ -360,7 +382,7 @@ class Errors(Energy):
     def terms(self) -> Tensor:
         """The terms of F at the errors as they are now."""
         self.settle()
-        return self._terms()
+        return self._terms(self.factors)
 
     def finish(self) -> list[Tensor]:
         """The beliefs, in the place of their displacements; nothing can be evaluated after it."""
@@ -369,26 +391,14 @@ class Errors(Energy):
         return super().finish()
 
 
-class _Sum:
-    """A gradient that is being added up, in parts.
-
-    A belief of many children does not hold as many tensors: from the third on they are added.
-    """
-
-    def __init__(self) -> None:
-        self.parts: Parts = []
-        self._is_own = False
-
-    def add(self, parts: Parts) -> None:
-        for tensor, c in parts:
-            is_plain = isinstance(c, float) and c == 1.0
-            if not is_plain or len(self.parts) < 2:
-                self.parts.append((tensor, c))
-            elif self._is_own:
-                self.parts[1][0].add_(tensor)
-            else:
-                self.parts[1] = (self.parts[1][0] + tensor, 1.0)
-                self._is_own = True
+def _add_parts(to: Parts, parts: Parts) -> None:
+    """Add to a gradient in parts. A belief of many children does not hold as many tensors."""
+    for part in parts:
+        is_plain = type(part[1]) is float and part[1] == 1.0
+        if len(to) < 2 or not is_plain:
+            to.append(part)
+        else:  # the third and those that follow are added to the second
+            to[1] = (to[1][0] + part[0], 1.0)
 
 
 __all__ = ["Beliefs", "Energy", "Errors", "Move", "Number", "Parts"]

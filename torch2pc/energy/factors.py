@@ -8,12 +8,12 @@ moved; a parent that is clamped does not move, and is no parent here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from torch2pc.graph.autograd import gradient, in_belief_dtype, outside_autocast
+from torch2pc.graph.autograd import gradient, in_belief_dtype
 from torch2pc.graph.layers import Network
 
 # A number, or in a compiled call a tensor without dimensions.
@@ -69,25 +69,22 @@ class _OfLayer:
 
     error: Tensor
 
-    def __init__(self, d: Displaced | None, parents: tuple[int, ...], device: torch.device) -> None:
-        self.d, self.parents, self._device = d, parents, device
+    def __init__(self, d: Displaced | None, parents: tuple[int, ...]) -> None:
+        self.d, self.parents = d, parents
 
     def displaced(self, x: Sequence[Any]) -> tuple[Tensor | None, Any]:
         """How far the prediction has moved, None if it does not, and what its way back needs."""
-        if self.d is None:
-            return None, None
-        with outside_autocast(self._device):  # the rules choose the types themselves
-            return self.d.forward(*[x[p] for p in self.parents])
+        return (None, None) if self.d is None else self.d.forward(*[x[p] for p in self.parents])
 
-    def arriving(self, saved: Any, error: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def arriving(self, saved: Any, error: Tensor) -> Iterator[tuple[int, Parts]]:
         """J^T error at each parent where anything arrives."""
-        if self.d is None:
-            return
-        with outside_autocast(self._device):
-            found = self.d.backward(saved, error)
-        for p, g in zip(self.parents, found, strict=True):
-            if g is not None:
-                yield p, g
+        if self.d is not None:
+            found: dict[int, Tensor] = {}
+            for p, g in zip(self.parents, self.d.backward(saved, error), strict=True):
+                if g is not None:  # a layer may be given the same belief twice
+                    found[p] = found[p] + g if p in found else g
+            for p, g in found.items():
+                yield p, [(g, 1.0)]
 
 
 class Prediction(_OfLayer):
@@ -102,7 +99,7 @@ class Prediction(_OfLayer):
         precision: Number = 1.0,
         is_awake: bool = False,
     ) -> None:
-        super().__init__(d, parents, vhat.device)
+        super().__init__(d, parents)
         self.is_awake = is_awake
         self.target, self.precision = target, precision
         self.beliefs = frozenset([*parents, target])
@@ -123,10 +120,7 @@ class Prediction(_OfLayer):
         if down:
             self.take(moved, x[self.target])
         del moved
-        if self.d is not None:
-            for p, g in self.arriving(saved, self.weighted()):
-                yield p, [(g, 1.0)]
-                del g
+        yield from self.arriving(saved, self.weighted())
 
     def weighted(self) -> Tensor:
         """pi e, which goes down, and which the layer's update is made of."""
@@ -143,7 +137,7 @@ class Prediction(_OfLayer):
 
 
 class Output(_OfLayer):
-    """LossFun of the output layer's prediction, whose place the target of the loss has taken."""
+    """beta LossFun of the output layer's prediction, whose place the target of the loss has taken."""
 
     target, is_awake = None, True
 
@@ -155,11 +149,12 @@ class Output(_OfLayer):
         Loss: Tensor,
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
+        beta: float = 1.0,
     ) -> None:
-        super().__init__(d, parents, vhat.device)
+        super().__init__(d, parents)
         self.beliefs = frozenset(parents)
-        self.vhat, self.loss = vhat, loss
-        self.Loss, self.error = Loss, in_belief_dtype(dLdy).clone()
+        self.vhat, self.loss, self.beta = vhat, loss, beta
+        self.Loss, self.error = self._times_beta(Loss, in_belief_dtype(dLdy).clone())
         self.y = vhat
         """The output, as it was last taken."""
 
@@ -170,22 +165,24 @@ class Output(_OfLayer):
             self.Loss, self.error = self.loss_gradient(self.y)
 
     def loss_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss for such outputs, and its gradient there."""
+        """beta times the loss for such outputs, and its gradient there."""
         y = y.detach()
         with torch.enable_grad():
             y.requires_grad_()
             Loss = self.loss(y)
         (found,) = gradient([Loss], [y])
-        return Loss.detach(), torch.zeros_like(y) if found is None else found
+        return self._times_beta(Loss.detach(), torch.zeros_like(y) if found is None else found)
+
+    def _times_beta(self, Loss: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        # After the gradient is taken, which half precision may limit.
+        return (Loss, error) if self.beta == 1 else (self.beta * Loss, self.beta * error)
 
     def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
         """J^T e at the parents."""
         moved, saved = self.displaced(x)
         self.take(moved)
         del moved
-        for p, g in self.arriving(saved, self.error):
-            yield p, [(g, 1.0)]
-            del g
+        yield from self.arriving(saved, self.error)
 
     def weighted(self) -> Tensor:
         """What goes down, and what the layer's update is made of."""
@@ -196,7 +193,7 @@ class Output(_OfLayer):
         self.take(self.displaced(x)[0])
 
     def energy(self, x: Sequence[Any]) -> Tensor:
-        """The loss."""
+        """beta times the loss."""
         return self.Loss
 
 
@@ -232,25 +229,36 @@ class Prior:
 
     def energy(self, x: Sequence[Any]) -> Tensor:
         """The energy."""
-        return self.prior(self.given(x)).detach().reshape(())
+        return self.prior(self.given(x)).detach()
 
 
-def factors_of(network: Network, precision: Sequence[float] | None = None) -> list[Factor]:
-    """The terms of the energy of a recorded network, from the top down.
+class Terms(NamedTuple):
+    """What the terms of the energy are, where they are not the usual ones."""
 
-    ``precision``: one number for each hidden layer, in their order; 1 if not given.
-    """
+    precision: Sequence[Number] | None = None
+    """One number for each hidden layer, in their order; 1 if not given."""
+    beta: float = 1.0
+    """What the loss is multiplied by."""
+
+
+USUAL = Terms()
+
+
+def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
+    """The terms of the energy of a recorded network, from the top down."""
     found: list[Factor] = []
     if network.prior is not None:
-        found.append(Prior(network.prior.replay, network.vhat))
+        found.append(Prior(network.prior_at, network.vhat))
     L = len(network.layers)
     for l in range(L, 0, -1):
         parents, vhat = network.moving(l), network.vhat[l]
         d = network.layers[l - 1].displacement if parents else None
         if l == L:
-            found.append(Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at))
+            found.append(
+                Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at, terms.beta)
+            )
         else:
-            pi = 1.0 if precision is None else precision[l - 1]
+            pi = 1.0 if terms.precision is None else terms.precision[l - 1]
             # A way back that is not linear may hand down something although the error is 0.
             is_awake = not network.layers[l - 1].is_linear and bool(parents)
             found.append(Prediction(d, parents, l, vhat, pi, is_awake))

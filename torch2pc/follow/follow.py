@@ -8,20 +8,23 @@ How a relaxation would go on, and with which step sizes it would be stable, is f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_modules, check_no_transform
+from torch2pc.energy.factors import Terms
 from torch2pc.follow.look import look
 from torch2pc.follow.outlook import (
     ClosedForm,
     Landscape,
     Outlook,
     Stability,
+    Ways,
+    from_above,
     largest_stable,
     look_ahead,
     wide,
@@ -30,27 +33,29 @@ from torch2pc.follow.record import Record
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.autograd import add_updates, gradient, leaves_between
 from torch2pc.graph.layers import Network
+from torch2pc.graph.nodes import PCGraph, steps_above
 from torch2pc.graph.state import Snapshot, Source, generators_in, generators_kept, modules_in
 from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.fixed_pred import AUTO_ETA, error_factors
 from torch2pc.inference.relax import Relaxation
-from torch2pc.inference.steps import round_off
+from torch2pc.inference.steps import Langevin, Rule, is_plain, round_off
 from torch2pc.inference.strict import latent
 from torch2pc.latent import check_latent_arguments
 from torch2pc.pcinfer import check_arguments
 
 
 def follow(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor | str = 0.1,
+    eta: float | Tensor | str | Rule = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
     update_at: str = "v",
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
 ) -> Record:
     r"""Run the inference of ``PCInfer`` and return a record of it, without any other effect.
 
@@ -80,6 +85,10 @@ def follow(
     times as long as one of the call, and the end as long as some 200 to 800, whatever ``n`` is. With a
     number for ``eta`` it waits for the device only at the end (but for Equilibrium, which always does).
 
+    With a rule of ``torch2pc.steps`` the rows are its iterations (Langevin's noise is that of a call with
+    the same state of its generator). The largest stable ``eta`` and the ``n`` that would be needed are
+    known of plain descent alone, and None otherwise.
+
     What the rows are for each ``ErrType``:
 
     - ``"Strict"``, ``"ErrorBased"``: the iterations. For ErrorBased the Hessian is that in epsilon.
@@ -89,7 +98,7 @@ def follow(
     - ``"Exact"``: a single row after the start, at which the errors are the gradients.
 
     Args:
-        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at: as in ``PCInfer``.
+        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at, precision: as in ``PCInfer``.
 
     Returns:
         A ``Record``: print it, ``plot()`` it, or log its ``to_dict()``.
@@ -110,26 +119,29 @@ def follow(
         >>> record.energies.shape  # after 0, 1, ... 60 iterations; of layers 0, 1 and 2
         torch.Size([61, 3])
     """
-    asked = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at)
+    asked = check_arguments(
+        model, LossFun, X, ErrType, eta, n, vinit, update_at, precision=precision
+    )
 
     def walk(network: Network) -> Record:
         if ErrType not in RELAXATIONS:
+            assert not isinstance(asked.eta, Rule)
             return _follow_closed_form(network, ErrType, asked.eta, asked.n)
-        relaxation = RELAXATIONS[ErrType](network, asked.eta, vinit, update_at)
+        relaxation = RELAXATIONS[ErrType](network, asked.eta, vinit, update_at, asked.terms)
         return _follow(relaxation, ErrType, asked.n)
 
-    return _unchanged(walk, model, LossFun, X.detach(), Y)
+    return _unchanged(walk, model, LossFun, X.detach(), Y, eta=eta)
 
 
 def follow_latent(
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     Y: Any,
     Xinit: Tensor,
-    eta: float | str,
+    eta: float | Tensor | str | Rule,
     n: int,
     *,
-    precision: float | Sequence[float] | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
     prior: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> Record:
     """Run the inference of ``PCInferLatent`` and return a record of it, without any other effect.
@@ -162,25 +174,30 @@ def follow_latent(
     step, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
 
     def walk(network: Network) -> Record:
-        return _follow(latent(network, step, pi), "Latent", n)
+        return _follow(latent(network, step, Terms(pi)), "Latent", n)
 
-    return _unchanged(walk, model, LossFun, Xinit.detach(), Y, free_input=True, prior=prior)
+    return _unchanged(
+        walk, model, LossFun, Xinit.detach(), Y, eta=eta, free_input=True, prior=prior
+    )
 
 
 def _unchanged(
     walk: Callable[[Network], Record],
-    model: nn.Sequential,
+    model: nn.Sequential | PCGraph,
     LossFun: Any,
     X: Tensor,
     Y: Any,
     *,
+    eta: object,
     free_input: bool = False,
     prior: Any = None,
 ) -> Record:
     """What ``walk`` returns; whatever it draws and changes is put back."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         with torch.inference_mode(False), torch.enable_grad():
-            return _unchanged(walk, model, LossFun, X, Y, free_input=free_input, prior=prior)
+            return _unchanged(
+                walk, model, LossFun, X, Y, eta=eta, free_input=free_input, prior=prior
+            )
     check_no_transform()
     modules = modules_in(model, LossFun, prior)
     check_modules(modules_in(model, *[f for f in (LossFun, prior) if isinstance(f, nn.Module)]))
@@ -192,6 +209,8 @@ def _unchanged(
             *generators_in(LossFun, modules),
             *generators_in(prior, []),
         ]
+        if isinstance(eta, Langevin) and eta.generator is not None:
+            sources.append(eta.generator)
         with generators_kept(sources), _state_kept(Snapshot(modules, network.devices)):
             return walk(network)
 
@@ -211,27 +230,32 @@ def _state_kept(before: Snapshot) -> Iterator[None]:
 
 def _follow(relaxation: Relaxation, ErrType: str, n: int) -> Record:
     """Run a relaxation and look at it after each step."""
+    asked_rule = repr(relaxation.rule)  # before a call has changed its numbers
     network, energy = relaxation.network, relaxation.energy
     with network.replaying():
-        contributions, _ = _backpropagate(network)
+        contributions: list[dict[Tensor, Tensor]] = [{} for _ in network.layers]
+        for way in _ways_down(network, apart=False):
+            contributions[way.l - 1] = way.of_leaves
         looking = _Looking(relaxation, contributions)
         looking(0)
         relaxation.after_step = looking
         relaxation.run(n)
         relaxation.after_step = None
         resolved = _resolved(looking.errors, relaxation.v)
-        has_steps = ErrType != "Equilibrium"
+        rule = relaxation.rule
+        has_steps = ErrType != "Equilibrium" and is_plain(rule)
         stability, outlook = None, None
         if energy.free and has_steps:
             landscape, lowest = Landscape(energy), looking.lowest
-            row, eta = int(looking.row_of_lowest), float(relaxation.rule.eta)
+            row, eta = int(looking.row_of_lowest), float(rule.eta)
             outlook = look_ahead(landscape, lowest, row, eta)
             stability = largest_stable(landscape, looking.start, lowest)
     return _record(
         network,
         ErrType,
         looking.rows_on_host(),
-        eta=float(relaxation.rule.eta) if has_steps else None,
+        eta=float(rule.eta) if has_steps else None,
+        rule=None if is_plain(rule) else asked_rule,
         stability=stability,
         outlook=outlook,
         resolved=resolved,
@@ -348,14 +372,24 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(wide(x)) * y.to(wide(y))).sum()
 
 
-def _backpropagate(network: Network) -> tuple[list[dict[Tensor, Tensor]], list[Tensor]]:
-    """What each layer adds to the gradients of its parameters, and dLoss/dvhat_l for l = 0..L.
+class _Way(NamedTuple):
+    """A part of the gradient: what arrives at layer ``l`` along ways of ``m`` layers."""
 
-    One recorded layer after the other, so that nothing is drawn anew.
+    l: int
+    m: int
+    error: Tensor
+    of_leaves: dict[Tensor, Tensor]
+    """What it adds to the gradients of the layer's parameters."""
+
+
+def _ways_down(network: Network, apart: bool) -> list[_Way]:
+    """Backpropagation, one recorded layer after the other, so that nothing is drawn anew.
+
+    ``apart``: ways of different lengths are told apart; otherwise they are one, as if of no length.
     """
-    errors = [torch.zeros_like(vhat_l) for vhat_l in network.vhat]
-    errors[-1] = network.dLdy
-    contributions: list[dict[Tensor, Tensor]] = []
+    arriving: list[dict[int, Tensor]] = [{} for _ in network.vhat]
+    arriving[-1][0] = network.dLdy
+    found = []
     for l in range(len(network.layers), 0, -1):
         parents = network.nodes[l - 1].parents
         x = [network.vhat[p].detach() for p in parents]
@@ -365,13 +399,18 @@ def _backpropagate(network: Network) -> tuple[list[dict[Tensor, Tensor]], list[T
         leaves = leaves_between(prediction, x)
         inputs = [(p, a) for p, a in zip(parents, x, strict=True) if a.requires_grad]
         asked = [*leaves, *[a for _, a in inputs]]
-        found = gradient([prediction], asked, [errors[l].to(prediction.dtype)])
-        for (p, _), arriving in zip(inputs, found[len(leaves) :], strict=True):
-            if arriving is not None:
-                errors[p] = errors[p] + arriving
-        of_leaves = zip(leaves, found, strict=False)
-        contributions.insert(0, {leaf: g.detach() for leaf, g in of_leaves if g is not None})
-    return contributions, errors
+        for m, error in arriving[l].items():
+            of_asked = gradient([prediction], asked, [error.to(prediction.dtype)], keep_graph=True)
+            for (p, _), g in zip(inputs, of_asked[len(leaves) :], strict=True):
+                if g is not None:
+                    further = m + 1 if apart else 0
+                    kept = arriving[p].get(further)
+                    arriving[p][further] = g if kept is None else kept + g
+            pairs = zip(leaves, of_asked, strict=False)
+            found.append(
+                _Way(l, m, error, {leaf: g.detach() for leaf, g in pairs if g is not None})
+            )
+    return found
 
 
 @torch.no_grad()
@@ -390,39 +429,46 @@ def _resolved(errors: Sequence[Tensor], v: Sequence[Tensor]) -> list[float]:
 
 
 def _follow_closed_form(network: Network, ErrType: str, eta: float | str, n: int) -> Record:
-    """The rows of Exact, or of the iterations of FixedPred: multiples of the gradients."""
+    """The rows of Exact, or of the iterations of FixedPred: shares of the parts of the gradients."""
     network.record()
     vhat, Loss, L = network.vhat, network.Loss, len(network.layers)
     with network.replaying():
-        contributions, g = _backpropagate(network)
+        ways = _ways_down(network, apart=True)
     step = AUTO_ETA if isinstance(eta, str) else eta
     is_stepping = ErrType == "FixedPred"
-    # The share of the gradient that is at layer l after k iterations, and the update's.
+    longest = steps_above([node.parents for node in network.nodes], farthest=True)[0]
+    # The shares of the parts after k iterations, by the lengths of their ways, and the updates'.
     if ErrType == "Exact":
-        start = [0.0] * (L - 1) + [1.0]
-        shares, of_updates = torch.tensor([start, [1.0] * L]).double(), torch.ones(1, L).double()
+        found = [(1.0, *[0.0] * (longest - 1)), (1.0,) * longest]
     else:
-        found = [error_factors(step, k, L)[::-1] for k in range(n + 1)]
-        shares = torch.tensor(found, dtype=torch.float64)
-        of_updates = shares[:-1]
+        found = [error_factors(step, k, longest) for k in range(n + 1)]
+    shares = torch.tensor(found, dtype=torch.float64)
+    of_updates = shares[:-1] if is_stepping else shares[1:]
     like = _square(Loss.new_zeros(()))
-    sizes = torch.stack([_square(e).to(like) for e in g[1:]]).cpu().double()
     rows = torch.zeros(len(shares), 8 * L + 1, dtype=torch.float64)
     energies, weighted, gradients, arriving, moves, updates = _parts(rows, L)
-    hidden = slice(0, L - 1)
-    energies[:, 1:L] = 0.5 * shares[:, hidden].square() * sizes[hidden]
+    above, hidden, errors = from_above(shares), [], [torch.zeros_like(vhat_l) for vhat_l in vhat]
+    for l in range(1, L + 1):
+        own = [way for way in ways if way.l == l]
+        for way in own:
+            errors[l] = errors[l] + way.error * shares[-1, way.m].item()
+        if l == L or not own:
+            continue
+        products = [[_inner(a.error, b.error).to(like) for a in own] for b in own]
+        of_l = Ways([way.m for way in own], _on_host(products))
+        hidden.append(of_l)
+        weighted[:, l] = of_l.square(shares)
+        energies[:, l] = 0.5 * weighted[:, l]
+        arriving[:, l] = of_l.square(above)
+        gradients[:, l] = of_l.square(shares - above)
+        moves[1:, l] = of_l.square(shares[1:] - shares[:-1])
     energies[:, L] = Loss.double().item()
-    weighted[:, 1:] = shares[:, hidden].square() * sizes[hidden]
-    arriving[:, 1:] = shares[:, 1:].square() * sizes[hidden]
-    gradients[:, 1:] = (shares[:, hidden] - shares[:, 1:]).square() * sizes[hidden]
-    moves[1:, 1:] = (shares[1:, hidden] - shares[:-1, hidden]).square() * sizes[hidden]
-    # update = sum_a c_a g_a and gradient = sum_b g_b, over the layers that share a parameter.
-    for l, products in enumerate(_products(contributions, like)):
-        for (a, b), product in products.items():
+    # update = sum_a c_a g_a and gradient = sum_b g_b, over the ways to the layers that share a parameter.
+    for l, of_layer in enumerate(_products(ways, L, like)):
+        for (a, b), product in of_layer.items():
             updates[1:, 3 * l] += of_updates[:, a] * product
             updates[1:, 3 * l + 1] += of_updates[:, a] * of_updates[:, b] * product
             updates[1:, 3 * l + 2] += product
-    errors = [g_l * c for g_l, c in zip(g, [0.0, *shares[-1].tolist()], strict=True)]
     beliefs = [a.to(e.dtype) - e for a, e in zip(vhat, errors, strict=True)]
     return _record(
         network,
@@ -430,31 +476,35 @@ def _follow_closed_form(network: Network, ErrType: str, eta: float | str, n: int
         rows,
         eta=step if is_stepping else None,
         stability=Stability(2.0, True) if is_stepping and L > 1 else None,
-        outlook=ClosedForm(tuple(sizes[:-1].tolist())) if is_stepping and L > 1 else None,
+        outlook=ClosedForm(hidden) if is_stepping and hidden else None,
         resolved=_resolved(errors, beliefs),
         dtype=vhat[-1].dtype,
     )
 
 
-def _products(
-    contributions: list[dict[Tensor, Tensor]], like: Tensor
-) -> list[dict[tuple[int, int], float]]:
-    """For each layer g_a . g_b, summed over its parameters, for layers a and b that use them too."""
-    users: dict[Tensor, list[int]] = {}
-    for l, of_layer in enumerate(contributions):
+def _on_host(numbers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """A table of numbers, in float64."""
+    return torch.stack([torch.stack([*row]) for row in numbers]).double().cpu()
+
+
+def _products(ways: Sequence[_Way], L: int, like: Tensor) -> list[dict[tuple[int, int], float]]:
+    """For each layer g_a . g_b, summed over its parameters and over what arrives at any layer that uses them
+    along ways of a and of b layers."""
+    users: dict[Tensor, list[_Way]] = {}
+    leaves: list[dict[Tensor, None]] = [{} for _ in range(L)]
+    for way in ways:
+        for leaf in way.of_leaves:
+            users.setdefault(leaf, []).append(way)
+            leaves[way.l - 1][leaf] = None
+    result: list[dict[tuple[int, int], float]] = [{} for _ in range(L)]
+    for l, of_layer in enumerate(leaves):
         for leaf in of_layer:
-            users.setdefault(leaf, []).append(l)
-    places, products = [], []
-    for l, of_layer in enumerate(contributions):
-        for leaf in of_layer:
-            for a in users[leaf]:
-                for b in users[leaf]:
-                    places.append((l, (a, b)))
-                    products.append(_inner(contributions[a][leaf], contributions[b][leaf]).to(like))
-    result: list[dict[tuple[int, int], float]] = [{} for _ in contributions]
-    if products:
-        for (l, pair), product in zip(places, torch.stack(products).tolist(), strict=True):
-            result[l][pair] = result[l].get(pair, 0.0) + product
+            of_leaf = [way.of_leaves[leaf] for way in users[leaf]]
+            table = _on_host([[_inner(a, b).to(like) for b in of_leaf] for a in of_leaf]).tolist()
+            for one, row in zip(users[leaf], table, strict=True):
+                for other, product in zip(users[leaf], row, strict=True):
+                    pair = one.m, other.m
+                    result[l][pair] = result[l].get(pair, 0.0) + product
     return result
 
 
@@ -469,6 +519,7 @@ def _record(
     rows: Tensor,
     *,
     eta: float | None,
+    rule: str | None = None,
     stability: Stability | None,
     outlook: Outlook | None,
     resolved: list[float],
@@ -489,7 +540,8 @@ def _record(
     return Record(
         ErrType=ErrType,
         eta=eta,
-        names=["input", *[layer.name for layer in network.layers]],
+        rule=rule,
+        names=_names(network),
         energies=energies.clone(),
         moves=torch.cat([moves.sqrt(), zero], dim=1),
         gradient=torch.cat([gradients.sqrt(), zero], dim=1),
@@ -506,6 +558,13 @@ def _record(
         slack=round_off(dtype),
         outlook=outlook,
     )
+
+
+def _names(network: Network) -> list[str]:
+    model = network.model
+    if isinstance(model, PCGraph):
+        return list(model.names)
+    return ["input", *[layer.name for layer in network.layers]]
 
 
 def _ratio(square: Tensor, of: Tensor) -> Tensor:

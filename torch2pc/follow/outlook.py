@@ -193,19 +193,46 @@ def _as_far(made: int, now: float, eta: float) -> int:
     return made if eta == now else math.ceil(made * now / eta * (1 - 1e-12))
 
 
+class Ways(NamedTuple):
+    """The parts of a gradient that arrive along ways of so many layers.
+
+    FixedPred's errors are shares of them.
+    """
+
+    lengths: list[int]
+    products: Tensor
+    """Their inner products, in float64 on the host."""
+
+    def square(self, shares: Tensor) -> Tensor:
+        """The squared length of the sum of the parts, each times its share.
+
+        ``shares`` has rows for lengths.
+        """
+        chosen = shares[:, self.lengths]
+        return (chosen @ self.products * chosen).sum(1)
+
+
+def from_above(shares: Tensor) -> Tensor:
+    """The shares of what arrives, where these are those of the errors: it has come a layer further."""
+    return torch.nn.functional.pad(shares[:, :-1], (1, 0))
+
+
 @dataclass(frozen=True)
 class ClosedForm:
-    """FixedPred's: the squared lengths of the gradients g_1..g_{L-1}, which its errors are shares of."""
+    """FixedPred's, for the hidden layers."""
 
-    squares: tuple[float, ...]
+    ways: list[Ways]
 
     def distance(self, k: int, eta: float) -> float:
         """The distance from equilibrium after k iterations with ``eta``."""
-        c = error_factors(eta, k, len(self.squares) + 1)[::-1]
-        here = sum([s * c_l**2 for s, c_l in zip(self.squares, c, strict=False)])
-        above = sum([s * c_l**2 for s, c_l in zip(self.squares, c[1:], strict=True)])
-        off = sum([s * (a - b) ** 2 for s, a, b in zip(self.squares, c, c[1:], strict=False)])
-        return math.sqrt(off / max(here, above)) if off else 0.0
+        longest = max([max(ways.lengths) for ways in self.ways])
+        here = torch.tensor([error_factors(eta, k, longest + 1)], dtype=torch.float64)
+        above = from_above(here)
+        of_here, of_above, off = (
+            sum([ways.square(shares).item() for ways in self.ways])
+            for shares in (here, above, here - above)
+        )
+        return math.sqrt(off / max(of_here, of_above)) if off > 0 else 0.0
 
     def iterations_to(self, distance: float, eta: float, now: float) -> int | None:
         """How many iterations with ``eta`` come as near as ``distance``."""

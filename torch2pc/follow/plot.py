@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,15 +14,16 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch2pc.follow.record import Record
-
 MOST_IN_LEGEND = 12
 
 Numbers = NDArray[np.float64]
 
 
-def draw(record: Record, figure: Figure) -> None:
+# A ``follow.record.Record``, whose file imports this one.
+Drawn = Any
+
+
+def draw(record: Drawn, figure: Figure) -> None:
     """Six panels; lines are layers, from dark (the first) to light."""
     axes = list(figure.subplots(2, 3).flat)
     figure.suptitle(record._head(), fontsize=10)
@@ -52,7 +53,7 @@ def draw(record: Record, figure: Figure) -> None:
                 text.set_fontsize(8)
 
 
-def _draw_map(record: Record, axes: Axes, figure: Figure, hidden: list[int]) -> None:
+def _draw_map(record: Drawn, axes: Axes, figure: Figure, hidden: list[int]) -> None:
     axes.set_title("energy of each layer")
     energies = _drawable(record.energies[:, 1:-1].T.numpy(), True)
     seen = energies[np.isfinite(energies)]
@@ -83,7 +84,7 @@ def _draw_lines(
         axes.set_yscale("log")
 
 
-def _draw_energy(record: Record, axes: Axes) -> None:
+def _draw_energy(record: Drawn, axes: Axes) -> None:
     axes.set_title("F, and the loss" if record.descends else "the loss")
     F, loss = record.F.numpy(), record.loss.numpy()
     if record.descends:
@@ -98,7 +99,7 @@ def _draw_energy(record: Record, axes: Axes) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
-def _draw_distance(record: Record, axes: Axes, hidden: list[int]) -> None:
+def _draw_distance(record: Drawn, axes: Axes, hidden: list[int]) -> None:
     axes.set_title("distance from equilibrium")
     for l in hidden:
         values = _drawable(record.distances[:, l].numpy(), True)

@@ -26,7 +26,13 @@ from torch2pc.graph.apart import APART, Habits, UnguardedError, held_elsewhere, 
 class Graph:
     """A forward pass with its autograd graph, ready for one backward pass."""
 
-    def __init__(self, vhat: list[Tensor], Loss: Tensor, habits: Habits) -> None:
+    def __init__(
+        self,
+        vhat: list[Tensor],
+        Loss: Tensor,
+        parents: Sequence[Sequence[int]],
+        habits: Habits,
+    ) -> None:
         self.vhat, self.Loss, self._habits = vhat, Loss, habits
         self._versions = [x._version for x in vhat]
         self._looks = habits.watches
@@ -36,10 +42,12 @@ class Graph:
         layer_of = {**dict.fromkeys(nodes, _BETWEEN), None: 0}
         leaves: list[Any] = []
         shared: list[Any] = []
-        for l, node in enumerate([*nodes[1:], Loss.grad_fn], start=1):
+        ends = zip([*nodes[1:], Loss.grad_fn], [*parents, (len(parents),)], strict=True)
+        for l, (node, of_l) in enumerate(ends, start=1):
+            given = [nodes[p] for p in of_l]
             # A layer that returns its input has that node itself, and no leaves.
-            if node is not nodes[l - 1]:
-                shared += _claim(node, l, layer_of, leaves, nodes[l - 1])
+            if node not in given:
+                shared += _claim(node, l, layer_of, leaves, given)
         self.shares_leaves = bool(shared)
         # Something goes from one layer, past the next one's input, to another layer or the loss.
         self._goes_around = any(
@@ -117,17 +125,22 @@ class Graph:
         return vhat
 
     def weighted_gradients(
-        self, g: Sequence[Any], leaves: Sequence[Tensor], c: Sequence[float]
+        self,
+        g: Sequence[Any],
+        leaves: Sequence[Tensor],
+        c: Sequence[float],
+        above: Sequence[float],
     ) -> list[Any]:
         """For each leaf, the sum over the layers l that use it of c[l] (df_l/dleaf)^T g_l.
 
         A second backward pass, for shared parameters, changed at each vhat_l so that c[l] g_l goes
-        on from it: as g_l = J_{l+1}^T g_{l+1}, what arrives is c[l+1] g_l; the difference is added.
+        on from it: as g_l is made of the children's, what arrives is ``above[l]`` g_l; the difference
+        is added.
         """
         if self._goes_around:
             raise kept_tensor("A layer, or LossFun,")
         L = len(self.vhat) - 1
-        added = [(c[l] - c[l + 1]) * g[l] for l in range(1, L)]
+        added = [(c[l] - above[l]) * g[l] for l in range(1, L)]
         start = torch.ones_like(self.Loss)
         return gradient([self.Loss, *self.vhat[1:L]], leaves, [start, *added])
 
@@ -226,6 +239,8 @@ class Below(NamedTuple):
     """The nodes whose backward is not PyTorch's own: it need not be linear in the error."""
     is_foreign: bool
     """Whether such a one is on the way to the inputs: J^T is not that of the operations."""
+    nodes: list[Any]
+    """All of them."""
 
 
 def below(output: Tensor, inputs: Sequence[Tensor]) -> Below:
@@ -235,11 +250,11 @@ def below(output: Tensor, inputs: Sequence[Tensor]) -> Below:
     parameters, and for those that belong to no module; faster than listing parameters, too.
     """
     if output.is_leaf:
-        return Below([], [], False)
+        return Below([], [], False, [])
     nodes = nodes_below(output.grad_fn)
     foreign = foreign_of(nodes)
     leaves = leaves_of(nodes, inputs)
-    return Below(leaves, foreign, bool(foreign) and reaches(foreign, inputs))
+    return Below(leaves, foreign, bool(foreign) and reaches(foreign, inputs), nodes)
 
 
 def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -330,11 +345,11 @@ _BETWEEN = -1
 
 
 def _claim(
-    node: Any, l: int, layer_of: dict[Any, int], leaves: list[Any], given: Any = None
+    node: Any, l: int, layer_of: dict[Any, int], leaves: list[Any], given: Sequence[Any] = ()
 ) -> list[Any]:
     """Enter layer ``l`` for all new nodes below ``node``, and append those of leaves to ``leaves``.
 
-    Returns the nodes that it met and are another layer's; ``given`` is the one that it starts from.
+    Returns the nodes that it met and are another layer's; ``given`` are those that it starts from.
     """
     claimed: list[Any] = []
     waiting = [node]
@@ -343,7 +358,7 @@ def _claim(
             if before not in layer_of:
                 layer_of[before] = l
                 (leaves if type(before) is _AccumulateGrad else waiting).append(before)
-            elif layer_of[before] not in (0, l) and before is not given:
+            elif layer_of[before] not in (0, l) and before not in given:
                 claimed.append(before)
     return claimed
 

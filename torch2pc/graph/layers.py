@@ -38,12 +38,14 @@ from torch2pc.graph.autograd import (
     check_loss,
     check_scalar,
     ends_flat,
+    foreign_of,
     in_belief_dtype,
     leaves_of,
     next_node,
     output_gradient,
     outside_autocast,
 )
+from torch2pc.graph.nodes import any_in_place, may_write_input, nodes_of
 from torch2pc.graph.state import (
     Buffers,
     RandomState,
@@ -102,7 +104,7 @@ class Layer:
     def __init__(
         self,
         function: Callable[..., Any],
-        where: Any,
+        where: str,
         devices: set[torch.device],
         copies_input: bool = False,
         *,
@@ -113,7 +115,7 @@ class Layer:
         self._others, self._habits = others, Habits() if habits is None else habits
         self._key = where, getattr(function, "training", None)
         # What is no item is given copies until it is seen, in each call, that it needs none.
-        self._is_item = isinstance(where, int)
+        self._is_item = where.startswith("model")
         self.copies_input = copies_input or not self._is_item
         if where in self._habits.apart:
             self.is_apart = self._walls = self.copies_input = True
@@ -124,8 +126,7 @@ class Layer:
     @property
     def name(self) -> str:
         """What errors call it."""
-        where = f"model[{self._where}]" if isinstance(self._where, int) else self._where
-        return f"{where} ({_type_name(self.function)})"
+        return f"{self._where} ({_type_name(self.function)})"
 
     def __call__(self, *x: Any) -> Tensor:
         before = copied(x) if self._is_new else None
@@ -205,14 +206,13 @@ class Layer:
             output = self._evaluated(given, x)
         if compared is not None:
             self._compare(x, compared)
-        nodes = nodes_below(output.grad_fn)
-        kept = [node for node in nodes if self._begun <= node._sequence_nr() < before]
+        graph = below(output, tensors_in(list(x)))
+        kept = [node for node in graph.nodes if self._begun <= node._sequence_nr() < before]
         # Of parameters alone it is no function of beliefs.
         if kept and any(
             [not isinstance(x, nn.Parameter) for x in leaves_of(nodes_below(*kept), [])]
         ):
             raise kept_tensor(self.name)
-        graph = below(output, tensors_in(list(x)))
         self._keep_apart(bool(graph.foreign), given, recorder.written)
         if self.is_unguarded:
             return output  # the call begins anew
@@ -349,21 +349,6 @@ class Layer:
         return nullcontext() if self._buffers is None else self._buffers.swapped_in()
 
 
-class Node(NamedTuple):
-    """A layer: a function of the beliefs at ``parents``, which predicts the belief at its place.
-
-    Place 0 is the input, and the node at place i is entry i - 1 of a model's nodes.
-    """
-
-    function: Callable[..., Tensor]
-    parents: tuple[int, ...]
-
-
-def nodes_of(model: nn.Module) -> list[Node]:
-    """The layers of a model, each after its parents: in an ``nn.Sequential`` the one before it."""
-    return [Node(item, (l,)) for l, item in enumerate(model._modules.values())]  # type: ignore[arg-type]
-
-
 class Network:
     """The layers of a model, its loss, and the data: all that the algorithms work on.
 
@@ -375,6 +360,7 @@ class Network:
     """The feed-forward values, once they have been recorded."""
     Loss: Tensor
     dLdy: Tensor
+    _autocast: tuple[str, torch.dtype] | None
 
     def __init__(
         self,
@@ -392,18 +378,21 @@ class Network:
         self.model, self.X, self.Y, self.devices = model, X, Y, devices
         # Whether the error that arrives at the input is asked for.
         self.asks_input = X.requires_grad
+        kind, self._autocast = X.device.type, None
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            self._autocast = kind, torch.get_autocast_dtype(kind)
         self.modules = modules
         self.nodes = nodes_of(model)
-        writes, self.habits = _any_in_place(modules), habits_of(model)
+        writes, self.habits = any_in_place(modules), habits_of(model)
         self.layers = [
             Layer(
                 node.function,
-                l,
+                node.where,
                 devices,
-                writes and _may_write_input(node.function),
+                writes and may_write_input(node.function),
                 habits=self.habits,
             )
-            for l, node in enumerate(self.nodes)
+            for node in self.nodes
         ]
         self.loss = Layer(LossFun, "LossFun", devices, others=(Y,), habits=self.habits)
         self.prior = None if prior is None else Layer(prior, "prior", devices, habits=self.habits)
@@ -414,6 +403,7 @@ class Network:
         # Told of each parameter's update as soon as it is there, and once more if it changes.
         self.arrived: Callable[[Tensor, Tensor], None] | None = None
         self._stand_in: nn.Module | None = None
+        self._is_recorded = False
 
     def moving(self, l: int) -> tuple[int, ...]:
         """The parents of layer l whose beliefs move."""
@@ -431,6 +421,9 @@ class Network:
                 if not x.requires_grad:
                     # No parameters so far, or frozen ones, on an input that needs no gradient.
                     x = x.detach().requires_grad_()
+                elif any([x is before for before in values]):
+                    # The belief at a parent has other children's errors, too.
+                    x = x.view_as(x)
                 values.append(x)
             vhat.extend(values[1:])
             return x
@@ -438,8 +431,9 @@ class Network:
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
         with nullcontext() if from_X else self._derivatives_refused():
             Loss = check_loss(self.loss(vhat[-1]))
-        graph = Graph(vhat, Loss, self.habits)
-        self.habits.apart.update([l - 1 for l in graph.foreign if l <= len(self.layers)])
+        graph = Graph(vhat, Loss, [node.parents for node in self.nodes], self.habits)
+        wheres = [node.where for node in self.nodes]
+        self.habits.apart.update([wheres[l - 1] for l in graph.foreign if l <= len(wheres)])
         self._check_guarded()
         return graph
 
@@ -452,38 +446,26 @@ class Network:
             raise UnguardedError(names)
 
     def record(self) -> None:
-        """One forward pass without a graph across layers, which sets vhat, Loss and dLdy, detached.
+        """One forward pass without a graph across layers, which sets vhat, Loss and dLdy, detached; once.
 
         After it each layer, the loss and the prior can be replayed, and each layer of which a parent
         moves has a displacement. One of which none does needs no other evaluation: its inputs and its
         output are ``kept``, if anything needs its gradient.
         """
-        vhat = self.vhat = [_input_copy(self.X)]
 
-        def walk(x: Tensor) -> Tensor:
-            vhat[0] = x.detach()  # a pre-hook of the model may have changed it
-            for l, (layer, node) in enumerate(zip(self.layers, self.nodes, strict=True), start=1):
-                # With gradients on, as in every replay: under no_grad some modules take another
-                # path, and autocast would cache weights that are cut off from the graph.
-                given = [vhat[p].detach() for p in node.parents]
-                for a in given:
-                    a.requires_grad_(a.is_floating_point())
-                pairs = zip(node.parents, given, strict=True)
-                moving = [a for p, a in pairs if p in self.free]
-                output = layer.record(*given, moving=moving)
-                if not moving and (layer.has_leaves or self.asks_input):
-                    self.kept[l] = given, output
-                vhat.append(output.detach())
-                del output  # and its graph, before the next layer makes its own
-            return vhat[-1]
+        def evaluate(l: int, given: list[Tensor]) -> Tensor:
+            pairs = zip(self.nodes[l - 1].parents, given, strict=True)
+            moving = [a for p, a in pairs if p in self.free]
+            layer = self.layers[l - 1]
+            output = layer.record(*given, moving=moving)
+            if not moving and (layer.has_leaves or self.asks_input):
+                self.kept[l] = given, output
+            return output
 
-        output = self._through_hooks_of_model(walk, vhat[0])
-        self._check_guarded()
-        if output.data_ptr() != vhat[-1].data_ptr():
-            raise ValueError(
-                "model must have no forward hook that replaces its output where its beliefs are "
-                "relaxed, which evaluates the items one by one; register the hook on the last item"
-            )
+        if self._is_recorded:
+            return
+        self._is_recorded = True
+        vhat = self.vhat = self._layer_by_layer(evaluate)
         prediction = vhat[-1].detach().requires_grad_()
         with self._derivatives_refused():
             Loss = check_loss(self.loss.record(prediction))
@@ -496,12 +478,69 @@ class Network:
             check_scalar("prior", energy)
             self.prior.is_replayable(energy.detach(), self._beliefs_of_prior())
 
+    def pieces(self) -> tuple[list[tuple[list[Tensor], Tensor]], tuple[Tensor, Tensor]]:
+        """One forward pass whose graph ends at each layer, which sets vhat, Loss and dLdy, detached.
+
+        Returns each layer's inputs and output, and the loss's, with the graph between them.
+        """
+        found = []
+
+        def evaluate(l: int, given: list[Tensor]) -> Tensor:
+            output = self.layers[l - 1](*given)
+            if foreign_of(nodes_below(output.grad_fn)):
+                self.habits.apart.add(self.nodes[l - 1].where)
+            found.append((given, output))
+            return output
+
+        self.vhat = self._layer_by_layer(evaluate)
+        prediction = self.vhat[-1].detach().requires_grad_()
+        with self._derivatives_refused():
+            Loss = check_loss(self.loss(prediction))
+        self.Loss = Loss.detach().clone()
+        return found, (prediction, Loss)
+
+    def _layer_by_layer(self, evaluate: Callable[[int, list[Tensor]], Tensor]) -> list[Tensor]:
+        """The feed-forward values, detached; ``evaluate`` is given each layer's number and inputs."""
+        vhat = [_input_copy(self.X)]
+
+        def walk(x: Tensor) -> Tensor:
+            vhat[0] = x.detach()  # a pre-hook of the model may have changed it
+            for l, node in enumerate(self.nodes, start=1):
+                # With gradients on, as in every replay: under no_grad some modules take another
+                # path, and autocast would cache weights that are cut off from the graph.
+                given = [vhat[p].detach() for p in node.parents]
+                for a in given:
+                    a.requires_grad_(a.is_floating_point())
+                # (No name for the output: its graph goes before the next layer makes its own.)
+                vhat.append(evaluate(l, given).detach())
+            return vhat[-1]
+
+        output = self._through_hooks_of_model(walk, vhat[0])
+        self._check_guarded()
+        if output.data_ptr() != vhat[-1].data_ptr():
+            raise ValueError(
+                "model must have no forward hook that replaces its output where its beliefs are "
+                "relaxed, which evaluates the items one by one; register the hook on the last item"
+            )
+        return vhat
+
     def _beliefs_of_prior(self) -> list[Tensor]:
         return [in_belief_dtype(x).detach().requires_grad_() for x in self.vhat[:-1]]
 
     def loss_at(self, y: Tensor) -> Tensor:
         """The recorded loss at the output ``y``, with its graph."""
-        return self.loss.replay(y.to(self.vhat[-1].dtype)).reshape(())
+        with self._in_autocast():
+            return self.loss.replay(y.to(self.vhat[-1].dtype)).reshape(())
+
+    def prior_at(self, beliefs: list[Tensor]) -> Tensor:
+        """The recorded prior of such beliefs, with its graph."""
+        assert self.prior is not None
+        with self._in_autocast():
+            return self.prior.replay(beliefs).reshape(())
+
+    def _in_autocast(self) -> AbstractContextManager[Any]:
+        """Autocast, if it was on when the call was made."""
+        return nullcontext() if self._autocast is None else torch.autocast(*self._autocast)
 
     def _through_hooks_of_model(self, walk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``walk(x)`` in the place of the model's forward, between the hooks of the container."""
@@ -599,34 +638,6 @@ def own_output(output: Tensor, given: Sequence[Any]) -> Tensor:
     base = output._base if output._base is not None else output
     of_input = any([isinstance(x, Tensor) and (base is x or base is x._base) for x in given])
     return output.clone() if base.is_leaf and not of_input else output
-
-
-def _may_write_input(function: object) -> bool:
-    """Whether a module says that it works in place, and may do so on its own input."""
-    if type(function) is nn.Sequential:
-        for child in function._modules.values():
-            if _may_write_input(child):
-                return True
-            if not _may_return_input(child):
-                return False
-        return False
-    return _any_in_place(modules_in(function))
-
-
-def _any_in_place(modules: list[nn.Module]) -> bool:
-    # Not getattr of the module: one without the attribute would take a slow way to say so.
-    return any([module.__dict__.get("inplace") for module in modules]) or any(
-        [getattr(kind, "inplace", False) for kind in set(map(type, modules))]
-    )
-
-
-def _may_return_input(module: object) -> bool:
-    if type(module) is nn.Sequential:
-        return all(_may_return_input(child) for child in module)
-    return isinstance(module, _VIEWS)
-
-
-_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
 def _type_name(value: object) -> str:

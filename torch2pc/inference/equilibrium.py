@@ -14,6 +14,9 @@ whose F it lowers. LossFun returns one number for all of them, but its gradient 
 row for each; so an example's own loss changes by the integral of that gradient along the straight
 line from the old output to the new one. That takes a few evaluations of the loss alone, and subtracts
 no two nearly equal numbers. Examples that are mixed are one problem, which all of this holds for as well.
+
+Where the errors have precisions, it is sqrt(pi_l) epsilon_l that it searches in: its squares are pi_l times
+the errors', so that nothing else changes.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 
 from torch2pc.displacement.recorder import Displacement
 from torch2pc.energy import Errors
+from torch2pc.energy.factors import USUAL, Terms
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.error_based import errors_of, place_of
@@ -43,6 +47,8 @@ LEAST_CURVATURE = 0.1
 LEAST_FALL = 1e-4
 # A gradient that is larger than this, in units of the errors, is far from equilibrium.
 FAR = 0.1
+# The share of its fall that an energy which still falls has fallen in the last quarter of the evaluations.
+STILL_FALLS = 0.05
 # Nodes and weights of Gauss and Legendre's rule on [0, 1].
 NODES = (0.5 - 0.15**0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.15**0.5, 5 / 18)
 
@@ -52,13 +58,17 @@ _mixing: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 
 
 def equilibrium(
-    network: Network, eta: Any, vinit: Sequence[Any] | None = None, update_at: str = "v"
+    network: Network,
+    eta: Any,
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+    terms: Terms = USUAL,
 ) -> Search:
     """The search for a batch, from the errors of the beliefs ``vinit`` or else from 0.
 
     ``eta`` has no use here.
     """
-    return Search(network, errors_of(network, vinit), place_of(update_at))
+    return Search(network, errors_of(network, vinit, terms), place_of(update_at))
 
 
 class Point(NamedTuple):
@@ -77,7 +87,8 @@ class Point(NamedTuple):
 class Search(Relaxation):
     """The minimisation; after ``run`` the errors and the beliefs are those that it came to.
 
-    Within it the errors of all layers are one matrix, with a row for each separate problem.
+    Within it the errors of all layers, times the roots of their precisions, are one matrix, with a row for
+    each separate problem.
     """
 
     energy: Errors
@@ -85,16 +96,17 @@ class Search(Relaxation):
     def __init__(self, network: Network, energy: Errors, update_at: str = "v") -> None:
         super().__init__(network, energy, Descent(0.0), update_at)
         self._shapes = [e.shape for e in energy.variables]
+        self._roots = [energy.predictions[i].precision ** 0.5 for i in energy.free]
         errors = self.epsilon[1:]
         self._dtype = max((e.dtype for e in errors), key=lambda dtype: dtype.itemsize)
         # In half precision that is what limits the gradient, whatever the errors are held in.
         self._eps = torch.finfo(self.vhat[-1].dtype).eps
         sizes = {len(e) if e.dim() else 1 for e in errors}
         self._rows = max(sizes.pop(), 1) if len(sizes) == 1 else 1
-        self.evaluations = 0
-        """How often F and its gradient were evaluated."""
-        self.distance = errors[-1].new_zeros(self._rows)
+        self.distance: Tensor = errors[-1].new_zeros(self._rows)
         """For each row the gradient's size at the last evaluation, in units of the errors."""
+        # The lowest energy before the first, and after each evaluation.
+        self._energies: list[Tensor] = []
 
     @torch.no_grad()
     def run(self, n: int) -> None:
@@ -103,6 +115,7 @@ class Search(Relaxation):
             return
         at = self._first_point()
         lowest = self.energy.terms().sum(), at.epsilon
+        self._energies = [lowest[0]]
         history, step = History(), -at.gradient
         for self.evaluations in range(1, n + 1):
             # Squares of small errors would underflow: all is measured in units of the row's largest.
@@ -119,6 +132,7 @@ class Search(Relaxation):
             trial = self._evaluate(at.epsilon + step, with_gradient=not is_last)
             if bool((F := self.energy.terms().sum()) < lowest[0]):
                 lowest = F, trial.epsilon
+            self._energies.append(lowest[0])
             slope, (rise, terms) = dot(gradient, step / unit), self._rise(at, trial, unit)
             falls = rise <= LEAST_FALL * slope + 4 * self._eps * terms
             falls |= ~off.isfinite()  # no other step would do
@@ -145,15 +159,21 @@ class Search(Relaxation):
             factor.error = self.energy.x[i] = own
 
     def _warn_if_far(self) -> None:
-        """Say, once for each model, if most of the examples are far from equilibrium."""
-        far, n = self.distance > FAR, self.evaluations
-        if 2 * int(far.sum()) > len(far) and self.network.model not in _warned:
+        """Say, once for each model, if a larger n would have come nearer to equilibrium.
+
+        That is where the energy still fell. Where units switch it has edges, at which its gradient
+        is no measure of how far the minimum is.
+        """
+        far, F = self.distance > FAR, self._energies
+        if 2 * int(far.sum()) <= len(far) or self.network.model in _warned:
+            return
+        before = F[3 * (len(F) - 1) // 4]
+        if bool(before - F[-1] > STILL_FALLS * (F[0] - F[-1])):
             _warned.add(self.network.model)
             warn_caller(
-                f"Equilibrium stopped after n={n} evaluations while the energy's gradient was above "
-                f"{FAR:.0%} of the errors in {int(far.sum())} of {len(far)} examples (the median is "
-                f"{self.distance.median().item():.0%}); a larger n comes closer, unless they lie where "
-                "a unit switches"
+                f"Equilibrium stopped after n={self.evaluations} evaluations while the energy still fell "
+                f"and its gradient was above {FAR:.0%} of the errors in {int(far.sum())} of {len(far)} "
+                f"examples (the median is {self.distance.median().item():.0%}): a larger n comes closer"
             )
 
     def result(self) -> Inference:
@@ -171,7 +191,8 @@ class Search(Relaxation):
             key = hash(tuple([displacement.key for displacement in displacements]))
         if key is not None and known.get(key):
             self._rows = 1
-        errors = self.energy.variables
+        found = zip(self.energy.variables, self._roots, strict=True)
+        errors = [e if root == 1 else e * root for e, root in found]
         at = self._evaluate(self._joined(errors))
         if self._rows == 1:
             return at
@@ -215,7 +236,8 @@ class Search(Relaxation):
         self._move_to(epsilon)
         y, gradient = self.energy.output.y.reshape(self._rows, -1), epsilon
         if with_gradient:
-            gradient = self._joined(self.energy.gradient())
+            found = zip(self.energy.gradient(), self._roots, strict=True)
+            gradient = self._joined([g if root == 1 else g / root for g, root in found])
         return Point(epsilon, gradient, y)
 
     def _rise(self, at: Point, trial: Point, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,11 +262,17 @@ class Search(Relaxation):
         return torch.cat(parts, dim=1)
 
     def _move_to(self, epsilon: Tensor) -> None:
-        """Let the errors be these, and the beliefs follow."""
+        """Let the errors, times the roots, be these, and the beliefs follow."""
         sizes = [shape.numel() // self._rows for shape in self._shapes]
         now = self.energy.variables
-        parts = zip(torch.split(epsilon, sizes, dim=1), self._shapes, now, strict=True)
-        self.energy.stand_at([part.reshape(shape).to(e) for part, shape, e in parts])
+        split = torch.split(epsilon, sizes, dim=1)
+        parts = zip(split, self._roots, self._shapes, now, strict=True)
+        self.energy.stand_at(
+            [
+                (part if root == 1 else part / root).reshape(shape).to(e)
+                for part, root, shape, e in parts
+            ]
+        )
 
 
 class History:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,24 +20,31 @@ from torch2pc.graph.autograd import in_belief_dtype, own
 from torch2pc.graph.layers import Inference, Network, detached
 
 
-def exact_factors(L: int) -> tuple[Sequence[float], Sequence[float]]:
-    """Those of Exact's errors and beliefs, for ``weighted_backpropagation``: the gradients themselves."""
-    return [1.0] * L, [1.0] * L
+class Factors(NamedTuple):
+    """What the gradients g_l = dLoss/dvhat_l, l = 0..L, are multiplied by."""
+
+    epsilon: tuple[float, ...]
+    """``epsilon_l = epsilon[l] g_l``; that of the input is the one of the layers that it feeds."""
+    v: tuple[float, ...]
+    """``v_l = vhat_l - v[l] g_l``; the first is not used."""
+    above: tuple[float, ...]
+    """The factor of the errors above l, of which what arrives at l is made."""
 
 
-def weighted_backpropagation(
-    network: Network, c_epsilon: Sequence[float], c_v: Sequence[float]
-) -> Inference:
-    """Errors and beliefs that are multiples of the gradients g_l = dLoss/dvhat_l:
+def exact_factors(network: Network) -> Factors:
+    """Those of Exact: errors are the gradients themselves."""
+    ones = (1.0,) * (len(network.layers) + 1)
+    return Factors(ones, ones, ones)
 
-        epsilon_l = c_epsilon[L-l] g_l,    v_l = vhat_l - c_v[L-l] g_l
 
-    The update of layer l's parameters is c_epsilon[L-l] times their gradient.
+def weighted_backpropagation(network: Network, factors: Factors) -> Inference:
+    """Errors and beliefs that are multiples of the gradients.
+
+    The update of layer l's parameters is the multiple of their gradient that its error is of g_l.
     """
-    graph, L = network.feed_forward(), len(c_epsilon)
-    # c[l] is layer l's; the input's error arrives through layer 1, and the loss's own parameters
-    # get their gradient as it is.
-    c = (c_epsilon[L - 1], *reversed(c_epsilon), 1.0)
+    graph, L = network.feed_forward(), len(network.layers)
+    # The loss's own parameters get their gradient as it is.
+    c = (*factors.epsilon, 1.0)
     is_scaled = any([c_l != 1 for c_l in c])
     shares = is_scaled and graph.shares_leaves
     told = None if shares else network.arrived
@@ -47,12 +55,14 @@ def weighted_backpropagation(
 
     g, of_leaves = graph.backpropagate(shares, None if told is None else arrived)
     leaves = [leaf for leaf, _, _ in of_leaves]
-    updates = graph.weighted_gradients(g, leaves, c) if shares else [u for _, _, u in of_leaves]
+    updates = [u for _, _, u in of_leaves]
+    if shares:
+        updates = graph.weighted_gradients(g, leaves, c, factors.above)
 
     vhat = graph.values()
     dLdy, epsilon_0 = g[-1].clone(), None if g[0] is None else g[0] * c[0]
     errors = [in_belief_dtype(g_l) for g_l in g[1:]]
-    v = [detached(network.X), *_subtract(vhat[1:], errors, c_v[::-1])]
+    v = [detached(network.X), *_subtract(vhat[1:], errors, factors.v[1:])]
     found = own([*errors, *updates])
     if is_scaled:
         l_of = [*range(1, L + 1), *([] if shares else [l for _, l, _ in of_leaves])]
@@ -67,11 +77,11 @@ def _subtract(a: list[Tensor], b: list[Tensor], c: Sequence[float]) -> Sequence[
     if all([c_i == 1 for c_i in c]):
         return torch._foreach_sub(a, b)
     if not all([abs(c_i) < 1e38 for c_i in c]):
-        c = [_within(c_i, b_i.dtype) for c_i, b_i in zip(c, b, strict=True)]
+        c = [within(c_i, b_i.dtype) for c_i, b_i in zip(c, b, strict=True)]
     return [torch.sub(*of_i, alpha=c_i) for *of_i, c_i in zip(a, b, c, strict=True)]
 
 
-def _within(c: float, dtype: torch.dtype) -> float:
+def within(c: float, dtype: torch.dtype) -> float:
     """``c``, or infinity where it is beyond the type, for which PyTorch would raise an error."""
     return c if not abs(c) > torch.finfo(dtype).max else math.copysign(math.inf, c)
 

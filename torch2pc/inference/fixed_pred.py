@@ -20,14 +20,28 @@ the round-off of subtracting two nearly equal tensors, v_l and vhat_l.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from torch2pc.graph.autograd import (
+    Updates,
+    add_updates,
+    gradient,
+    in_belief_dtype,
+    independent_loss,
+    leaves_between,
+    own,
+)
+from torch2pc.graph.layers import Inference, Network, detached
+from torch2pc.graph.nodes import nodes_of, steps_above
 from torch2pc.graph.warn import warn_caller
+from torch2pc.inference.exact import Factors, within
+from torch2pc.inference.steps import Rule
 
 # A share of the gradient that this is less than, an optimizer's epsilon and round-off take for none.
 LEAST_SHARE = 1e-6
@@ -39,51 +53,122 @@ AUTO_ETA = 1.0
 _warned: WeakSet[nn.Module] = WeakSet()
 
 
-def warn_of_short_inference(model: nn.Module, eta: float | str, n: int) -> None:
+def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -> None:
     """Say, the first time for a model, which layers' updates the errors hardly reach.
 
-    Less than ``LEAST_SHARE`` of the gradient arrives there. At least half arrives everywhere after
-    n >= 1 + (L-1)/eta iterations, the median of that coin's number of heads. With Strict no more
-    arrives at first, and less later on, as its predictions follow the beliefs.
+    Less than ``LEAST_SHARE`` of the gradient arrives there, on the shortest way down. At least half
+    arrives m layers below the output after n >= 1 + m/eta iterations, the median of that coin's number
+    of heads. With Strict no more arrives at first, and less later on, as its predictions follow the
+    beliefs.
     """
-    L = len(model._modules)
-    given = eta
-    if isinstance(eta, str):
-        eta = AUTO_ETA  # Strict's is not known yet, and brings no more
-    share = error_factors(eta, n - 1, L)[::-1]
-    if min(map(abs, share)) >= LEAST_SHARE or model in _warned:
+    nodes = nodes_of(model)
+    below = steps_above([node.parents for node in nodes])[1:]
+    L, given, farthest = len(nodes), eta, max(below)
+    if isinstance(eta, Rule) and eta.down:
+        return  # one sweep reaches all
+    if isinstance(eta, str | Rule):
+        eta = AUTO_ETA  # what Strict's steps will be is not known yet, and brings no more
+    shares = error_factors(eta, n - 1, farthest + 1)
+    if min(map(abs, shares)) >= LEAST_SHARE or model in _warned:
         return
     short = [
         l
-        for l, item in enumerate(model._modules.values(), start=1)
-        if item is not None
-        and abs(share[l - 1]) < LEAST_SHARE
-        and any(p.requires_grad for p in item.parameters())
+        for l, (node, m) in enumerate(zip(nodes, below, strict=True), start=1)
+        if abs(shares[m]) < LEAST_SHARE
+        and isinstance(node.function, nn.Module)
+        and any(p.requires_grad for p in node.function.parameters())
     ]
     if not short:
         return
     _warned.add(model)
+    first, last = nodes[short[0] - 1].where, nodes[short[-1] - 1].where
     layers = f"layer {short[0]}" if len(short) == 1 else f"layers {short[0]} to {short[-1]}"
     step = min(eta, 1.0) if eta > 1e-3 else 0.1
-    remedy = f"n={1 + math.ceil((L - 1) / step)}" + (f" with eta={step}" if step != eta else "")
-    if n >= L:
-        remedy += f", or eta={math.ceil(100 * (L - 1) / (n - 1)) / 100:g},"
+    remedy = f"n={1 + math.ceil(farthest / step)}" + (f" with eta={step}" if step != eta else "")
+    if n > farthest:
+        remedy += f", or eta={math.ceil(100 * farthest / (n - 1)) / 100:g},"
     warn_caller(
-        f"The error hardly reaches {layers} of {L} (model[{short[0] - 1}] to model[{short[-1] - 1}]) "
+        f"The error hardly reaches {layers} of {L} ({first} to {last}) "
         f"with eta={given} and n={n}: the share of the gradient that arrives at layer {short[0]} is "
-        f"{share[short[0] - 1]:.0e}; {remedy} would bring half of it to layer 1 "
+        f"{shares[below[short[0] - 1]]:.0e}; {remedy} would bring half of it to layer 1 "
         "(FixedPred; with Strict it takes somewhat longer). Modules nested in one nn.Sequential "
         "count as one layer"
     )
 
 
-def fixed_pred_factors(eta: float | str, n: int, L: int) -> tuple[Sequence[float], Sequence[float]]:
-    """Those of the errors and beliefs after ``n`` iterations, for ``weighted_backpropagation``."""
-    if isinstance(eta, str):
-        eta = AUTO_ETA
+def fixed_pred_factors(network: Network, eta: float, n: int) -> Factors | None:
+    """Those of the errors and beliefs after ``n`` iterations; None where ways differ in length."""
+    parents = [node.parents for node in network.nodes]
+    below, farthest = steps_above(parents), steps_above(parents, farthest=True)
+    # Where no error of the input is asked for, nothing goes down to it.
+    first = 0 if network.asks_input else 1
+    if below[first:] != farthest[first:]:
+        return None
     # epsilon is that of the n-th iteration, computed before the n-th update of v; v_L is not moved.
-    before, after = error_factors(eta, n - 1, L), error_factors(eta, n, L)
-    return before, [0.0, *after[1:]]
+    before, after = (error_factors(eta, k, farthest[0]) for k in (n - 1, n))
+    of_input = before[below[0] - 1]
+    hidden = below[1:]
+    return Factors(
+        (of_input, *[before[m] for m in hidden]),
+        (0.0, *[after[m] if m else 0.0 for m in hidden]),
+        (of_input, *[before[max(m - 1, 0)] for m in hidden]),
+    )
+
+
+def by_lengths_of_paths(network: Network, eta: float, n: int) -> Inference:
+    """The same on any graph: errors that are sums over the lengths m of the ways down to them.
+
+        epsilon_i = sum_m c_m(n-1) g_i^(m),    v_i = vhat_i - sum_m c_m(n) g_i^(m)
+
+    where g_i^(m) is the part of the gradient that arrives along ways of m layers. One pass down that
+    carries a tensor for each length; no more products than iterating would take, as no error comes
+    further down than one layer in each of the n iterations.
+    """
+    pieces, (prediction, Loss) = network.pieces()
+    L, vhat = len(network.layers), network.vhat
+    farthest = steps_above([node.parents for node in network.nodes], farthest=True)[0]
+    before, after = (error_factors(eta, k, farthest) for k in (n - 1, n))
+    found = Updates(network.arrived)
+    leaves = leaves_between(Loss, [prediction])
+    dLdy, *of_leaves = gradient([Loss], [prediction, *leaves])
+    if dLdy is None:
+        raise independent_loss()
+    add_updates(found, leaves, of_leaves)
+    arriving: list[dict[int, Tensor]] = [{} for _ in vhat]
+    arriving[L] = {0: in_belief_dtype(dLdy)}
+    v: list[Any] = [detached(network.X), *[in_belief_dtype(x).clone() for x in vhat[1:]]]
+    epsilon: list[Any] = [None] * (L + 1)
+    for l in range(L, 0, -1):
+        (inputs, output), parts = pieces.pop(), arriving[l]
+        error = epsilon[l] = torch.zeros_like(v[l])
+        for m, part in parts.items():
+            error.add_(part, alpha=within(before[m], part.dtype))
+            if m > 0:
+                v[l].sub_(part, alpha=within(after[m], part.dtype))
+        places = list(zip(network.nodes[l - 1].parents, inputs, strict=True))
+        hidden = [(p, x) for p, x in places if p > 0]
+        for m, part in parts.items():
+            if m < n and hidden:
+                asked = [x for _, x in hidden]
+                of_hidden = gradient([output], asked, [part.to(output.dtype)], keep_graph=True)
+                for (p, _), g in zip(hidden, of_hidden, strict=True):
+                    if g is not None:
+                        g, kept = in_belief_dtype(g), arriving[p]
+                        kept[m + 1] = kept[m + 1] + g if m + 1 in kept else g
+        parts.clear()
+        leaves = leaves_between(output, inputs)
+        given = [x for p, x in places if p == 0 and network.asks_input]
+        # A copy, as hooks may write into it.
+        arrives = error.to(output.dtype, copy=True)
+        of_l = gradient([output], [*leaves, *given], [arrives])
+        add_updates(found, leaves, of_l[: len(leaves)])
+        for x, g in zip(given, of_l[len(leaves) :], strict=True):
+            g = torch.zeros_like(x) if g is None else g
+            epsilon[0] = g if epsilon[0] is None else epsilon[0] + g
+        del inputs, output, places, hidden, given
+    errors = own([*epsilon[1:], *found.values()])
+    updates = list(zip(found, errors[L:], strict=True))
+    return Inference(vhat, network.Loss, dLdy.clone(), v, [epsilon[0], *errors[:L]], updates)
 
 
 @lru_cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch2pc.energy import Energy
 from torch2pc.graph.autograd import own
 from torch2pc.graph.layers import Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
-from torch2pc.inference.steps import Rule
+from torch2pc.inference.steps import Rule, round_off
 from torch2pc.inference.updates import updates
 
 # What PCInfer calls after each iteration, with its number, v and epsilon.
@@ -59,6 +59,10 @@ class Relaxation:
 
     after_step: Callable[[int], object] | None = None
     """Called after each step of ``run`` with how many there have been."""
+    distance: Tensor | None = None
+    """What a search knows of how far it came (``equilibrium.py``)."""
+    evaluations = 0
+    """How often a search has evaluated F."""
 
     def __init__(
         self,
@@ -139,7 +143,8 @@ class Relaxation:
         if self.update_at == "before" and self._before is not None:
             moved = zip(self.vhat, self._before, strict=True)
             at = [vhat if d is None else vhat + d for vhat, d in moved]
-        return updates(self.network, at, self.energy.weighted, v)
+        beta = self.energy.output.beta
+        return updates(self.network, at, self.energy.weighted, v, beta=beta)
 
     def result(self) -> Inference:
         """What was inferred, in tensors that share no memory; no step can follow."""
@@ -163,12 +168,51 @@ class Relaxation:
         return v if 0 in self.network.free else [detached(self.network.X), *v[1:]]
 
 
-def infer_by(relaxation: Relaxation, n: int, callback: Callback | None = None) -> Inference:
-    """What ``n`` steps of a relaxation infer."""
+def infer_by(
+    relaxation: Relaxation, n: int, callback: Callback | None = None, name: str = "PCInfer"
+) -> Inference:
+    """What ``n`` steps of a relaxation infer; ``name``: what a warning calls it."""
     relaxation.call_back(callback)
     with relaxation.network.replaying():
         relaxation.run(n)
+        _warn_if_risen(relaxation, n, name)
         return relaxation.result()
+
+
+# How many calls there were for each model.
+_calls: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_risen: WeakSet[nn.Module] = WeakSet()
+
+
+def _warn_if_risen(relaxation: Relaxation, n: int, name: str) -> None:
+    """Say, once for each model, if an inference ended where it should not: higher, or not finite.
+
+    Looked at in calls 1, 2, 4, 8, ... of a model, as it waits for the device; later in training the energy
+    may be steeper than at first.
+    """
+    network, energy = relaxation.network, relaxation.energy
+    model = network.model
+    _calls[model] = call = _calls.get(model, 0) + 1
+    if call & (call - 1) or model in _risen:
+        return
+    F = energy.last()
+    # From the feed-forward pass on, where no layer has an error.
+    start = None if energy.start is not None or network.prior is not None else network.Loss
+    is_higher = start is not None and bool(start + round_off(start.dtype) * start.abs() < F)
+    if bool(F.isfinite()) and not is_higher:
+        return
+    if start is not None and not bool(start.isfinite()):
+        return  # then it is the model's or the loss's
+    _risen.add(model)
+    end = (
+        f"from {start.item():.3g} to {F.item():.3g}" if start is not None else f"to {F.item():.3g}"
+    )
+    eta = getattr(relaxation.rule, "eta", None)
+    warn_caller(
+        f"The energy that {name} descends went {end} in n={n} iterations with eta={eta}, so that its "
+        'errors and updates are of no use: the steps are too long. eta="auto" finds a stable size in each '
+        "call; torch2pc.follow shows which are stable"
+    )
 
 
 _warned: WeakSet[nn.Module] = WeakSet()

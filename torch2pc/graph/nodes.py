@@ -1,0 +1,272 @@
+"""How the layers of a model are connected: in a chain, or in any graph without circles.
+
+Place 0 is the input, and each layer predicts the belief at its own place from those of its parents. An
+``nn.Sequential`` is the graph in which each layer's parent is the one before it; ``PCGraph`` has names for
+the places, and layers of several parents. What the layers compute is up to ``layers.py``.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from torch2pc.graph.state import modules_in
+
+
+class Node(NamedTuple):
+    """A layer: a function of the beliefs at ``parents``, which predicts the belief at its place.
+
+    The node of place i is entry i - 1 of a model's nodes.
+    """
+
+    function: Callable[..., Tensor]
+    parents: tuple[int, ...]
+    where: str
+    """What errors call it."""
+
+
+def nodes_of(model: nn.Module) -> list[Node]:
+    """The layers of a model, each after its parents."""
+    if isinstance(model, PCGraph):
+        layers = zip(model.names[1:], model.parents, strict=True)
+        return [Node(model._modules[name], p, f"model.{name}") for name, p in layers]  # type: ignore[arg-type]
+    items = enumerate(model._modules.values())
+    return [Node(item, (l,), f"model[{l}]") for l, item in items]  # type: ignore[arg-type]
+
+
+def steps_above(parents: Sequence[Sequence[int]], farthest: bool = False) -> list[int]:
+    """For each place, how many layers an error of the output goes through on its way there.
+
+    On the shortest way, or on the farthest.
+    """
+    choose = max if farthest else min
+    found = {len(parents): 0}
+    for l in range(len(parents), 0, -1):
+        for p in parents[l - 1]:
+            steps = found[l] + 1
+            found[p] = choose(found.get(p, steps), steps)
+    return [found[i] for i in range(len(parents) + 1)]
+
+
+def depth(model: nn.Module) -> int:
+    """How many layers there are on the longest way from the input to the output."""
+    return steps_above([node.parents for node in nodes_of(model)], farthest=True)[0]
+
+
+def may_write_input(function: object) -> bool:
+    """Whether a module says that it works in place, and may do so on its own input."""
+    if type(function) is nn.Sequential:
+        for child in function._modules.values():
+            if may_write_input(child):
+                return True
+            if not _may_return_input(child):
+                return False
+        return False
+    return any_in_place(modules_in(function))
+
+
+def any_in_place(modules: list[nn.Module]) -> bool:
+    """Whether any of the modules says that it works in place."""
+    # Not getattr of the module: one without the attribute would take a slow way to say so.
+    return any([module.__dict__.get("inplace") for module in modules]) or any(
+        [getattr(kind, "inplace", False) for kind in set(map(type, modules))]
+    )
+
+
+def _may_return_input(module: object) -> bool:
+    if type(module) is nn.Sequential:
+        return all(_may_return_input(child) for child in module)
+    return isinstance(module, _VIEWS)
+
+
+_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+
+
+class PCGraph(nn.Module):
+    r"""A model whose layers are connected as a graph: skips, branches, several inputs to a layer.
+
+    Each layer is given by name, as ``name=(module, *parents)``, after its parents: the names of the
+    beliefs that it predicts its own from, in the order in which ``module.forward`` takes them. ``"x"`` is the
+    input of the model, the last layer its output. ``PCInfer`` and the other functions take it wherever they
+    take an ``nn.Sequential``: with the belief v_i at place i, each ErrType has ``f_i(v_parents)`` where it
+    has ``f_l(v_{l-1})`` in a chain, and the errors of all its children arrive at a belief. The lists
+    ``vhat``, ``v``, ``epsilon`` and ``vinit`` have an entry for each of ``names``.
+
+    ``model(X)`` is the feed-forward pass. The same module may be given to several layers, which share its
+    parameters.
+
+    Args:
+        layers: for each layer its module and the names of its parents, at least one.
+
+    Raises:
+        TypeError: a layer is no pair of a module and names, or its module takes another number of inputs.
+        ValueError: a parent is unknown, or comes later (as it would in a circle); a name is taken; a layer
+            other than the last feeds no other one, so that there would be a second output; no layer takes
+            the input.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch2pc import PCGraph, PCInfer
+        >>> class Join(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = nn.Linear(8, 8)
+        ...     def forward(self, a, skip):
+        ...         return skip + self.linear(torch.tanh(a))
+        >>> model = PCGraph(
+        ...     stem=(nn.Linear(4, 8), "x"),
+        ...     body=(nn.Sequential(nn.Tanh(), nn.Linear(8, 8)), "stem"),
+        ...     join=(Join(), "body", "stem"),
+        ...     out=(nn.Linear(8, 3), "join"))
+        >>> X, Y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> result = PCInfer(model, nn.CrossEntropyLoss(), X, Y, "Strict")
+        >>> [(name, tuple(v.shape)) for name, v in zip(model.names, result.v)][:3]
+        [('x', (16, 4)), ('stem', (16, 8)), ('body', (16, 8))]
+
+    Source: Millidge, Tschantz and Buckley, arXiv:2006.04182 (2020); Salvatori et al., Learning on
+    arbitrary graph topologies via predictive coding, NeurIPS (2022).
+    """
+
+    names: list[str]
+    """The places: ``"x"``, and each layer."""
+    parents: list[tuple[int, ...]]
+    """For each layer, the places of its parents."""
+
+    def __init__(self, /, **layers: tuple[Any, ...]) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError("PCGraph must have at least one layer, as name=(module, *parents)")
+        self.names, self.parents = ["x"], []
+        for name, layer in layers.items():
+            if name == "x" or hasattr(self, name):
+                raise ValueError(f"the name {name!r} of a layer is taken: choose another one")
+            module, parents = _checked(name, layer, self.names, list(layers))
+            self.add_module(name, module)
+            self.parents.append(tuple([self.names.index(parent) for parent in parents]))
+            self.names.append(name)
+        fed = {p for parents in self.parents for p in parents}
+        ends = [name for i, name in enumerate(self.names[:-1]) if i not in fed]
+        if ends:
+            what = "no layer takes the input" if ends == ["x"] else f"no layer takes {ends[-1]!r}"
+            raise ValueError(f"each place but the last must be a parent of some layer: {what}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The feed-forward pass: the output of the last layer.
+
+        As in an inference, a layer that works in place on its input is handed a copy.
+        """
+        values = [x]
+        for node in nodes_of(self):
+            given = [values[p] for p in node.parents]
+            if may_write_input(node.function):
+                given = [a.clone() for a in given]
+            values.append(node.function(*given))
+        return values[-1]
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return len(self.parents)
+
+    def extra_repr(self) -> str:
+        """The connections."""
+        pairs = zip(self.names[1:], self.parents, strict=True)
+        return "\n".join(
+            [f"{name} <- {', '.join([self.names[p] for p in ps])}" for name, ps in pairs]
+        )
+
+    def _repr_svg_(self) -> str:
+        """What a notebook shows: a picture of the connections."""
+        return drawn(self.names, self.parents)
+
+
+def _checked(
+    name: str, layer: Any, before: Sequence[str], names: Sequence[str]
+) -> tuple[nn.Module, Sequence[str]]:
+    """The module and the parents of a layer, if they are such."""
+    accepted = f"layer {name!r} must be (module, *names of its parents)"
+    if not isinstance(layer, tuple | list) or len(layer) < 2:
+        raise TypeError(f"{accepted}, got {layer!r}")
+    module, *parents = layer
+    if not isinstance(module, nn.Module) or not all([isinstance(p, str) for p in parents]):
+        raise TypeError(f"{accepted}, got {type(module).__name__} and {parents!r}")
+    if "." in name or not name:
+        raise ValueError(f"the name {name!r} of a layer must not be empty, nor have a dot in it")
+    for parent in parents:
+        if parent == name or (parent in names and parent not in before):
+            raise ValueError(
+                f"layer {name!r} must come after its parents, but {parent!r} "
+                f"{'is itself' if parent == name else 'comes later'}: the graph must have no circle"
+            )
+        if parent not in before:
+            raise ValueError(
+                f"layer {name!r} has an unknown parent {parent!r}; there are {[*before]}"
+            )
+    try:
+        inspect.signature(module.forward).bind(*parents)
+    except TypeError as error:
+        count = len(parents)
+        raise TypeError(
+            f"layer {name!r} must take as many inputs as it has parents ({count}: "
+            f"{', '.join(parents)}), but {type(module).__name__}.forward does not: {error}"
+        ) from error
+    except ValueError:  # it has no signature
+        pass
+    return module, parents
+
+
+# The picture.
+
+_WIDTH, _HEIGHT = 110, 60
+
+
+def drawn(
+    names: Sequence[str], parents: Sequence[Sequence[int]], colours: Sequence[str] | None = None
+) -> str:
+    """An SVG picture of a graph: the input below, arrows from parents to their children."""
+    level = [0] * len(names)
+    for l, of_l in enumerate(parents, start=1):
+        level[l] = 1 + max(level[p] for p in of_l)
+    columns: dict[int, int] = {}
+    place = []
+    for i in range(len(names)):
+        column = columns.get(level[i], 0)
+        columns[level[i]] = column + 1
+        place.append((column, level[i]))
+    wide, high = max(columns.values()), max(level) + 1
+
+    def centre(i: int) -> tuple[float, float]:
+        column, row = place[i]
+        share = (column + 0.5) / columns[row]
+        return share * wide * _WIDTH, (high - row - 0.5) * _HEIGHT
+
+    lines = []
+    for l, of_l in enumerate(parents, start=1):
+        for p in of_l:
+            (x0, y0), (x1, y1) = centre(p), centre(l)
+            # A skip bends around what lies between.
+            bend = 0.0 if level[l] - level[p] == 1 else _WIDTH * 0.45
+            path = f"M{x0:.0f},{y0 - 14:.0f} Q{(x0 + x1) / 2 + bend:.0f},{(y0 + y1) / 2:.0f}"
+            lines.append(
+                f'<path d="{path} {x1:.0f},{y1 + 16:.0f}" fill="none" stroke="#888" '
+                'marker-end="url(#torch2pc-arrow)"/>'
+            )
+    for i, name in enumerate(names):
+        x, y = centre(i)
+        colour = "#e8eef7" if colours is None else colours[i]
+        lines.append(
+            f'<rect x="{x - 48:.0f}" y="{y - 14:.0f}" width="96" height="28" rx="6" '
+            f'fill="{colour}" stroke="#446"/>'
+            f'<text x="{x:.0f}" y="{y + 4:.0f}" text-anchor="middle" font-size="12" '
+            f'font-family="sans-serif">{html.escape(name)}</text>'
+        )
+    size = f'width="{wide * _WIDTH}" height="{high * _HEIGHT}"'
+    arrow = (
+        '<defs><marker id="torch2pc-arrow" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="6" '
+        'markerHeight="6" orient="auto"><path d="M0,0 L10,5 L0,10 z" fill="#888"/></marker></defs>'
+    )
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{arrow}{"".join(lines)}</svg>'
