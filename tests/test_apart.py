@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from tests.cases import ERR_TYPES
-from torch2pc import FwdPassPlus, PCInfer, PCInferLatent, PCResult, follow
+from torch2pc import FwdPassPlus, PCGraph, PCInfer, PCInferLatent, PCResult, follow
 from torch2pc.graph.apart import Habits, UnguardedError, habits_of, until_guarded
 from torch2pc.graph.autograd import gradient
 from torch2pc.graph.layers import Layer
@@ -250,6 +250,31 @@ def test_layers_of_several_inputs(where: str, way: str) -> None:
     for k, (one, other) in enumerate(zip(*found, strict=True)):
         assert (one is None) == (other is None)
         assert_same({str(k): one}, {str(k): other}, "of one that writes nothing")
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+@pytest.mark.parametrize("where", ["input, forward", "input, backward", "gradient", "hook"])
+def test_graphs_of_layers(where: str, ErrType: str) -> None:
+    """The belief that is written into is another layer's input too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def graph(joint: Joint) -> PCGraph:
+        torch.manual_seed(0)
+        a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+        layers: Any = dict(
+            a=(a, "x"), b=(b, "a"), joint=(joint, "b", "a"), y=(nn.Linear(4, 4), "joint")
+        )
+        return PCGraph(**layers).double()
+
+    model = graph(Joint(where, "data"))
+    plain = graph(Joint("twice" if where == "hook" else None, "data"))
+    for k in range(2):
+        X, Y = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+        found, expected = [
+            everything(PCInfer(m, nn.MSELoss(), X, Y, ErrType, eta=0.1, n=4), m)  # type: ignore[arg-type]
+            for m in (model, plain)
+        ]
+        assert_same(found, expected, f"in call {k}")
 
 
 @pytest.mark.parametrize("ErrType", ERR_TYPES)
