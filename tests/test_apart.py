@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from tests.cases import ERR_TYPES
-from torch2pc import PCInfer, PCInferLatent, PCResult
+from torch2pc import FwdPassPlus, PCGraph, PCInfer, PCInferLatent, PCResult, follow
+from torch2pc.graph.apart import Habits, UnguardedError, habits_of, until_guarded
+from torch2pc.graph.autograd import gradient
+from torch2pc.graph.layers import Layer
 
 # How a write is made: counted by the version, hidden from it, hidden from PyTorch altogether.
 WAYS = ["counted", "data", "numpy"]
@@ -196,6 +199,84 @@ def test_what_is_written_changes_nothing(
             assert_same(got, backprop, "of backpropagation")
 
 
+class Joint(nn.Module):
+    """A layer of two inputs, the second of which it has written into."""
+
+    def __init__(self, where: str | None, way: str) -> None:
+        super().__init__()
+        self.sine = Sine(where, way)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        out: Tensor = self.sine(b) if self.sine.where == "output" else self.sine(b) * (1 + a)
+        return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", [*LAYER_WRITES, "hook"])
+def test_layers_of_several_inputs(where: str, way: str) -> None:
+    """Inputs and error stay as they are, and the layer is what it is without the writes."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(5)]
+
+    def recorded(joint: nn.Module) -> tuple[Layer, list[Tensor], Tensor]:
+        habits = Habits()
+
+        def attempt() -> tuple[Layer, list[Tensor], Tensor]:
+            layer = Layer(joint, "model.joint", set(), habits=habits)
+            x = [value.clone().requires_grad_() for value in values[:2]]
+            output = layer.record(*x, moving=x)
+            if layer.is_unguarded:
+                raise UnguardedError([layer.name])
+            return layer, x, output
+
+        return until_guarded(attempt)
+
+    plain = Joint("twice" if where == "hook" else None, way)
+    if where == "output":
+        plain.forward = lambda a, b: b.sin()  # type: ignore[method-assign, assignment]
+    found = []
+    for joint in (Joint(where, way), plain):
+        layer, x, output = recorded(joint)
+        e = values[4].clone()
+        moved, saved = layer.displacement.forward(*[value.clone() for value in values[2:4]])
+        moved = moved.clone()
+        back = layer.displacement.backward(saved, e)
+        again = [a.detach().clone().requires_grad_() for a in values[2:4]]
+        updates = gradient([layer.replay(*again)], again, [e])
+        found.append([*x, output, e, moved, *back, *updates])
+        kept = {"a": (x[0], 0), "b": (x[1], 1), "e": (e, 4)}
+        for name, (tensor, k) in kept.items():
+            assert_same({name: tensor}, {name: values[k]}, "as it was")
+    for k, (one, other) in enumerate(zip(*found, strict=True)):
+        assert (one is None) == (other is None)
+        assert_same({str(k): one}, {str(k): other}, "of one that writes nothing")
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+@pytest.mark.parametrize("where", ["input, forward", "input, backward", "gradient", "hook"])
+def test_graphs_of_layers(where: str, ErrType: str) -> None:
+    """The belief that is written into is another layer's input too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def graph(joint: Joint) -> PCGraph:
+        torch.manual_seed(0)
+        a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+        layers: Any = dict(
+            a=(a, "x"), b=(b, "a"), joint=(joint, "b", "a"), y=(nn.Linear(4, 4), "joint")
+        )
+        return PCGraph(**layers).double()
+
+    model = graph(Joint(where, "data"))
+    plain = graph(Joint("twice" if where == "hook" else None, "data"))
+    for k in range(2):
+        X, Y = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+        found, expected = [
+            everything(PCInfer(m, nn.MSELoss(), X, Y, ErrType, eta=0.1, n=4), m)  # type: ignore[arg-type]
+            for m in (model, plain)
+        ]
+        assert_same(found, expected, f"in call {k}")
+
+
 @pytest.mark.parametrize("ErrType", ERR_TYPES)
 def test_a_hook_that_starts_to_write_later(ErrType: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -241,8 +322,6 @@ def test_one_forward_pass_where_nothing_is_foreign(ErrType: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     X, Y = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
     infer(model, nn.MSELoss(), X, Y, ErrType)
-    from torch2pc.graph.apart import habits_of
-
     assert not habits_of(model).apart
 
 
@@ -275,3 +354,25 @@ def test_hooks_of_modules_that_write(ErrType: str, place: int) -> None:
         found = everything(infer(model, nn.MSELoss(), X, Y, ErrType), model)
         expected = everything(infer(plain, nn.MSELoss(), X, Y, ErrType), plain)
         assert_same(found, expected, f"in call {k}")
+
+
+@pytest.mark.parametrize("where", [*LAYER_WRITES, *LOSS_WRITES])
+def test_follow_and_the_feed_forward_pass_begin_anew_too(where: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    in_layer = where not in LOSS_WRITES
+    model = network(where if in_layer else None, "data", 2, generator)
+    plain = copy.deepcopy(model)
+    plain[2].where = None  # type: ignore[union-attr]
+    LossFun, other = loss_of(None if in_layer else where, "data"), loss_of(None, "data")
+    X, Y = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    for ErrType in ("Strict", "Exact"):
+        found = follow(copy.deepcopy(model), LossFun, X, Y, ErrType, 0.1, 4)
+        expected = follow(copy.deepcopy(plain), other, X, Y, ErrType, 0.1, 4)
+        assert torch.allclose(found.F, expected.F), ErrType
+    vhat, Loss, _ = FwdPassPlus(model, LossFun, X, Y)
+    vhat_plain, Loss_plain, _ = FwdPassPlus(plain, other, X, Y)
+    assert_same(
+        {"Loss": Loss, **{f"vhat[{l}]": x for l, x in enumerate(vhat)}},
+        {"Loss": Loss_plain, **{f"vhat[{l}]": x for l, x in enumerate(vhat_plain)}},
+        "of FwdPassPlus",
+    )

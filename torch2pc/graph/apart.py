@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -105,10 +104,13 @@ def until_guarded(attempt: Callable[[], _T]) -> _T:
 
     It must leave everything as it was where it raises.
     """
-    for _ in range(_MOST_ATTEMPTS - 1):
-        with suppress(UnguardedError):
+    for k in range(_MOST_ATTEMPTS):
+        try:
             return attempt()
-    return attempt()
+        except UnguardedError:
+            if k == _MOST_ATTEMPTS - 1:
+                raise
+    raise AssertionError
 
 
 def unchanged(tensors: Sequence[Any], copies: Sequence[Any]) -> bool:

@@ -85,9 +85,14 @@ class Graph:
 
             watches = [partial(watch, i) for i in range(len(inputs))]
         found = gradient([self.Loss], inputs, keep_graph=keep_graph, watches=watches)
-        self._learn(found, copies if watches is not None else None)
+        versions = tuple([0 if x is None else x._version for x in found])
         if watches is not None:
+            self._learn(found, copies, versions)
             found = copies
+        elif any(versions) and versions not in self._habits.versions:
+            # PyTorch counts what it does itself too: to be seen with copies.
+            self._habits.watches = True
+            raise UnguardedError(["a layer of the model"])
         if found[len(asked) - 1] is None:
             raise independent_loss()
         g: list[Any] = [None] * len(self.vhat)
@@ -96,16 +101,12 @@ class Graph:
         of_leaves = zip(self._leaves, self._l_of, found[len(asked) :], strict=True)
         return g, [(leaf, l, of_leaf) for leaf, l, of_leaf in of_leaves if of_leaf is not None]
 
-    def _learn(self, found: Sequence[Tensor | None], copies: Sequence[Any] | None) -> None:
+    def _learn(
+        self, found: Sequence[Tensor | None], copies: Sequence[Any], versions: tuple[int, ...]
+    ) -> None:
         """Whether anybody has written into the gradients since they arrived, who may do so again."""
         habits = self._habits
-        versions = tuple([x._version for x in found if x is not None])
-        if copies is None:
-            if any(versions) and versions not in habits.versions:
-                # PyTorch counts what it does itself too: to be seen with copies.
-                habits.watches = True
-                raise UnguardedError(["a layer of the model"])
-        elif habits.watches:
+        if habits.watches:
             habits.watches = not unchanged(found, copies)
             if not habits.watches:
                 habits.versions.add(versions)
@@ -285,9 +286,9 @@ def foreign_of(nodes: Collection[Any]) -> list[Any]:
     Such are an ``autograd.Function``'s and a custom operation's. What it does is its own: it may use a
     state that changes, add what has nothing to do with the error, and write into what it is given.
     """
-    kinds = set(map(type, nodes)).difference(_native)
-    if not kinds:
+    if _native.issuperset(map(type, nodes)):
         return []
+    kinds = set(map(type, nodes)) - _native
     may_be = {kind for kind in kinds if _is_python(kind) or _is_cpp(kind)}
     _native.update(kinds - may_be)  # PyTorch's own types, which are there for good
     chosen = [node for node in nodes if type(node) in may_be]

@@ -38,6 +38,7 @@ from torch2pc.graph.autograd import (
     check_loss,
     check_scalar,
     ends_flat,
+    foreign_of,
     in_belief_dtype,
     leaves_of,
     next_node,
@@ -94,6 +95,9 @@ class Layer:
     own_backward: str | None = None
     # Whether J^T 0 is 0: not where a backward or a hook may add what it likes.
     is_linear = True
+    # Whether it is kept from memory that others need (``apart.py``), and whether its way back is.
+    is_apart = False
+    _walls = False
     # The memory of the output that it recorded, which no replay may write into.
     _recorded: int | None = None
 
@@ -110,11 +114,11 @@ class Layer:
         self.function, self._where, self._devices = function, where, devices
         self._others, self._habits = others, Habits() if habits is None else habits
         self._key = where, getattr(function, "training", None)
-        # Whether it is kept from memory that others need (``apart.py``).
-        self.is_apart = self._walls = where in self._habits.apart
         # What is no item is given copies until it is seen, in each call, that it needs none.
         self._is_item = where.startswith("model")
-        self.copies_input = copies_input or self.is_apart or not self._is_item
+        self.copies_input = copies_input or not self._is_item
+        if where in self._habits.apart:
+            self.is_apart = self._walls = self.copies_input = True
         self._is_new = not self.copies_input and self._key not in self._habits.looked_at
         # What the forward pass adds to autograd's graph is numbered from here on.
         self._begun = next_node()
@@ -483,6 +487,8 @@ class Network:
 
         def evaluate(l: int, given: list[Tensor]) -> Tensor:
             output = self.layers[l - 1](*given)
+            if foreign_of(nodes_below(output.grad_fn)):
+                self.habits.apart.add(self.nodes[l - 1].where)
             found.append((given, output))
             return output
 

@@ -162,7 +162,9 @@ def by_lengths_of_paths(network: Network, eta: float, n: int) -> Inference:
         parts.clear()
         leaves = leaves_between(output, inputs)
         given = [x for p, x in places if p == 0 and network.asks_input]
-        of_l = gradient([output], [*leaves, *given], [error.to(output.dtype)])
+        # A copy, as hooks may write into it.
+        arrives = error.to(output.dtype, copy=True)
+        of_l = gradient([output], [*leaves, *given], [arrives])
         add_updates(found, leaves, of_l[: len(leaves)])
         for x, g in zip(given, of_l[len(leaves) :], strict=True):
             g = torch.zeros_like(x) if g is None else g
