@@ -405,7 +405,9 @@ def test_a_layer_that_is_another_one_each_time_is_named_once(
     case = case_with(kind(source))
     with pytest.warns(UserWarning, match=r"model\[1\] \(\w+Noise\) gives another output") as caught:
         case.infer("Strict")
-    assert [w.filename for w in caught] == [case_file()]
+    # (Relaxed about a function that changes, the energy may rise, which is said too.)
+    named = [w for w in caught if "gives another output" in str(w.message)]
+    assert [w.filename for w in named] == [case_file()]
     found = case.infer("Strict")  # once is enough: warnings are errors here
     # What it was in the feed-forward pass is what its beliefs relax with, if it can be followed.
     assert kind is BranchingNoise or all(
