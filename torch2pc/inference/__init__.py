@@ -2,7 +2,8 @@
 
 ``relax.py`` has the one loop of the relaxations, ``steps.py`` how a variable is moved, ``updates.py`` what
 the errors make of the parameters. ``strict.py``, ``error_based.py`` and ``equilibrium.py`` say what is
-relaxed, ``nudge.py`` relaxes twice; ``exact.py`` and ``fixed_pred.py`` relax nothing. Above ``energy``; it knows nothing of compilation.
+relaxed, ``nudge.py`` relaxes twice; ``exact.py`` and ``fixed_pred.py`` relax nothing. Above ``energy``; it
+knows nothing of compilation.
 """
 
 from torch2pc.inference.equilibrium import equilibrium
