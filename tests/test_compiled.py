@@ -152,6 +152,22 @@ def test_latent_equals_the_plain_relaxation() -> None:
 
 
 @needs_compiler
+@pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+def test_precisions_equal_the_plain_relaxation_and_compile_once(ErrType: str) -> None:
+    case, graphs = small_case(), 0
+    for precision in ([0.5, 2.0], 3.0):
+        options: dict[str, Any] = dict(ErrType=ErrType, n=6, precision=precision)
+        plain = case.infer(**options)
+        gradients = case.gradients()
+        found = infer_compiled(case, again=graphs > 0, **options)
+        assert_close(list(found), list(plain))
+        assert_close(case.gradients(), gradients)
+        assert graphs in (0, counters["stats"]["unique_graphs"])
+        graphs = counters["stats"]["unique_graphs"]
+
+
+@needs_compiler
 def test_what_was_compiled_goes_with_the_model() -> None:
     case = small_case()
     infer_compiled(case)

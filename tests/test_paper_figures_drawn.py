@@ -28,7 +28,7 @@ def small_mnist_net_and_batch() -> tuple[torch.nn.Sequential, data.Batch]:
     return model, next(data.load_digits(None).train_batches(1, 20, seed=0, device=CPU))
 
 
-@pytest.mark.parametrize("name", ["1", "2", "4", "5", "6", "7", "precision", "run_times"])
+@pytest.mark.parametrize("name", ["1", "2", "4", "5", "6", "7", "precision", "run_times", "steps"])
 def test_a_figure_is_drawn_and_passes_its_check(name: str, tmp_path: Path):
     arguments = ["--figure", name, "--quick", "--check", "--device", "cpu", "--out", str(tmp_path)]
     assert command.main(arguments) == 0
