@@ -13,6 +13,7 @@ ORDER = [
     "convolutions",
     "transformer",
     "deep",
+    "graph",
     "follow",
     "incremental",
     "unsupervised",

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from tests import reference
@@ -608,6 +611,62 @@ def test_follow_foretells_fixed_pred(make: Callable[[], Case]) -> None:
     assert needed is not None and needed > 4
     longer = follow(*case, "FixedPred", eta=0.3, n=needed)
     assert longer.distance[-1] <= 0.01 < longer.distance[-2]
+
+
+# Pictures.
+
+
+def test_a_graph_shows_itself_with_arrows_around_what_lies_between() -> None:
+    """Each box and each arrow is there once, inside of the picture, and no skip crosses a box."""
+    model = attention().model
+    picture = ElementTree.fromstring(model._repr_svg_())
+    width, height = float(picture.get("width", 0)), float(picture.get("height", 0))
+    tag = "{http://www.w3.org/2000/svg}"
+    boxes = {
+        text.text: [float(rect.get(key, 0)) for key in ("x", "y", "width", "height")]
+        for rect, text in zip(picture.iter(f"{tag}rect"), picture.iter(f"{tag}text"), strict=True)
+    }
+    assert list(boxes) == model.names
+    for x, y, w, h in boxes.values():
+        assert min(x, y) >= 0 and x + w <= width and y + h <= height
+    arrows = [path for path in picture.iter(f"{tag}path") if path.get("marker-end")]
+    pairs = [(p, l) for l, ps in enumerate(model.parents, start=1) for p in ps]
+    for path, (p, l) in zip(arrows, pairs, strict=True):
+        numbers = [float(x) for x in re.findall(r"-?\d+", path.get("d", ""))]
+        ends = torch.tensor(numbers).reshape(4, 2)
+        t = torch.linspace(0, 1, 101)[:, None]
+        curve = sum(
+            c * t**k * (1 - t) ** (3 - k) * ends[k] for k, c in enumerate((1.0, 3.0, 3.0, 1.0))
+        )
+        assert bool((curve >= 0).all() and (curve[:, 0] <= width).all())
+        below, above = boxes[model.names[p]], boxes[model.names[l]]
+        assert curve[0, 1] == below[1] and above[1] < curve[-1, 1] <= above[1] + above[3] + 2
+        if (model.names[p], model.names[l]) == ("stem", "added"):  # past q, k, v and heads
+            assert curve[50, 0] > boxes["v"][0] + boxes["v"][2]
+
+
+def test_names_are_escaped_in_the_picture() -> None:
+    model = PCGraph(**{"<a>": (nn.Linear(2, 2), "x")})
+    assert "&lt;a&gt;" in model._repr_svg_() and "<a>" not in model._repr_svg_()
+
+
+def test_a_record_draws_the_graph() -> None:
+    case = attention()
+    figure = follow(*case, "ErrorBased", n=3).plot(Figure(figsize=(10, 5.6), layout="constrained"))
+    first = figure.axes[0]
+    assert [text.get_text() for text in first.texts if text.get_text()] == case.model.names
+    arrows = [text for text in first.texts if not text.get_text()]
+    assert len(arrows) == sum(map(len, case.model.parents))
+    colours = {
+        t.get_text(): t.get_bbox_patch().get_facecolor() for t in first.texts if t.get_text()
+    }
+    assert colours["x"] == colours["out"] != colours["block"] != colours["stem"]
+    (legend,) = figure.legends
+    # Those that have parameters have updates.
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("stem", "q", "k", "v", "added", "hidden", "mlp", "out")
+    ]
+    figure.canvas.draw()
 
 
 # Graphs themselves, and what is none.

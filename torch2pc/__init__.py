@@ -1,4 +1,4 @@
-"""torch2pc: train any ``nn.Sequential`` by predictive coding.
+"""torch2pc: train any ``nn.Sequential``, or graph of layers, by predictive coding.
 
 This file is the table of contents: it lists the public names and nothing else.
 """

@@ -179,7 +179,8 @@ def PCInfer(
     (``docs/semantics.md``), and "Troubleshooting" what to do about divergence and slow learning.
 
     Args:
-        model: an ``nn.Sequential`` on any device, of any floating type, with batched inputs.
+        model: an ``nn.Sequential`` or a ``PCGraph`` on any device, of any floating type, with batched
+            inputs. In a graph, "l-1" stands for the parents of a layer.
         LossFun: called as ``LossFun(output, Y)``; returns a scalar tensor. If it has parameters,
             they get their gradient too. With a sum over the batch, Strict's update is the sum of its
             examples' own updates. With a mean it is not their mean: the loss then weighs 1/batch
@@ -200,7 +201,7 @@ def PCInfer(
             FixedPred it is 1, which brings the whole gradient everywhere from ``n = L`` on (any eta
             from 0 to 1 is stable there).
         n: the number of iterations, or Equilibrium's largest number of evaluations, at least 1; None
-            for L. Not used by Exact.
+            for L (in a graph, for the length of the longest way). Not used by Exact.
         vinit: initial beliefs, L+1 entries, of which the first (the input) and the last are not used.
             Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches; parameters
@@ -235,8 +236,8 @@ def PCInfer(
             while in most examples the gradient was above a tenth of the errors.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Sequential`` or overrides its ``forward``; a module of it is
-            sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
+        TypeError: ``model`` is no ``nn.Sequential`` or ``PCGraph``, or overrides its ``forward``; a
+            module of it is sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
             entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
             is neither an int nor None; ``callback`` is not callable; a layer returns something other than
             one floating-point tensor.
