@@ -237,8 +237,8 @@ def PCInfer(
 
     Raises:
         TypeError: ``model`` is no ``nn.Sequential`` or ``PCGraph``, or overrides its ``forward``; a
-            module of it is sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable; ``X`` or an
-            entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
+            module of it is sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable;
+            ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
             is neither an int nor None; ``callback`` is not callable; a layer returns something other than
             one floating-point tensor.
         ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, or a string other than
