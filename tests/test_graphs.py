@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +21,9 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from benchmarks import graphs as bench
+from benchmarks.memory import peak_memory
+from benchmarks.nets import make_case
 from tests import reference
 from tests.cases import (
     ERR_TYPES,
@@ -341,6 +346,62 @@ def test_the_iterator_and_the_callback_follow_one_relaxation(case: Case) -> None
         for (v, epsilon), (v_seen, e_seen) in zip(strict(network, 0.1), seen, strict=False):
             assert_close(v, v_seen, tolerance=0)
             assert_close(epsilon[1:], e_seen[1:], tolerance=0)
+
+
+@pytest.mark.parametrize("update_at", ["v", "vhat"])
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+@given(case=graphs(random=True))
+def test_differences_equal_the_iteration_too(ErrType: str, update_at: str, case: Case) -> None:
+    check_against_reference(case, ErrType, n=5, update_at=update_at, precise=False)
+
+
+def test_differences_are_made_by_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And lose in float32 what the rules keep."""
+    case = residual(4)
+    right = case.infer("Strict", n=6)
+    case = case._replace(model=case.model.float(), X=case.X.float(), Y=case.Y.float())
+
+    def off(result: Any) -> float:
+        pairs = [(result.epsilon[l], right.epsilon[l]) for l in range(4, 9)]
+        return max(float((found - e).norm() / e.norm()) for found, e in pairs)
+
+    by_rules = off(case.infer("Strict", n=6))
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a rule was used")
+
+    monkeypatch.setattr(Displacement, "forward", refused)
+    assert by_rules < 1e-5
+    assert off(case.infer("Strict", n=6, precise=False)) > 10 * by_rules
+    with pytest.raises(TypeError, match="precise must be True or False, got int"):
+        case.infer("Strict", precise=0)
+    with pytest.raises(ValueError, match="precise must be True with compile=True"):
+        case.infer("Strict", precise=False, compile=True)
+
+
+def test_a_belief_of_many_children_does_not_hold_as_many_gradients() -> None:
+    """A step of a densely connected graph needs no more memory than a plain one by autograd."""
+    build = partial(bench.dense, 64, 16)
+    case = make_case("dense", "graph", build, (64, 64), torch.device("cpu"))  # type: ignore[arg-type]
+    mine, plain = (
+        peak_memory(bench.ten(step(case)), torch.device("cpu"))
+        for step in (bench.library, bench.plain)
+    )
+    assert mine < 1.2 * plain
+
+
+def test_a_plain_step_is_a_step_of_strict() -> None:
+    """What a step's time is measured against."""
+    for name, (build, shape, _) in bench.GRAPHS.items():
+        case = make_case(name, "graph", build, (2, *shape[1:]), torch.device("cpu"))  # type: ignore[arg-type]
+        case.model.double()
+        case = replace(case, X=case.X.double())
+        expected = PCInfer(case.model, case.LossFun, case.X, case.Y, "Strict", eta=bench.ETA, n=3).v
+        step = bench.plain(case)
+        for _ in range(3):
+            step()
+        beliefs = inspect.getclosurevars(step).nonlocals["v"]
+        assert_close([v.detach() for v in beliefs[1:]], expected[1:-1])
 
 
 # Equilibrium.

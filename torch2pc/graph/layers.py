@@ -93,6 +93,8 @@ class Layer:
     has_leaves = True
     ends_flat = False
     displacement: Displacement | OwnBackward | Reevaluation
+    # Whether there are rules for the displacement to be made of, where they can be.
+    is_precise = True
     # Why the displacement is a difference.
     uncovered: str | None = None
     # Why its way back is not that of the recorded operations, although the displacement is theirs.
@@ -167,7 +169,9 @@ class Layer:
             place = {id(a): k for k, a in enumerate(x)}
             given = _no_leaves([*x])
             moving, x = [given[place[id(a)]] for a in moving], tuple(given)
-        recorder = Recorder(*moving, sees_exits=is_new(self.function)) if moving else Watch()
+        recorder: Recorder | Watch = Watch()
+        if moving and self.is_precise:
+            recorder = Recorder(*moving, sees_exits=is_new(self.function))
         with uncompiled, recorder:
             output = self(*x)
         nodes = nodes_below(output.grad_fn)
@@ -182,7 +186,7 @@ class Layer:
         graph = below(output, tensors_in(list(inputs)))
         self.has_leaves = bool(graph.leaves)
         self.ends_flat = ends_flat(output)
-        if isinstance(recorder, Recorder):
+        if moving:
             hooked = [module._backward_hooks or module._backward_pre_hooks for module in modules]
             if any(hooked) or any(GLOBAL_HOOKS[2:]):
                 self.own_backward = "a module has a backward hook"
@@ -192,7 +196,7 @@ class Layer:
 
     def _displace(
         self,
-        recorder: Recorder,
+        recorder: Recorder | Watch,
         x: Sequence[Any],
         moving: Sequence[Tensor],
         output: Tensor,
@@ -218,6 +222,11 @@ class Layer:
             return Reevaluation(at, [in_belief_dtype(b) for b in a], None, self.buffers_kept)
 
         with torch.no_grad():
+            if not isinstance(recorder, Recorder):
+                with outside_autocast(device), generators_kept(self.drawn_sources):
+                    self.displacement = reevaluation()
+                self.is_replayable(before, *x)
+                return
             try:
                 recorded = self.displacement = recorder.displacement(output)
                 found = recorder.own_backward(output, is_foreign)
