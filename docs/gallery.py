@@ -15,6 +15,7 @@ ORDER = [
     "deep",
     "graph",
     "follow",
+    "side_by_side",
     "incremental",
     "unsupervised",
     "rao_ballard",

@@ -38,9 +38,7 @@ import json
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +57,7 @@ from paper_figures.training import (
     backprop_step,
     cross_entropy,
     incremental_steps,
+    quietly,
     test_accuracy,
     weight_gradients,
     weights_of,
@@ -210,14 +209,6 @@ def update(method: str, model: nn.Sequential, batch: Batch) -> None:
     else:
         n *= len(model) if times_depth else 1
         PCInfer(model, cross_entropy, X, Y, ErrType, eta, n, update_at=update_at)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without the warnings about what is shown here: errors that arrive nowhere or stop short."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 @dataclass(frozen=True)

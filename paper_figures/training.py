@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -223,6 +225,14 @@ def incremental_steps(
         )
         yield result
         v = result.v
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings about what is shown here: errors that arrive nowhere or stop short."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def paired_batches(data: DataSet, setup: Setup, options: Options) -> Iterator[tuple[Batch, Batch]]:

@@ -21,8 +21,8 @@ settings.register_profile(
     "torch2pc",
     derandomize=True,
     deadline=None,
-    # Fewer for a quick look: TORCH2PC_TEST_EXAMPLES=5 python -m pytest
-    max_examples=int(os.environ.get("TORCH2PC_TEST_EXAMPLES", "40")),
+    # More for a closer look: TORCH2PC_TEST_EXAMPLES=200 python -m pytest
+    max_examples=int(os.environ.get("TORCH2PC_TEST_EXAMPLES", "15")),
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("torch2pc")

@@ -9,7 +9,7 @@ before, so that the equations of a chain have l-1 for "parents".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -281,6 +281,127 @@ def energy(model: nn.Module, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tens
 def energy_of_beliefs(model: nn.Module, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
     """F(v) = LossFun(f_L(v_parents), Y) + 1/2 sum_{i<L} ||f_i(v_parents) - v_i||^2"""
     return latent_energy(model, LossFun, Y, v, [1.0] * (len(v) - 2), None)
+
+
+class Step:
+    """Gradient descent, one variable at a time; what follows are the other step rules."""
+
+    def __init__(self, eta: float) -> None:
+        self.eta = eta
+
+    def __call__(self, l: int, x: Tensor, gradient: Tensor) -> Tensor:
+        return x - self.eta * gradient
+
+    def end(self, F: Tensor) -> None:
+        """Told of the energy at the start, and after each iteration."""
+
+
+class MomentumStep(Step):
+    def __init__(self, eta: float, mu: float, nesterov: bool) -> None:
+        super().__init__(eta)
+        self.mu, self.nesterov, self.w = mu, nesterov, dict[int, Tensor]()
+
+    def __call__(self, l: int, x: Tensor, gradient: Tensor) -> Tensor:
+        self.w[l] = self.mu * self.w.get(l, torch.zeros_like(x)) + gradient
+        along = gradient + self.mu * self.w[l] if self.nesterov else self.w[l]
+        return x - self.eta * along
+
+
+class HalvingStep(Step):
+    def __init__(self, eta: float, factor: float) -> None:
+        super().__init__(eta)
+        self.factor, self.F = factor, float("inf")
+
+    def end(self, F: Tensor) -> None:
+        if not float(F) <= self.F + 1e-13 * abs(self.F):
+            self.eta *= self.factor
+        self.F = float(F)
+
+
+class AdamStep(Step):
+    def __init__(self, eta: float) -> None:
+        super().__init__(eta)
+        self.moments: dict[int, tuple[Tensor, Tensor, int]] = {}
+
+    def __call__(self, l: int, x: Tensor, gradient: Tensor) -> Tensor:
+        m, s, k = self.moments.get(l, (torch.zeros_like(x), torch.zeros_like(x), 0))
+        m, s, k = 0.9 * m + 0.1 * gradient, 0.999 * s + 0.001 * gradient**2, k + 1
+        self.moments[l] = m, s, k
+        return x - self.eta * (m / (1 - 0.9**k)) / ((s / (1 - 0.999**k)).sqrt() + 1e-8)
+
+
+def strict_by(
+    model: nn.Sequential,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    step: Step,
+    n: int,
+    down: bool = False,
+    F: Callable[[list[Tensor]], Tensor] | None = None,
+    between: Mapping[int, Callable[[Tensor, Tensor], Tensor]] | None = None,
+) -> tuple[list[Tensor], list[Any]]:
+    """The beliefs and the errors after n iterations of a step rule, all at once or from the top down.
+
+    Each gradient is that of the whole energy, by autograd, at the beliefs as they are then. ``F``: another
+    energy of the beliefs [v_0..v_L]. ``between``: energies of layers whose error is the derivative in the
+    prediction.
+    """
+    v, L = feed_forward(model, X), len(model)
+    F = F or (lambda v: energy_of_beliefs(model, LossFun, Y, v))
+
+    def gradients(v: list[Tensor]) -> list[Tensor]:
+        free = [x.detach().requires_grad_() for x in v[1:L]]
+        value = F([X, *free, v[L]])
+        return list(torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True))
+
+    def error(l: int) -> Tensor:
+        y = model[l - 1](v[l - 1]).detach()
+        if between and l in between:
+            return loss_gradient(between[l], y, v[l])[1]
+        return loss_gradient(LossFun, y, Y)[1] if l == L else y - v[l]
+
+    step.end(F(v).detach())
+    epsilon: list[Any] = [None, *map(error, range(1, L + 1))]
+    for _ in range(n):
+        if down:
+            epsilon[L] = error(L)
+            for l in range(L - 1, 0, -1):
+                v[l] = step(l, v[l], gradients(v)[l - 1])
+                epsilon[l] = error(l)
+        else:
+            epsilon = [None, *map(error, range(1, L + 1))]
+            found = gradients(v) if L > 1 else []
+            v = [X, *(step(l, v[l], g) for l, g in enumerate(found, start=1)), v[L]]
+        step.end(F(v).detach())
+    return v, epsilon
+
+
+def error_based_by(
+    model: nn.Sequential,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    step: Step,
+    n: int,
+    F: Callable[[list[Any]], Tensor] | None = None,
+) -> Reference:
+    """The same in the errors; ``F``: another energy of [None, epsilon_1..epsilon_{L-1}]."""
+    epsilon = errors_of(model, X, None)
+    F = F or (lambda epsilon: energy_of_errors(model, LossFun, X, Y, epsilon))
+    step.end(F(epsilon).detach())
+    for _ in range(n):
+        free = [e.detach().requires_grad_() for e in epsilon[1:]]
+        value = F([None, *free])
+        found: Sequence[Tensor] = []
+        if free:
+            found = torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True)
+        moved = [
+            step(l, e.detach(), g) for l, (e, g) in enumerate(zip(free, found, strict=True), 1)
+        ]
+        epsilon = [None, *moved]
+        step.end(F(epsilon).detach())
+    return at_errors(model, LossFun, X, Y, epsilon)
 
 
 class Frozen(nn.Module):

@@ -117,7 +117,7 @@ def test_strict_from_vinit_infers_the_same_and_skips_nothing(
         found.append(gradients(case))
     torch.testing.assert_close(*found)
     # The inputs of layers 2 and 3 are 5 and 6 wide.
-    assert runs == [[6], [5, 6]]
+    assert runs == [[6], [6, 5]]
 
 
 class Clock:

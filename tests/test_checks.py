@@ -92,7 +92,11 @@ ARGUMENTS = [
         TypeError,
         r"whole parameters, got ShardedLinear.*fully_shard.*torch2pc\.distributed\.PCInfer",
     ),
-    (dict(model=nn.Linear(4, 3)), TypeError, "model must be an nn.Sequential, got Linear"),
+    (
+        dict(model=nn.Linear(4, 3)),
+        TypeError,
+        "model must be an nn.Sequential or a PCGraph, got Linear",
+    ),
     (dict(model=nn.ModuleList([nn.Linear(4, 3)])), TypeError, "model .* got ModuleList"),
     (dict(model=nn.Sequential()), ValueError, "model must have at least one layer"),
     (
@@ -248,7 +252,7 @@ def test_a_compiled_model_is_told_apart() -> None:
 
 
 def test_what_is_no_module_is_given_no_advice() -> None:
-    with pytest.raises(TypeError, match=r"model must be an nn\.Sequential, got list$"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Sequential or a PCGraph, got list$"):
         PCInfer([nn.Linear(4, 3)], nn.MSELoss(), X, Y, "Exact")
 
 

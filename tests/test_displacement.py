@@ -19,15 +19,20 @@ from tests.cases import Case, assert_close, check_against_reference
 from torch2pc import PCInfer, displacement_rule
 from torch2pc.displacement.recorder import Displacement, Recorder, Uncovered
 from torch2pc.displacement.rules import PREPARED, Rule, Step
+from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.layers import Layer, Network
 from torch2pc.inference.strict import strict
 
 
 def layers_of(case: Case) -> list[Layer]:
     """The model's layers, recorded."""
-    network = Network(case.model, case.LossFun, case.X, case.Y)
-    strict(network, 0.1)
-    return network.layers
+
+    def attempt() -> list[Layer]:
+        network = Network(case.model, case.LossFun, case.X, case.Y)
+        strict(network, 0.1)
+        return network.layers
+
+    return until_guarded(attempt)
 
 
 def around(item: nn.Module, width: int = 6) -> Case:

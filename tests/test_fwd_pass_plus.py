@@ -94,7 +94,11 @@ def test_is_one_forward_pass_with_its_side_effects() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(model=nn.Linear(4, 3)), TypeError, "model must be an nn.Sequential, got Linear"),
+        (
+            dict(model=nn.Linear(4, 3)),
+            TypeError,
+            "model must be an nn.Sequential or a PCGraph, got Linear",
+        ),
         (dict(LossFun="mse"), TypeError, "LossFun must be a callable"),
         (dict(X=[[1.0]]), TypeError, "X must be a torch.Tensor, got list"),
         (dict(LossFun=lambda yhat, Y: yhat), ValueError, r"LossFun must return a scalar.*\(6, 3\)"),

@@ -464,6 +464,22 @@ def test_functions_in_a_container_are_told_the_mode_too() -> None:
     assert torch.equal(layers(VECTORS), layers(VECTORS))
 
 
+class Scaling(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.inner, self.x = nn.Tanh(), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.x
+
+
+def test_numbers_of_one_name_in_one_layer() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Wrapped(Scaling(2.0)), Scaling(3.0), nn.Linear(6, 3))
+    layers = group_layers(model, VECTORS)
+    assert len(layers) == 2
+    assert_close(layers(VECTORS), model(VECTORS), tolerance=0)
+
+
 class Wrapped(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

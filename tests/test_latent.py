@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import Case, assert_close, cases, squared_error
 from torch2pc import PCInferLatent
+from torch2pc.energy.factors import Terms
 from torch2pc.graph.layers import Network
 from torch2pc.inference.strict import latent
 
@@ -85,7 +86,7 @@ def test_output_is_clamped_and_feed_forward_values_are_kept(case: Case, eta: flo
 def test_energy_falls(case: Case, prior: Any) -> None:
     network = Network(case.model, case.LossFun, case.X, case.Y, free_input=True, prior=prior)
     ones = [1.0] * len(case.model)
-    relaxation = latent(network, 0.01, ones)
+    relaxation = latent(network, 0.01, Terms(ones))
     energies = []
     with network.replaying():
         for v, _ in itertools.islice(relaxation, 15):

@@ -102,9 +102,9 @@ def test_started_processes_take_part(
 
     pytest.importorskip("coverage")
     processes.take_part(None)
-    started("import os, torch2pc.reductions; os._exit(0)")
-    lines = processes.lines()[mutants.ROOT / "torch2pc" / "reductions.py"]
-    text = (mutants.ROOT / "torch2pc" / "reductions.py").read_text().splitlines()
+    started("import os, torch2pc.distributed.reductions; os._exit(0)")
+    lines = processes.lines()[mutants.ROOT / "torch2pc" / "distributed" / "reductions.py"]
+    text = (mutants.ROOT / "torch2pc" / "distributed" / "reductions.py").read_text().splitlines()
     assert text.index("from __future__ import annotations") + 1 in lines
     assert lines[-1] <= len(text)
 

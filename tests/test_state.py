@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import torch2pc
 from tests.cases import ERR_TYPES, Case, assert_close
 from torch2pc.graph.state import Buffers, held_by, modules_in
 
@@ -98,6 +101,65 @@ def test_buffers_that_change_in_every_evaluation_end_as_after_one(way: str, ErrT
     twin(case.X)
     case.infer(ErrType)
     assert_close(case.model.state_dict(), twin.state_dict(), tolerance=0)
+
+
+class Quiet(nn.Module):
+    """Writes the batch's maximum into its buffer in a way that counts no version."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.register_buffer("seen", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x.detach().amax(0)
+        if self.way == "data":
+            self.seen.data.copy_(found)
+        elif self.way == "out":
+            torch.maximum(found, found, out=self.seen.data)
+        else:
+            self.seen.numpy()[...] = found.numpy()
+        return x + 0.1 * found
+
+
+def fake_quantized() -> nn.Module:
+    from torch.ao.quantization import FusedMovingAvgObsFakeQuantize
+
+    return FusedMovingAvgObsFakeQuantize()
+
+
+# What writes the same values again where it meets the same batch again.
+QUIET = [
+    lambda: nn.BatchNorm1d(5, momentum=1.0),
+    lambda: nn.Sequential(nn.Identity(), nn.BatchNorm1d(5, momentum=0.5)),
+    lambda: Quiet("data"),
+    lambda: Quiet("out"),
+    lambda: Quiet("numpy"),
+    fake_quantized,
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning")
+@settings(max_examples=50)
+@given(
+    ErrType=st.sampled_from(ERR_TYPES),
+    make=st.sampled_from(QUIET),
+    batches=st.lists(st.integers(0, 1), min_size=2, max_size=4),
+    size=st.integers(2, 5),
+)
+def test_buffers_that_keep_their_values_are_written_all_the_same(
+    ErrType: str, make: Any, batches: list[int], size: int
+) -> None:
+    """Several calls, on one batch or two by turns, leave what as many forward passes leave."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), make(), nn.Tanh(), nn.Linear(5, 3))
+    twin = copy.deepcopy(model)
+    data = torch.randn(2, size, 4), torch.randn(2, size, 3)
+    for k in batches:
+        X, Y = data[0][k], data[1][k]
+        twin(X)
+        torch2pc.PCInfer(model, nn.MSELoss(reduction="sum"), X, Y, ErrType, n=4)
+        assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), tolerance=0)
 
 
 def scripted() -> nn.Module:

@@ -27,6 +27,7 @@ from torch2pc.energy.curvature import (
     second_derivative,
     small_step,
 )
+from torch2pc.energy.factors import Terms
 from torch2pc.graph.layers import Network
 from torch2pc.inference.error_based import error_based
 from torch2pc.inference.relax import Relaxation
@@ -226,7 +227,7 @@ def test_the_product_with_a_free_input_precisions_and_a_prior(
     L = len(case.model)
     pi = [0.3 + l for l in range(L - 1)]
     network = Network(case.model, case.LossFun, case.X, case.Y, free_input=True, prior=prior)
-    relaxation = latent(network, 0.1, pi)
+    relaxation = latent(network, 0.1, Terms(pi))
     with network.replaying():
         for _ in range(k):
             relaxation.step()

@@ -1,8 +1,10 @@
-"""torch2pc: train any ``nn.Sequential``, or graph of layers, by predictive coding.
+"""torch2pc: train any ``nn.Sequential``, or any graph of layers, by predictive coding.
 
 This file is the table of contents: it lists the public names and nothing else.
 """
 
+from torch2pc import energies, steps
+from torch2pc.cutting.graph import pc_graph
 from torch2pc.cutting.grouping import group_layers
 from torch2pc.displacement.recorder import displacement_rule
 from torch2pc.follow.follow import follow, follow_latent
@@ -25,7 +27,10 @@ __all__ = [
     "PCResult",
     "Record",
     "displacement_rule",
+    "energies",
     "follow",
     "follow_latent",
     "group_layers",
+    "pc_graph",
+    "steps",
 ]

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch2pc.energy.divergences import LayerEnergy, OfCallable
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import modules_in
-from torch2pc.inference.steps import AUTO
+from torch2pc.inference.steps import AUTO, Langevin, Rule, is_plain, number
 
 
 def check_model(model: object) -> None:
@@ -71,8 +71,8 @@ def _way_out(model: object) -> str:
     if isinstance(model, nn.Module):
         return (
             ": torch2pc.group_layers(model, X) makes one of it, which shares its parameters, if it runs "
-            "its parts one after the other, and says what is in the way if not; otherwise write it as "
-            "an nn.Sequential with one item for each block"
+            "its parts one after the other, and torch2pc.pc_graph(model, X) a graph of it if not; or write "
+            "it as an nn.Sequential with one item for each block"
         )
     return ""
 
@@ -150,22 +150,38 @@ def check_tensor(name: str, value: object) -> None:
         )
 
 
-def check_eta(eta: object) -> float | str:
+def check_eta(eta: object) -> float | str | Rule:
     """``eta`` as a float: a finite number, which may be a tensor or an array without dimensions.
 
-    Or ``"auto"``, which it stays.
+    Or ``"auto"`` or a step rule, which it stays; a rule that is plain descent is its number.
     """
+    if isinstance(eta, Rule):
+        return float(eta.eta) if is_plain(eta) else eta
     if isinstance(eta, str):
         if eta != AUTO:
             raise ValueError(f'eta must be a finite number or "auto", got {eta!r}')
         return eta
-    value = eta.item() if isinstance(eta, Tensor | np.ndarray) and eta.ndim == 0 else eta
-    if isinstance(value, bool) or not isinstance(value, Real):
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
-        raise TypeError(f'eta must be a finite number or "auto", got {type(eta).__name__}{shape}')
-    if not math.isfinite(value):
-        raise ValueError(f'eta must be a finite number or "auto", got {value}')
-    return float(value)
+    if isinstance(eta, type) and issubclass(eta, Rule):
+        raise TypeError(
+            f"eta must be a rule, got the class {eta.__name__}: call it with its numbers"
+        )
+    return number("eta", eta, 'a finite number or "auto"')
+
+
+def check_rule(eta: float | str | Rule, ErrType: str) -> None:
+    """``eta`` is a rule that the algorithm can follow."""
+    if not isinstance(eta, Rule):
+        return
+    if ErrType == "FixedPred":
+        raise ValueError(
+            'eta must be a finite number or "auto" for FixedPred, whose closed form is that of plain '
+            f"descent, got {eta}"
+        )
+    if ErrType == "ErrorBased" and eta.down:
+        raise ValueError(
+            'eta must have sweep="together" for ErrorBased, whose errors all follow from one pass down '
+            f"and have no order, got {eta}"
+        )
 
 
 def check_n(n: object) -> int:
@@ -175,6 +191,63 @@ def check_n(n: object) -> int:
     if n < 1:
         raise ValueError(f"n must be an int >= 1, got {n}")
     return int(n)
+
+
+def check_energies(energies: object, model: nn.Sequential | PCGraph) -> dict[int, LayerEnergy]:
+    """``energies`` by the places of hidden layers."""
+    if not isinstance(energies, Mapping):
+        raise TypeError(
+            "energies must be a dict from places of hidden layers to energies, "
+            f"got {type(energies).__name__}"
+        )
+    if isinstance(model, PCGraph):
+        check_names("energies", {k: 0 for k in energies if not isinstance(k, int)}, model)
+    found: dict[int, LayerEnergy] = {}
+    for key, energy in energies.items():
+        place = model.names.index(key) if isinstance(model, PCGraph) and key in model.names else key
+        if isinstance(place, bool) or not isinstance(place, int) or not 1 <= place < len(model):
+            raise ValueError(
+                f"energies must have places of hidden layers as keys, 1 to {len(model) - 1}, as in v "
+                f"and epsilon, got {key!r}"
+            )
+        name = f"energies[{key!r}]"
+        if isinstance(energy, type) or not callable(energy):
+            raise TypeError(
+                f"{name} must be one of torch2pc.energies, or a callable (prediction, belief) -> scalar, "
+                f"got {energy.__name__ if isinstance(energy, type) else type(energy).__name__}"
+            )
+        if isinstance(energy, nn.Module) and any([True for _ in energy.parameters()]):
+            raise TypeError(f"{name} must have no parameters, as it would not learn, got {energy}")
+        found[place] = energy if isinstance(energy, LayerEnergy) else OfCallable(name, energy)
+    return found
+
+
+def check_nudge(nudge: object, eta: object, vinit: object) -> float:
+    """``nudge`` as a float: a finite number above 0, of a relaxation from the feed-forward pass."""
+    beta = number("nudge", nudge, "None or a finite number > 0", lambda x: x > 0)
+    if vinit is not None:
+        raise ValueError(
+            "vinit must be None with nudge, which takes the difference of two relaxations: what both "
+            "have of other beliefs would leave nothing but round-off of it"
+        )
+    if isinstance(eta, Langevin):
+        raise ValueError(
+            f"eta must be a rule without noise with nudge, which divides by 2 beta, got {eta}"
+        )
+    return beta
+
+
+def check_names(name: str, given: Mapping[Any, Any], model: nn.Sequential | PCGraph) -> list[str]:
+    """The names of the hidden layers of a graph, which the keys of ``given`` are among."""
+    if not isinstance(model, PCGraph):
+        raise TypeError(
+            f"{name} must be no dict for an nn.Sequential, whose layers have no names: give a list"
+        )
+    hidden = model.names[1:-1]
+    for key in given:
+        if key not in hidden:
+            raise ValueError(f"{name} must have hidden layers as keys, {hidden}, got {key!r}")
+    return hidden
 
 
 def check_prior(prior: object) -> None:
@@ -232,17 +305,27 @@ def check_vinit_length(vinit: object, length: int) -> None:
         )
 
 
-def check_precision(precision: object, length: int) -> list[float]:
-    """``precision`` as a list of ``length`` numbers, one for each hidden layer."""
+def check_has_energy(name: str, reason: str, ErrType: str, has_iterations: bool) -> None:
+    """What changes the energy, ``name``, is for algorithms that descend one."""
+    if not has_iterations:
+        raise ValueError(f"{name} must be None for {ErrType}, {reason}")
+
+
+def check_precision(precision: object, model: nn.Sequential | PCGraph) -> list[float]:
+    """``precision`` as a list of numbers, one for each hidden layer."""
+    length = len(model) - 1
     if precision is None:
         return [1.0] * length
     if isinstance(precision, Real):
         values: Sequence[Any] = [precision] * length
+    elif isinstance(precision, Mapping):
+        values = [precision.get(name, 1.0) for name in check_names("precision", precision, model)]
     elif isinstance(precision, Sequence) and not isinstance(precision, str):
         values = precision
     else:
         raise TypeError(
-            f"precision must be a number or a list of numbers, got {type(precision).__name__}"
+            "precision must be a number or a list of numbers, or for a PCGraph a dict, "
+            f"got {type(precision).__name__}"
         )
     if len(values) != length:
         raise ValueError(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_LossFun, check_model, check_tensor
-from torch2pc.graph.autograd import output_gradient
+from torch2pc.graph.apart import until_guarded
+from torch2pc.graph.autograd import Graph, output_gradient
 from torch2pc.graph.layers import Network
 from torch2pc.graph.nodes import PCGraph
+from torch2pc.graph.state import Snapshot
 
 
 def FwdPassPlus(
@@ -55,7 +57,13 @@ def FwdPassPlus(
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("X", X)
+
+    def attempt() -> Graph:
+        network = Network(model, LossFun, X, Y)
+        with Snapshot(network.modules, network.devices):
+            return network.feed_forward(from_X=True)
+
     with torch.inference_mode(False), torch.enable_grad():
-        graph = Network(model, LossFun, X, Y).feed_forward(from_X=True)
+        graph = until_guarded(attempt)
         dLdy = output_gradient(graph.Loss, graph.vhat[-1], keep_graph=True)
         return graph.vhat, graph.Loss, dLdy

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torch2pc.checks import (
     check_callback,
+    check_energies,
     check_eta,
     check_LossFun,
     check_model,
@@ -18,9 +19,11 @@ from torch2pc.checks import (
     check_tensor,
 )
 from torch2pc.compiled import Relaxing, compiled_or_plain
+from torch2pc.energy.factors import Terms
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.inference.relax import Callback, infer_by
+from torch2pc.inference.steps import Rule
 from torch2pc.inference.strict import latent
 from torch2pc.pcinfer import PCResult, infer
 
@@ -30,10 +33,11 @@ def PCInferLatent(
     LossFun: Callable[[Tensor, Any], Tensor],
     Y: Any,
     Xinit: Tensor,
-    eta: float | Tensor | str,
+    eta: float | Tensor | str | Rule,
     n: int,
     *,
-    precision: float | Sequence[float] | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     prior: Callable[[list[Tensor]], Tensor] | None = None,
     accumulate: bool = False,
     compile: bool = False,
@@ -59,10 +63,12 @@ def PCInferLatent(
             other terms do: with a mean, the data would weigh less the larger the batch is.
         Y: the data, handed to ``LossFun`` as they are.
         Xinit: the latent to start from, ``(batch, *features)``, floating-point. It is not changed.
-        eta: the step size of the beliefs, a number, or ``"auto"`` as in ``PCInfer``.
+        eta: the step size of the beliefs, a number, ``"auto"`` or a rule of ``torch2pc.steps``, as in
+            ``PCInfer``.
         n: the number of iterations, at least 1.
-        precision: pi_l = 1/sigma_l^2, one number for all hidden layers or a sequence of L-1
-            (l = 1..L-1); 1 if not given.
+        precision: pi_l = 1/sigma_l^2, one number for all hidden layers, a sequence of L-1
+            (l = 1..L-1), or for a ``PCGraph`` a dict by the layers' names; 1 where not given.
+        energies: other energies of hidden layers, as in ``PCInfer``.
         prior: a callable from the list ``[v_0, ..., v_{L-1}]`` to a scalar energy. If it has
             parameters, they get their gradient too.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches.
@@ -99,16 +105,21 @@ def PCInferLatent(
     79-87 (1999); the energy with precisions follows J. Whittington and R. Bogacz, Neural
     Computation 29(5) (2017).
     """
-    eta, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
+    eta, n, terms = check_latent_arguments(
+        model, LossFun, Xinit, eta, n, precision, prior, energies
+    )
     check_callback(callback, compile)
 
     def algorithm(network: Network) -> Inference:
         def relax() -> Inference:
-            return infer_by(latent(network, eta, pi), n, callback, "PCInferLatent")
+            return infer_by(latent(network, eta, terms), n, callback, "PCInferLatent")
 
         if not compile:
             return relax()
-        return compiled_or_plain(Relaxing(network, "Latent", eta, n, precision=pi), relax)
+        call = Relaxing(network, "Latent", eta, n, precision=terms.precision)
+        if terms.between:
+            call.reason = "layers have energies of their own"
+        return compiled_or_plain(call, relax)
 
     X = Xinit.detach()
     return infer(algorithm, model, LossFun, X, Y, accumulate, free_input=True, prior=prior)
@@ -118,17 +129,19 @@ def check_latent_arguments(
     model: nn.Sequential | PCGraph,
     LossFun: Callable[[Tensor, Any], Tensor],
     Xinit: Tensor,
-    eta: float | Tensor | str,
+    eta: float | Tensor | str | Rule,
     n: int,
-    precision: float | Sequence[float] | None,
+    precision: float | Sequence[float] | Mapping[str, float] | None,
     prior: Callable[[list[Tensor]], Tensor] | None,
-) -> tuple[float | str, int, list[float]]:
-    """Check what describes an inference of latents; returns eta, n and the precisions."""
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
+) -> tuple[float | str | Rule, int, Terms]:
+    """Check what describes an inference of latents; returns eta, n and the energy's terms."""
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("Xinit", Xinit)
     if not Xinit.is_floating_point():
         raise TypeError(f"Xinit must be a floating-point tensor, got {Xinit.dtype}")
-    checked = check_eta(eta), check_n(n), check_precision(precision, len(model) - 1)
+    step, n, pi = check_eta(eta), check_n(n), check_precision(precision, model)
     check_prior(prior)
-    return checked
+    between = {} if energies is None else check_energies(energies, model)
+    return step, n, Terms(pi, between=between)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,18 +11,25 @@ from torch import Tensor, nn
 
 from torch2pc.checks import (
     check_callback,
+    check_energies,
     check_eta,
+    check_has_energy,
     check_LossFun,
     check_model,
     check_modules,
     check_n,
     check_no_transform,
+    check_nudge,
     check_precise,
+    check_precision,
+    check_rule,
     check_tensor,
     check_update_at,
     check_vinit_length,
 )
 from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain, run_plainly
+from torch2pc.energy.factors import USUAL, Terms
+from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.nodes import PCGraph, depth
 from torch2pc.graph.state import Snapshot, modules_in, write_gradients
@@ -34,7 +41,9 @@ from torch2pc.inference.fixed_pred import (
     fixed_pred_factors,
     warn_of_short_inference,
 )
-from torch2pc.inference.relax import Callback, infer_by, warn_of_flat_items
+from torch2pc.inference.nudge import nudged
+from torch2pc.inference.relax import Callback, Relaxation, infer_by, warn_of_flat_items
+from torch2pc.inference.steps import Rule
 
 ErrTypes = ("Exact", "FixedPred", *RELAXATIONS)
 
@@ -60,7 +69,8 @@ class PCResult(NamedTuple):
     def energy(self) -> Tensor:
         """``||epsilon_l||^2 / 2`` of the hidden layers l = 1..L-1, ``(L-1,)``, computed when read.
 
-        What the output adds to the energy is the loss.
+        What the output adds to the energy is the loss. Precisions, and other energies that layers were
+        given, are not in it.
 
         >>> from torch import nn
         >>> from torch2pc import PCInfer
@@ -104,7 +114,7 @@ def PCInfer(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor | str = 0.1,
+    eta: float | Tensor | str | Rule = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
@@ -112,13 +122,17 @@ def PCInfer(
     compile: bool = False,
     update_at: str = "v",
     callback: Callback | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    nudge: float | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     precise: bool = True,
 ) -> PCResult:
     r"""Compute predictive coding updates for a batch and write them into ``.grad``.
 
     A drop-in replacement for ``loss.backward()``: call it, then ``optimizer.step()``. Each of the
     L items of ``model`` is one layer ``f_l`` (nest an ``nn.Sequential`` to make several modules one
-    layer), with belief ``v_l``, and ``vhat_l`` is its output in a feed-forward pass. The update of
+    layer), with belief ``v_l``, and ``vhat_l`` is its output in a feed-forward pass. (In a ``PCGraph``
+    read "its parents" for "l-1", and sum over the children for "l+1".) The update of
     layer l's parameters is ``(df_l/dtheta_l)^T epsilon_l``, where the prediction error ``epsilon_l``
     is, for ``ErrType``
 
@@ -181,8 +195,8 @@ def PCInfer(
     (``docs/semantics.md``), and "Troubleshooting" what to do about divergence and slow learning.
 
     Args:
-        model: an ``nn.Sequential`` or a ``PCGraph`` on any device, of any floating type, with batched
-            inputs. In a graph, "l-1" stands for the parents of a layer.
+        model: an ``nn.Sequential``, or a ``PCGraph`` of layers with any number of parents each, on any
+            device, of any floating type, with batched inputs.
         LossFun: called as ``LossFun(output, Y)``; returns a scalar tensor. If it has parameters,
             they get their gradient too. With a sum over the batch, Strict's update is the sum of its
             examples' own updates. With a mean it is not their mean: the loss then weighs 1/batch
@@ -193,7 +207,9 @@ def PCInfer(
         Y: the targets, handed to ``LossFun`` as they are.
         ErrType: ``"Exact"``, ``"FixedPred"``, ``"Strict"``, ``"ErrorBased"`` or ``"Equilibrium"``.
         eta: the step size of the beliefs, or of ErrorBased's errors: a number, a tensor without
-            dimensions, or ``"auto"``. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
+            dimensions, ``"auto"``, or for Strict and ErrorBased a rule of ``torch2pc.steps`` (momentum,
+            a step that shrinks, any optimizer, noise; sweeps from the top down, Strict only), which a call
+            uses as it is and leaves as it is. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
             ErrorBased take 1/lambda, where lambda is the largest eigenvalue of the energy's Hessian (in
             the beliefs, or in the errors), estimated anew in each call from 4 products with it at the
             start (Gauss-Newton, Lanczos), and a quarter of that, and so on, if the energy is
@@ -212,9 +228,9 @@ def PCInfer(
             ``torch.compile``, which takes 10 to 60 s at the first call for a model. Other
             weights, batches, ``eta``, ``n`` and ``vinit`` compile nothing anew; another mode of a module or
             ``update_at`` does, and so does the second batch size. Where it cannot be done (a layer
-            whose operations cannot be followed, hooks, ``eta="auto"``, Equilibrium and what the page on
-            semantics lists) a warning says so once. Exact and FixedPred are one graph, for every ``n``
-            and ``eta`` (``"auto"`` too) and operations that no rule covers; it equals backpropagation
+            whose operations cannot be followed, hooks, ``eta="auto"`` or a rule, Equilibrium and what the
+            page on semantics lists) a warning says so once. Exact and FixedPred are one graph, for every
+            ``n`` and ``eta`` (``"auto"`` too) and operations that no rule covers; it equals backpropagation
             to round-off.
         update_at: where the updates of the relaxations are taken, ``"v"``, ``"vhat"`` or ``"before"``. At
             v they descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken
@@ -232,6 +248,28 @@ def PCInfer(
             round-off. Takes three quarters of the time in small transformers, whose layer norms, GELUs and
             softmaxes cost more by their rules, and up to twice the time where layers are products of
             matrices. Must be True with ``compile``; not used by Exact and FixedPred.
+        precision: pi_l = 1/sigma_l^2 of the relaxations' energy,
+            ``F = LossFun + 1/2 sum_l pi_l ||epsilon_l||^2``: one number for all hidden layers, a sequence of
+            L-1, or for a ``PCGraph`` a dict by the layers' names; 1 where not given. ``epsilon_l`` is still
+            prediction minus belief; what layer l hands down, and what its update is made of, is
+            ``pi_l epsilon_l``. (A number for all leads to where the loss divided by it would.) None for Exact
+            and FixedPred, whose updates are the loss's gradients, or shares of them, whatever the
+            precisions are.
+        nudge: None, or a number beta > 0 for the relaxations: they feel beta times the loss, once as it is
+            and once turned around, and ``.grad`` is the slope of the update in beta,
+            ``(update(beta) - update(-beta)) / (2 beta)``, as are ``epsilon[0]`` and ``X.grad``. At
+            equilibrium it goes to backpropagation's gradient as beta goes to 0, off by a multiple of
+            beta^2, in float32 too. ``v`` and the other errors are those at beta (so that epsilon_L is beta
+            times the loss's gradient), which is what a ``callback`` sees; ``Loss`` and ``dLdy`` are as
+            always, and side effects those of one forward pass. Twice the work. The steps of rules that are
+            not proportional to the gradient (Adam) do not shrink with beta. None for Exact and FixedPred,
+            which are linear in the loss.
+        energies: for Strict, a dict from places of hidden layers (1..L-1 as in ``v``, or names in a
+            ``PCGraph``) to other energies between prediction and belief than half the squared difference:
+            those of ``torch2pc.energies`` (Huber, Laplace, a divergence of categorical beliefs), one of your
+            own that derives from ``energies.LayerEnergy``, or a function of prediction and belief that
+            returns a scalar. Such a layer's ``epsilon_l`` is the energy's derivative in the prediction; its
+            precision multiplies the energy. None for the others.
 
     Returns:
         ``PCResult(vhat, Loss, dLdy, v, epsilon)``; for Equilibrium an ``EquilibriumResult``, the same
@@ -243,15 +281,16 @@ def PCInfer(
             while in most examples the gradient was above a tenth of the errors.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Sequential`` or ``PCGraph``, or overrides its ``forward``; a
-            module of it is sharded or wrapped in DistributedDataParallel; ``LossFun`` is not callable;
-            ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is neither a number nor a string; ``n``
-            is neither an int nor None; ``callback`` is not callable; a layer returns something other than
-            one floating-point tensor.
-        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, or a string other than
-            ``"auto"``; ``n`` < 1; ``vinit`` does not fit the layers' outputs; ``update_at`` is
-            unknown; ``callback`` is given where there are no iterations, or with ``compile``; ``X`` was
-            made under ``torch.inference_mode()``; the loss is no scalar or does not depend on the output.
+        TypeError: ``model`` is neither an ``nn.Sequential`` nor a ``PCGraph``, or overrides its
+            ``forward``; a module of it is sharded or wrapped in DistributedDataParallel; ``LossFun`` is
+            not callable; ``X`` or an entry of ``vinit`` is no tensor; ``eta`` is neither a number, a
+            string nor a rule; ``n`` is neither an int nor None; ``callback`` is not callable; a layer
+            returns something other than one floating-point tensor.
+        ValueError: ``model`` is empty; ``ErrType`` is unknown; ``eta`` is not finite, a string other than
+            ``"auto"``, or a rule that the algorithm cannot follow; ``n`` < 1; ``vinit`` does not fit the
+            layers' outputs; ``update_at`` is unknown; ``callback`` is given where there are no iterations, or
+            with ``compile``; ``X`` was made under ``torch.inference_mode()``; the loss is no scalar or does
+            not depend on the output.
         RuntimeError: a layer wrote into its input without an ``inplace`` attribute that says so; the
             call is inside a transform of ``torch.func``.
 
@@ -272,11 +311,27 @@ def PCInfer(
     PLOS ONE 17(3): e0266102 (2022). Strict is the algorithm of Whittington and Bogacz, Neural
     Computation 29(5) (2017); FixedPred that of Millidge, Tschantz and Buckley, arXiv:2006.04182
     (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
-    the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022).
+    the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022); centred nudging that of
+    A. Laborieux et al., Frontiers in Neuroscience 15 (2021), on predictive coding of Pinchetti et al.,
+    arXiv:2407.01163 (2024).
     """
-    asked = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback)
+    asked = check_arguments(
+        model,
+        LossFun,
+        X,
+        ErrType,
+        eta,
+        n,
+        vinit,
+        update_at,
+        compile,
+        callback,
+        precision,
+        nudge,
+        energies,
+    )
     check_precise(precise, compile)
-    asked = asked._replace(precise=bool(precise))
+    asked = asked._replace(precise=precise)
     asked.warn(model)
     return infer(asked.algorithm, model, LossFun, X, Y, accumulate)
 
@@ -285,12 +340,14 @@ class Asked(NamedTuple):
     """What a call asks for, checked."""
 
     ErrType: str
-    eta: float | str
+    eta: float | str | Rule
     n: int
     vinit: Sequence[Any] | None = None
     update_at: str = "v"
     compile: bool = False
     callback: Callback | None = None
+    terms: Terms = USUAL
+    nudge: float | None = None
     precise: bool = True
 
     def warn(self, model: nn.Module) -> None:
@@ -302,8 +359,9 @@ class Asked(NamedTuple):
 
     def algorithm(self, network: Network) -> Inference:
         """Infer, by compiled graphs if that is asked for and can be done."""
-        ErrType, eta, n, vinit, update_at, compile, callback, precise = self
+        ErrType, eta, n, vinit, update_at, compile, callback, terms, nudge, precise = self
         if ErrType in ("Exact", "FixedPred"):
+            assert not isinstance(eta, Rule)
             eta = AUTO_ETA if isinstance(eta, str) else eta
             is_exact = ErrType == "Exact"
             factors = exact_factors(network) if is_exact else fixed_pred_factors(network, eta, n)
@@ -320,14 +378,24 @@ class Asked(NamedTuple):
         for layer in network.layers:
             layer.is_precise = precise
 
-        def relax() -> Inference:
-            relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at)
+        def relaxation_of(terms: Terms) -> Relaxation:
+            relaxation = RELAXATIONS[ErrType](network, eta, vinit, update_at, terms)
             warn_of_flat_items(network, ErrType, update_at)
-            return infer_by(relaxation, n, callback, ErrType)
+            return relaxation
+
+        def relax() -> Inference:
+            if nudge is not None:
+                return nudged(relaxation_of, terms, nudge, n, callback)
+            return infer_by(relaxation_of(terms), n, callback, ErrType)
 
         if not compile:
             return relax()
-        return compiled_or_plain(Relaxing(network, ErrType, eta, n, vinit, update_at), relax)
+        call = Relaxing(network, ErrType, eta, n, vinit, update_at, precision=terms.precision)
+        if nudge is not None:
+            call.reason = "nudge relaxes twice"
+        elif terms.between:
+            call.reason = "layers have energies of their own"
+        return compiled_or_plain(call, relax)
 
 
 def check_arguments(
@@ -335,12 +403,15 @@ def check_arguments(
     LossFun: Callable[[Tensor, Any], Tensor],
     X: Tensor,
     ErrType: str,
-    eta: float | Tensor | str,
+    eta: float | Tensor | str | Rule,
     n: int | None,
     vinit: Sequence[Any] | None,
     update_at: str,
     compile: bool = False,
     callback: Callback | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    nudge: float | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Asked:
     """Check what describes an inference; eta and n are 1 for Exact, which uses neither."""
     check_model(model)
@@ -350,7 +421,7 @@ def check_arguments(
         accepted = ", ".join(f'"{name}"' for name in ErrTypes)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
     has_iterations = ErrType in RELAXATIONS
-    size: float | str = 1.0
+    size: float | str | Rule = 1.0
     if has_iterations:
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
@@ -358,8 +429,30 @@ def check_arguments(
         n = 1
     else:
         size, n = check_eta(eta), depth(model) if n is None else check_n(n)
+        check_rule(size, ErrType)
     check_callback(callback, compile, has_iterations)
-    return Asked(ErrType, size, n, vinit, update_at, compile, callback)
+    terms = USUAL
+    if precision is not None:
+        check_has_energy("precision", _NO_PRECISION, ErrType, has_iterations)
+        terms = Terms(check_precision(precision, model))
+    if nudge is not None:
+        check_has_energy("nudge", _NO_NUDGE, ErrType, has_iterations)
+        nudge = check_nudge(nudge, size, vinit)
+    if energies is not None:
+        check_has_energy("energies", _NO_ENERGIES, ErrType, ErrType == "Strict")
+        terms = terms._replace(between=check_energies(energies, model))
+    return Asked(ErrType, size, n, vinit, update_at, compile, callback, terms, nudge)
+
+
+_NO_ENERGIES = (
+    "whose variables are differences of predictions and beliefs, or which descends no energy: that is for "
+    "Strict, and PCInferLatent"
+)
+_NO_NUDGE = "whose updates are linear in the loss, so that their slope in beta is what they are"
+_NO_PRECISION = (
+    "whose updates are gradients of the loss whatever the precisions are: Exact's errors would be "
+    "g_l / pi_l, and FixedPred would take steps of eta pi_l in layer l on its way to these"
+)
 
 
 def infer(
@@ -386,17 +479,17 @@ def infer(
     # A loss that is no module may hold some, say of a trainer, whose gradients are none of ours.
     held = modules_in(*[f for f in functions if not isinstance(f, nn.Module)])
     modules = list(dict.fromkeys([*own, *held])) if held else own
-    network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
-    before = Snapshot(modules, network.devices)
-    try:
-        inference = algorithm(network)
-        vhat, Loss, dLdy, v, epsilon, updates, distance, evaluations = inference
-        if X.is_leaf and epsilon[0] is not None:
-            updates.append((X, epsilon[0].clone()))
-        write_gradients(updates, accumulate, own)
-    except BaseException as error:
-        before.restore(error)
-        raise
+
+    def attempt() -> Inference:
+        network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
+        with Snapshot(modules, network.devices):
+            found = algorithm(network)
+            if X.is_leaf and found.epsilon[0] is not None:
+                found.updates.append((X, found.epsilon[0].clone()))
+            write_gradients(found.updates, accumulate, own)
+            return found
+
+    vhat, Loss, dLdy, v, epsilon, _, distance, evaluations = until_guarded(attempt)
     if distance is None or evaluations is None:
         return PCResult(vhat, Loss, dLdy, v, epsilon)
     result = EquilibriumResult(vhat, Loss, dLdy, v, epsilon)

@@ -27,6 +27,7 @@ from torch2pc.graph.layers import GLOBAL_HOOKS, HOOKS, Inference, Network, detac
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.exact import Factors
 from torch2pc.inference.start import check_vinit_entries
+from torch2pc.inference.steps import Rule
 
 _warned: WeakSet[nn.Module] = WeakSet()
 # How often a model's call is captured anew before what changes is taken to change on.
@@ -148,7 +149,7 @@ class Call:
                     self.asked,
                     tuple([layer.function for layer in network.layers]),
                     parents,
-                    (*[layer.copies_input for layer in network.layers], network.loss.copies_input),
+                    (*[layer.copies_input for layer in network.layers], True),
                     *(network.loss.function, None if prior is None else prior.function),
                     *(network.X, network.Y),
                 )
@@ -226,7 +227,7 @@ class Relaxing(Call):
         self,
         network: Network,
         ErrType: str,
-        eta: float | Tensor | str,
+        eta: float | Tensor | str | Rule,
         n: int,
         vinit: Sequence[Any] | None = None,
         update_at: str = "v",
@@ -242,6 +243,8 @@ class Relaxing(Call):
             self.reason = f"{ErrType}'s search is not compiled"
         elif isinstance(eta, str):
             self.reason = f'eta="{eta}" finds its step size as it runs'
+        elif isinstance(eta, Rule):
+            self.reason = f"eta is another rule than plain descent, {eta}"
 
     def asks(self) -> dict[str, Any]:
         return dict(
@@ -273,6 +276,7 @@ class Relaxing(Call):
             for i in asked.free:
                 torch.sub(self.vinit[i].detach(), vhat[i], out=x[i])
         like = epsilon[-1]
+        assert not isinstance(self.eta, Rule)
         eta = self.eta if isinstance(self.eta, Tensor) else like.new_full((), float(self.eta))
         pi: Sequence[Any] = [None] * (L + 1)
         if self.precision is not None:

@@ -29,7 +29,7 @@ from torch2pc.displacement.recorder import Displacement, Recorder, Uncovered
 from torch2pc.displacement.rules import aten, storage
 from torch2pc.displacement.rules.core import WRITES_ASIDE
 from torch2pc.energy import Beliefs, Energy, Errors
-from torch2pc.energy.factors import factors_of
+from torch2pc.energy.factors import Terms, factors_of
 from torch2pc.graph.autograd import (
     Below,
     below,
@@ -356,7 +356,7 @@ class Traced(Network):
         asked, L = program.asked, program.asked.L
         held, self.eta, pi, is_reached, self.state = program.divided(given)
         self._program, self.held = program, held
-        self.precision = pi[1:L] if asked.is_weighted else None
+        self.terms = Terms(pi[1:L] if asked.is_weighted else None)
         self.nodes = [
             Node(_no_function, *pair) for pair in zip(asked.parents, asked.names, strict=True)
         ]
@@ -391,7 +391,7 @@ class Traced(Network):
 
     def energy(self, x: Sequence[Tensor] = (), moved: Collection[int] | None = None) -> Beliefs:
         """The energy in the beliefs, which stand at ``x``."""
-        found = Beliefs(factors_of(self, self.precision), self.vhat, self.free)
+        found = Beliefs(factors_of(self, self.terms), self.vhat, self.free)
         if x:
             found.stand_at([x_i.clone() for x_i in x])
             found.moved = found.moved if moved is None else set(moved)
@@ -399,7 +399,7 @@ class Traced(Network):
 
     def energy_in_errors(self) -> Errors:
         """The energy in the errors, which stand at the state."""
-        found = Errors(factors_of(self, self.precision), self.vhat, self.free)
+        found = Errors(factors_of(self, self.terms), self.vhat, self.free)
         found.stand_at([e.clone() for e in self.state])
         return found
 
@@ -804,7 +804,8 @@ class Program:
 
 def _sweep(energy: Energy, eta: Tensor) -> None:
     """One step of a relaxation, as ``inference.relax`` makes it."""
-    rule = Descent(eta)
+    rule = Descent(0.0)
+    rule.eta = eta  # an input of the program, not a number
     rule.begin(energy)
     energy.sweep(rule.move, rule.down)
 

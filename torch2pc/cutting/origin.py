@@ -1,6 +1,6 @@
-"""What ``group_layers`` took from a model as it was, and whether the model still is that.
+"""What layers took from a model as it was, and whether the model still is that.
 
-``chain.py`` follows a model's forward once. Numbers that it merely hands to an operation are read anew
+``forward.py`` follows a model's forward once. Numbers that it merely hands to an operation are read anew
 in each call. All else that the forward read then decided what the layers are: other attributes, globals,
 the modules that it called. Here they are noted while it is followed, and compared with what is there
 whenever the layers are used, so that a model that was changed since is an error and not another model.
@@ -237,6 +237,8 @@ class Origin:
         held: Iterable[str],
     ) -> None:
         self.model, self.name = model, name
+        # The function that makes the layers, and what to do if they are no longer the model's.
+        self.maker = self.anew = ""
         self._paths = {module: path for path, module in model.named_modules()}
         functions = _functions_of([model, *opened])
         self._names = _names_in(functions)
@@ -283,6 +285,10 @@ class Origin:
                     continue
                 if place is not owner and hasattr(place, name):
                     places.append(place)
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Let an attribute be an error too where it is another one, although a layer reads it anew."""
+        self._reads.append((module, name, _Value(getattr(module, name), self._names)))
 
     def check(self) -> None:
         """Raises an error if the layers would not do what the model does now.
@@ -337,8 +343,8 @@ class Origin:
 
     def _error(self, what: str) -> RuntimeError:
         return RuntimeError(
-            f"model must be what it was when group_layers followed its forward, but {what}: the layers "
-            "would go on with what was then. Group anew, layers = group_layers(model, X), which keeps "
+            f"model must be what it was when {self.maker} followed its forward, but {what}: the layers "
+            f"would go on with what was then. {self.anew}{self.maker}(model, X), which keeps "
             "the parameters; or let the forward hand a number to an operation as it is "
             "(x / self.tau), or hold it in a buffer: these are followed"
         )

@@ -75,6 +75,14 @@ _OF_SHAPE_ALONE = {
     for name in re.findall(r"\w+", _NEW_TENSORS)
     for overload in getattr(aten, name).overloads()
 }
+# Those that update running statistics, and the place of the argument that says whether they do. Not
+# all say that they write, and none counts it.
+_STATISTICS = {
+    aten.native_batch_norm.default: 5,
+    aten._native_batch_norm_legit.default: 5,
+    aten.cudnn_batch_norm.default: 5,
+    aten.miopen_batch_norm.default: 5,
+}
 _FLOATS_OF = aten._local_scalar_dense.default
 
 
@@ -280,22 +288,46 @@ CHANGED = "a tensor that the layer used was changed afterwards"
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether its body draws random numbers; what other threads draw does not count."""
+    """Notes whether its body draws random numbers, and which memory it writes into.
+
+    What other threads do does not count.
+    """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws = False
+        self.written: set[int] = set()
+        self._tensors: list[Tensor] = []  # what was computed, so that no id is used twice
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether what was computed has a hook that sees its gradient."""
+        return any(map(_is_hooked, self._tensors))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.draws:
             self.draws = _may_draw(func)
+        if names := _written_by(func):
+            self._note_written(func, names, args, kwargs or {})
         return self.dispatch(func, args, kwargs or {})
+
+    def _note_written(
+        self, func: Any, places: dict[str, int], args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        if func in _STATISTICS and not (*args, *[False] * 8)[_STATISTICS[func]]:
+            return  # read, not written
+        for name, k in places.items():
+            tensor = args[k] if k < len(args) else kwargs.get(name)
+            if isinstance(tensor, Tensor):
+                self.written.add(storage(tensor))
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation."""
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        self._tensors += tensors_in(output)
+        return output
 
 
 class Recorder(Watch):
@@ -312,7 +344,7 @@ class Recorder(Watch):
         # Where the value of a tensor stands: the inputs come first, then what each line computes.
         self.place: dict[int, int] = {id(x): k for k, x in enumerate(inputs)}
         self._count = len(inputs)
-        self._tensors: list[Tensor] = list(inputs)  # so that no id is used twice
+        self._tensors += inputs
         self._output_of: list[Tensor] = []
         self._version_of: list[int] = []
         # The version of each, as the operation that made it left it.
@@ -327,7 +359,7 @@ class Recorder(Watch):
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation, and note it."""
         if self._reason is not None or self._suspended:
-            return func(*args, **kwargs)
+            return super().dispatch(func, args, kwargs)
         for tensor in self._new:
             # Autograd has made a view of it, or counted a write, after the operation returned.
             self._versions[id(tensor)] = tensor._version
@@ -367,6 +399,7 @@ class Recorder(Watch):
             if expected is None:
                 if not tensor.is_leaf:
                     self._strange.append(tensor)
+                    self._tensors.append(tensor)
                 is_parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf
                 if not is_parameter and storage(tensor) in self._storages:
                     raise Uncovered(f"{func} uses a tensor of the layer's under another name")
@@ -551,7 +584,7 @@ class Recorder(Watch):
             if reaches([tensor.grad_fn for tensor in unseen], inputs):
                 raise Uncovered("what a forward of its own computes cannot be followed")
             return "it has a backward of its own"
-        if any([_is_hooked(tensor) for tensor in [*self._tensors, *self._strange]]):
+        if self.is_hooked:
             return "a tensor has a backward hook"
         return None
 
@@ -751,6 +784,18 @@ def _may_draw(func: Any) -> bool:
 def _writes(func: Any) -> bool:
     """Whether an operation writes into an argument that is part of what it returns."""
     return func._schema.is_mutable and func not in WRITES_ASIDE
+
+
+@functools.cache
+def _written_by(func: Any) -> dict[str, int]:
+    """The names and places of the arguments that an operation writes into."""
+    arguments = getattr(getattr(func, "_schema", None), "arguments", ())
+    return {
+        argument.name: k
+        for k, argument in enumerate(arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or (func in _STATISTICS and argument.name in ("running_mean", "running_var"))
+    }
 
 
 @functools.cache

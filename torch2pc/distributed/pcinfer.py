@@ -7,7 +7,7 @@ computes, with a loss that is weighted where it is a mean.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,7 @@ from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import chained_to, modules_in
 from torch2pc.inference.relax import Callback
+from torch2pc.inference.steps import Halving, Langevin, Rule
 from torch2pc.pcinfer import PCResult, check_arguments
 
 __all__ = ["PCInfer"]
@@ -34,7 +35,7 @@ def PCInfer(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor | str = 0.1,
+    eta: float | Tensor | str | Rule = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
@@ -42,6 +43,9 @@ def PCInfer(
     compile: bool = False,
     update_at: str = "v",
     callback: Callback | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    nudge: float | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     group: dist.ProcessGroup | None = None,
     reduction: str | None = None,
     count: float | Tensor | None = None,
@@ -104,6 +108,7 @@ def PCInfer(
         model, LossFun, ErrType, eta, n, accumulate, compile, update_at: as for ``torch2pc.PCInfer``,
             the same on all ranks; ``eta`` a number.
         callback: as there, called with this rank's beliefs and errors.
+        precision, nudge, energies: as there, the same on all ranks.
         X, Y, vinit: as there, of this rank's shard, of at least one example.
         group: the processes; None for all.
         reduction: ``"mean"`` or ``"sum"``, what LossFun does over the batch; None to read it from
@@ -143,12 +148,33 @@ def PCInfer(
     peers = Peers(group)
     try:
         asked = check_arguments(
-            model, LossFun, X, ErrType, eta, n, vinit, update_at, compile, callback
+            model,
+            LossFun,
+            X,
+            ErrType,
+            eta,
+            n,
+            vinit,
+            update_at,
+            compile,
+            callback,
+            precision,
+            nudge,
+            energies,
         )
         asked.warn(model)
         if isinstance(eta, str) and ErrType in ("Strict", "ErrorBased"):
             raise ValueError(
                 f"eta must be a number here, got {eta!r}, which would find another one on each rank"
+            )
+        if isinstance(eta, Halving):
+            raise ValueError(
+                f"eta must have one size on all ranks, got {eta}, of which each has its own"
+            )
+        if isinstance(eta, Langevin) and eta.generator is None:
+            raise ValueError(
+                f"eta must have a generator, of another seed on each rank, got {eta} without one: ranks "
+                "that were seeded alike would have the same noise"
             )
         check_no_transform()
         modules = modules_in(model, LossFun)
@@ -160,6 +186,8 @@ def PCInfer(
         parameters = _parameters(modules)
         chosen = dict(ErrType=ErrType, n=n, eta=_number(eta), update_at=update_at)
         chosen.update(accumulate=accumulate, compile=compile, reduction=reduction)
+        chosen.update(precision=asked.terms.precision, nudge=asked.nudge)
+        chosen.update(energies=sorted(asked.terms.between))
         chosen.update(vinit="None" if vinit is None else "given", layers=len(model))
         if isinstance(model, PCGraph):
             chosen.update(connections=[[model.names[p] for p in ps] for ps in model.parents])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torch2pc.energy.energy import Beliefs, Energy
-from torch2pc.energy.factors import Displaced, Factor, Output, Prediction, Prior
+from torch2pc.energy.factors import Between, Displaced, Factor, Output, Prediction, Prior
 from torch2pc.graph.autograd import in_belief_dtype
 
 # Products with the Hessian, each of which costs as much as an iteration.
@@ -67,12 +67,14 @@ def _linear(factor: Factor, energy: Energy) -> Any:
         at = [(energy.vhat[p], energy.delta[p]) for p in factor.parents]
         own = energy.vhat[-1 if factor.target is None else factor.target]
         d = _LinearDisplacement(factor.d, at, before, own.dtype)
+    if isinstance(factor, Between):
+        return _LinearBetween(factor, d, before, energy.delta[factor.target])
     if isinstance(factor, Prediction):
         vhat = energy.vhat[factor.target]
         return Prediction(d, factor.parents, factor.target, vhat, factor.precision)
     y = in_belief_dtype(factor.vhat)
     y = y if before is None else y + before
-    of_loss = second_derivative(lambda y: factor.loss(y[0]), [y])
+    of_loss = second_derivative(lambda y: factor.beta * factor.loss(y[0]), [y])
     return _LinearOutput(d, factor.parents, torch.zeros_like(y), of_loss)
 
 
@@ -102,6 +104,20 @@ class _LinearDisplacement:
     def backward(self, saved: Any, e: Tensor) -> Any:
         """J^T e."""
         return self._d.backward(saved, e)
+
+
+class _LinearBetween(Between):
+    """Half of u^T H u, with H the Hessian of E in the prediction and the belief."""
+
+    def __init__(self, of: Between, d: Any, before: Tensor | None, own: Tensor) -> None:
+        super().__init__(d, of.parents, of.target, of.vhat, of.precision, of.is_awake, of.between)
+        f = of.vhat if before is None else of.vhat + before.to(own.dtype)
+        self._of_energy = second_derivative(lambda at: of.between(*at), [f, of.vhat + own])
+
+    def slopes(self, df: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """H u."""
+        of_prediction, of_belief = self._of_energy([df, dv])
+        return of_prediction, of_belief
 
 
 class _LinearOutput(Output):

@@ -114,6 +114,9 @@ class Energy:
             for factor, state in kept:
                 vars(factor).update(state)
 
+    def wake(self) -> None:
+        """Let no factor sleep from now on: something else than their gradients may move the variables."""
+
     def settle(self) -> None:
         """Bring errors and beliefs together after a sweep, where they are variables of one another."""
 
@@ -198,16 +201,20 @@ class Beliefs(Energy):
             if self.start is not None:
                 torch.sub(self.start[i].detach(), self.vhat[i], out=self.x[i])
         for factor in self.predictions.values():
-            factor.error.zero_()
+            factor.rest()
         # The beliefs that are no more at their feed-forward values. A factor of none of which any has
         # moved has no error yet: it would be evaluated where it was before, to propagate zeros.
         self.moved = set(self.free if self.start is not None else [])
+
+    def wake(self) -> None:
+        """Let no factor sleep from now on: something else than their gradients may move the beliefs."""
+        self.moved = set(self.free)
 
     def stand_at(self, variables: Sequence[Tensor]) -> None:
         """Let the beliefs have moved so far."""
         for i, x_i in zip(self.free, variables, strict=True):
             self.x[i] = x_i
-        self.moved = set(self.free)
+        self.wake()
 
     @torch.no_grad()
     def sweep(self, move: Move, down: bool = False) -> None:
@@ -286,7 +293,7 @@ class Errors(Energy):
         """Put the errors where they start."""
         of = self.predictions
         for i in self.free:
-            of[i].error.zero_()
+            of[i].rest()
             self.delta[i] = torch.zeros_like(of[i].error)
             if self.start is not None:
                 torch.sub(self.start[i].detach(), self.vhat[i], out=self.delta[i])

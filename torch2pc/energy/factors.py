@@ -7,12 +7,13 @@ moved; a parent that is clamped does not move, and is no parent here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from torch2pc.energy.divergences import LayerEnergy
 from torch2pc.graph.autograd import gradient, in_belief_dtype
 from torch2pc.graph.layers import Network
 
@@ -61,7 +62,7 @@ class Factor(Protocol):
         """Take its error anew, where the beliefs are now."""
 
     def energy(self, x: Sequence[Any]) -> Tensor:
-        """The term itself, where its error was last taken."""
+        """The term itself, where its error was last taken, which is where the beliefs are."""
 
 
 class _OfLayer:
@@ -105,6 +106,10 @@ class Prediction(_OfLayer):
         self.beliefs = frozenset([*parents, target])
         self.error = torch.zeros_like(in_belief_dtype(vhat))
 
+    def rest(self) -> None:
+        """Nothing has moved yet."""
+        self.error.zero_()
+
     def take(self, moved: Tensor | None, own: Tensor) -> None:
         """Take the error of a prediction and a belief that have moved so far."""
         if moved is None:
@@ -116,11 +121,15 @@ class Prediction(_OfLayer):
         """-pi e at the target, and pi J^T e at the parents."""
         moved, saved = self.displaced(x)
         self.take(moved, x[self.target])
-        yield self.target, [(self.error, -self.precision)]
+        yield self.target, self.own()
         if down:
             self.take(moved, x[self.target])
         del moved
         yield from self.arriving(saved, self.weighted())
+
+    def own(self) -> Parts:
+        """What pulls at the target."""
+        return [(self.error, -self.precision)]
 
     def weighted(self) -> Tensor:
         """pi e, which goes down, and which the layer's update is made of."""
@@ -136,8 +145,54 @@ class Prediction(_OfLayer):
         return 0.5 * self.precision * torch.linalg.vector_norm(self.error).square()
 
 
+class Between(Prediction):
+    """pi E(f, v), another energy between a hidden layer's prediction and its belief.
+
+    Its error is dE/df, which for half the squared difference is the difference itself.
+    """
+
+    def __init__(
+        self,
+        d: Displaced | None,
+        parents: tuple[int, ...],
+        target: int,
+        vhat: Tensor,
+        precision: Number,
+        is_awake: bool,
+        between: LayerEnergy,
+    ) -> None:
+        super().__init__(d, parents, target, vhat, precision, is_awake)
+        self.vhat, self.between = in_belief_dtype(vhat), between
+        self.rest()
+
+    def rest(self) -> None:
+        """Nothing has moved yet."""
+        self.error = torch.zeros_like(self.error)
+        self.of_belief = torch.zeros_like(self.error)
+        """dE/dv"""
+
+    def slopes(self, df: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """dE/df and dE/dv, where the two have moved so far."""
+        return self.between.slopes(self.vhat, df, dv)
+
+    def take(self, moved: Tensor | None, own: Tensor) -> None:
+        """Take both slopes."""
+        df = torch.zeros_like(own) if moved is None else moved.to(own.dtype)
+        self.error, self.of_belief = self.slopes(df, own)
+
+    def own(self) -> Parts:
+        """What pulls at the target."""
+        return [(self.of_belief, self.precision)]
+
+    def energy(self, x: Sequence[Any]) -> Tensor:
+        """pi E, where the beliefs are."""
+        moved, own = self.displaced(x)[0], x[self.target]
+        df = torch.zeros_like(own) if moved is None else moved.to(own.dtype)
+        return self.precision * self.between.value(self.vhat, df, own)
+
+
 class Output(_OfLayer):
-    """LossFun of the output layer's prediction, whose place the target of the loss has taken."""
+    """beta LossFun of the output layer's prediction, whose place the target of the loss has taken."""
 
     target, is_awake = None, True
 
@@ -149,11 +204,12 @@ class Output(_OfLayer):
         Loss: Tensor,
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
+        beta: float = 1.0,
     ) -> None:
         super().__init__(d, parents)
         self.beliefs = frozenset(parents)
-        self.vhat, self.loss = vhat, loss
-        self.Loss, self.error = Loss, in_belief_dtype(dLdy).clone()
+        self.vhat, self.loss, self.beta = vhat, loss, beta
+        self.Loss, self.error = self._times_beta(Loss, in_belief_dtype(dLdy).clone())
         self.y = vhat
         """The output, as it was last taken."""
 
@@ -164,13 +220,17 @@ class Output(_OfLayer):
             self.Loss, self.error = self.loss_gradient(self.y)
 
     def loss_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss for such outputs, and its gradient there."""
+        """beta times the loss for such outputs, and its gradient there."""
         y = y.detach()
         with torch.enable_grad():
             y.requires_grad_()
             Loss = self.loss(y)
         (found,) = gradient([Loss], [y])
-        return Loss.detach(), torch.zeros_like(y) if found is None else found
+        return self._times_beta(Loss.detach(), torch.zeros_like(y) if found is None else found)
+
+    def _times_beta(self, Loss: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        # After the gradient is taken, which half precision may limit.
+        return (Loss, error) if self.beta == 1 else (self.beta * Loss, self.beta * error)
 
     def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
         """J^T e at the parents."""
@@ -188,7 +248,7 @@ class Output(_OfLayer):
         self.take(self.displaced(x)[0])
 
     def energy(self, x: Sequence[Any]) -> Tensor:
-        """The loss."""
+        """beta times the loss."""
         return self.Loss
 
 
@@ -227,11 +287,22 @@ class Prior:
         return self.prior(self.given(x)).detach()
 
 
-def factors_of(network: Network, precision: Sequence[float] | None = None) -> list[Factor]:
-    """The terms of the energy of a recorded network, from the top down.
+class Terms(NamedTuple):
+    """What the terms of the energy are, where they are not the usual ones."""
 
-    ``precision``: one number for each hidden layer, in their order; 1 if not given.
-    """
+    precision: Sequence[Number] | None = None
+    """One number for each hidden layer, in their order; 1 if not given."""
+    beta: float = 1.0
+    """What the loss is multiplied by."""
+    between: Mapping[int, LayerEnergy] = {}
+    """By their places, the energies of layers that have another one than half the squared difference."""
+
+
+USUAL = Terms()
+
+
+def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
+    """The terms of the energy of a recorded network, from the top down."""
     found: list[Factor] = []
     if network.prior is not None:
         found.append(Prior(network.prior_at, network.vhat))
@@ -240,10 +311,17 @@ def factors_of(network: Network, precision: Sequence[float] | None = None) -> li
         parents, vhat = network.moving(l), network.vhat[l]
         d = network.layers[l - 1].displacement if parents else None
         if l == L:
-            found.append(Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at))
+            found.append(
+                Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at, terms.beta)
+            )
         else:
-            pi = 1.0 if precision is None else precision[l - 1]
+            pi = 1.0 if terms.precision is None else terms.precision[l - 1]
             # A way back that is not linear may hand down something although the error is 0.
             is_awake = not network.layers[l - 1].is_linear and bool(parents)
-            found.append(Prediction(d, parents, l, vhat, pi, is_awake))
+            between = terms.between.get(l)
+            if between is None:
+                found.append(Prediction(d, parents, l, vhat, pi, is_awake))
+            else:
+                is_awake |= not between.is_at_rest
+                found.append(Between(d, parents, l, vhat, pi, is_awake, between))
     return found

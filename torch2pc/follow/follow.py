@@ -8,7 +8,7 @@ How a relaxation would go on, and with which step sizes it would be stable, is f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import check_modules, check_no_transform
-from torch2pc.follow.look import look
+from torch2pc.follow.look import look, wide
 from torch2pc.follow.outlook import (
     ClosedForm,
     Landscape,
@@ -26,9 +26,9 @@ from torch2pc.follow.outlook import (
     from_above,
     largest_stable,
     look_ahead,
-    wide,
 )
 from torch2pc.follow.record import Record
+from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.autograd import add_updates, gradient, leaves_between
 from torch2pc.graph.layers import Network
 from torch2pc.graph.nodes import PCGraph, steps_above
@@ -36,7 +36,7 @@ from torch2pc.graph.state import Snapshot, Source, generators_in, generators_kep
 from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.fixed_pred import AUTO_ETA, error_factors
 from torch2pc.inference.relax import Relaxation
-from torch2pc.inference.steps import round_off
+from torch2pc.inference.steps import Langevin, Rule, is_plain, round_off
 from torch2pc.inference.strict import latent
 from torch2pc.latent import check_latent_arguments
 from torch2pc.pcinfer import check_arguments
@@ -48,11 +48,13 @@ def follow(
     X: Tensor,
     Y: Any,
     ErrType: str,
-    eta: float | Tensor | str = 0.1,
+    eta: float | Tensor | str | Rule = 0.1,
     n: int | None = 20,
     vinit: Sequence[Any] | None = None,
     *,
     update_at: str = "v",
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Record:
     r"""Run the inference of ``PCInfer`` and return a record of it, without any other effect.
 
@@ -82,6 +84,10 @@ def follow(
     times as long as one of the call, and the end as long as some 200 to 800, whatever ``n`` is. With a
     number for ``eta`` it waits for the device only at the end (but for Equilibrium, which always does).
 
+    With a rule of ``torch2pc.steps`` the rows are its iterations (Langevin's noise is that of a call with
+    the same state of its generator). The largest stable ``eta`` and the ``n`` that would be needed are
+    known of plain descent alone, and None otherwise.
+
     What the rows are for each ``ErrType``:
 
     - ``"Strict"``, ``"ErrorBased"``: the iterations. For ErrorBased the Hessian is that in epsilon.
@@ -91,7 +97,7 @@ def follow(
     - ``"Exact"``: a single row after the start, at which the errors are the gradients.
 
     Args:
-        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at: as in ``PCInfer``.
+        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at, precision, energies: as in ``PCInfer``.
 
     Returns:
         A ``Record``: print it, ``plot()`` it, or log its ``to_dict()``.
@@ -112,15 +118,18 @@ def follow(
         >>> record.energies.shape  # after 0, 1, ... 60 iterations; of layers 0, 1 and 2
         torch.Size([61, 3])
     """
-    asked = check_arguments(model, LossFun, X, ErrType, eta, n, vinit, update_at)
+    asked = check_arguments(
+        model, LossFun, X, ErrType, eta, n, vinit, update_at, precision=precision, energies=energies
+    )
 
     def walk(network: Network) -> Record:
         if ErrType not in RELAXATIONS:
+            assert not isinstance(asked.eta, Rule)
             return _follow_closed_form(network, ErrType, asked.eta, asked.n)
-        relaxation = RELAXATIONS[ErrType](network, asked.eta, vinit, update_at)
+        relaxation = RELAXATIONS[ErrType](network, asked.eta, vinit, update_at, asked.terms)
         return _follow(relaxation, ErrType, asked.n)
 
-    return _unchanged(walk, model, LossFun, X.detach(), Y)
+    return _unchanged(walk, model, LossFun, X.detach(), Y, eta=eta)
 
 
 def follow_latent(
@@ -128,10 +137,11 @@ def follow_latent(
     LossFun: Callable[[Tensor, Any], Tensor],
     Y: Any,
     Xinit: Tensor,
-    eta: float | str,
+    eta: float | Tensor | str | Rule,
     n: int,
     *,
-    precision: float | Sequence[float] | None = None,
+    precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     prior: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> Record:
     """Run the inference of ``PCInferLatent`` and return a record of it, without any other effect.
@@ -142,7 +152,7 @@ def follow_latent(
     pass from ``Xinit``.
 
     Args:
-        model, LossFun, Y, Xinit, eta, n, precision, prior: as in ``PCInferLatent``.
+        model, LossFun, Y, Xinit, eta, n, precision, energies, prior: as in ``PCInferLatent``.
 
     Returns:
         A ``Record``.
@@ -161,12 +171,16 @@ def follow_latent(
         >>> record.rises_at is None
         True
     """
-    step, n, pi = check_latent_arguments(model, LossFun, Xinit, eta, n, precision, prior)
+    step, n, terms = check_latent_arguments(
+        model, LossFun, Xinit, eta, n, precision, prior, energies
+    )
 
     def walk(network: Network) -> Record:
-        return _follow(latent(network, step, pi), "Latent", n)
+        return _follow(latent(network, step, terms), "Latent", n)
 
-    return _unchanged(walk, model, LossFun, Xinit.detach(), Y, free_input=True, prior=prior)
+    return _unchanged(
+        walk, model, LossFun, Xinit.detach(), Y, eta=eta, free_input=True, prior=prior
+    )
 
 
 def _unchanged(
@@ -176,33 +190,39 @@ def _unchanged(
     X: Tensor,
     Y: Any,
     *,
+    eta: object,
     free_input: bool = False,
     prior: Any = None,
 ) -> Record:
     """What ``walk`` returns; whatever it draws and changes is put back."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         with torch.inference_mode(False), torch.enable_grad():
-            return _unchanged(walk, model, LossFun, X, Y, free_input=free_input, prior=prior)
+            return _unchanged(
+                walk, model, LossFun, X, Y, eta=eta, free_input=free_input, prior=prior
+            )
     check_no_transform()
     modules = modules_in(model, LossFun, prior)
     check_modules(modules_in(model, *[f for f in (LossFun, prior) if isinstance(f, nn.Module)]))
-    network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
-    sources: list[Source] = [
-        *network.devices,
-        *generators_in(LossFun, modules),
-        *generators_in(prior, []),
-    ]
-    with generators_kept(sources), _state_kept(Snapshot(modules, network.devices)):
-        return walk(network)
+
+    def attempt() -> Record:
+        network = Network(model, LossFun, X, Y, modules, free_input=free_input, prior=prior)
+        sources: list[Source] = [
+            *network.devices,
+            *generators_in(LossFun, modules),
+            *generators_in(prior, []),
+        ]
+        if isinstance(eta, Langevin) and eta.generator is not None:
+            sources.append(eta.generator)
+        with generators_kept(sources), _state_kept(Snapshot(modules, network.devices)):
+            return walk(network)
+
+    return until_guarded(attempt)
 
 
 @contextmanager
 def _state_kept(before: Snapshot) -> Iterator[None]:
-    try:
+    with before:
         yield
-    except BaseException as error:
-        before.restore(error)
-        raise
     if before.differs():
         failed = RuntimeError("what the modules hold could not be put back")
         before.restore(failed)
@@ -212,6 +232,7 @@ def _state_kept(before: Snapshot) -> Iterator[None]:
 
 def _follow(relaxation: Relaxation, ErrType: str, n: int) -> Record:
     """Run a relaxation and look at it after each step."""
+    asked_rule = repr(relaxation.rule)  # before a call has changed its numbers
     network, energy = relaxation.network, relaxation.energy
     with network.replaying():
         contributions: list[dict[Tensor, Tensor]] = [{} for _ in network.layers]
@@ -223,18 +244,20 @@ def _follow(relaxation: Relaxation, ErrType: str, n: int) -> Record:
         relaxation.run(n)
         relaxation.after_step = None
         resolved = _resolved(looking.errors, relaxation.v)
-        has_steps = ErrType != "Equilibrium"
+        rule = relaxation.rule
+        has_steps = ErrType != "Equilibrium" and is_plain(rule)
         stability, outlook = None, None
         if energy.free and has_steps:
             landscape, lowest = Landscape(energy), looking.lowest
-            row, eta = int(looking.row_of_lowest), float(relaxation.rule.eta)
+            row, eta = int(looking.row_of_lowest), float(rule.eta)
             outlook = look_ahead(landscape, lowest, row, eta)
             stability = largest_stable(landscape, looking.start, lowest)
     return _record(
         network,
         ErrType,
         looking.rows_on_host(),
-        eta=float(relaxation.rule.eta) if has_steps else None,
+        eta=float(rule.eta) if has_steps else None,
+        rule=None if is_plain(rule) else asked_rule,
         stability=stability,
         outlook=outlook,
         resolved=resolved,
@@ -281,13 +304,11 @@ class _Looking:
         energy = relaxation.energy
         here = look(energy)
         self.errors = here.errors
-        pi = {l: factor.precision for l, factor in energy.predictions.items()}
         first = L - len(here.gradient)
         clamped = [zero] * first
-        squares = list(enumerate(map(_square, here.errors[1:L]), start=1))
         prior = zero if here.prior is None else here.prior
-        energies = [prior, *[0.5 * pi[l] * square for l, square in squares], here.Loss]
-        weighted = [zero, *[pi[l] ** 2 * square for l, square in squares]]
+        energies = [prior, *here.energies, here.Loss]
+        weighted = [zero, *map(_square, here.pulls)]
         gradients = [*clamped, *map(_square, here.gradient)]
         arriving = [*clamped, *map(_square, here.arriving)]
         moves = [zero] * L
@@ -498,6 +519,7 @@ def _record(
     rows: Tensor,
     *,
     eta: float | None,
+    rule: str | None = None,
     stability: Stability | None,
     outlook: Outlook | None,
     resolved: list[float],
@@ -518,6 +540,7 @@ def _record(
     return Record(
         ErrType=ErrType,
         eta=eta,
+        rule=rule,
         names=_names(network),
         parents=[node.parents for node in network.nodes],
         energies=energies.clone(),

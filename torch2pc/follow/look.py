@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch2pc.energy import Energy, Errors, Parts
-from torch2pc.energy.factors import Prior
+from torch2pc.energy.factors import Between, Prediction, Prior
 
 
 class Here(NamedTuple):
@@ -18,6 +19,10 @@ class Here(NamedTuple):
     """None, epsilon_1..epsilon_L."""
     Loss: Tensor
     prior: Tensor | None
+    energies: list[Tensor]
+    """Those of the hidden layers."""
+    pulls: list[Tensor]
+    """What pulls at each hidden layer's belief of its own error, weighted by its precision."""
     gradient: list[Tensor]
     """F's gradient in the variables."""
     arriving: list[Tensor]
@@ -36,12 +41,30 @@ def look(energy: Energy) -> Here:
     def note(i: int, parts: Parts) -> None:
         for part, c in parts:
             gradient[i].add_(part, alpha=c)
-            if i not in of or part is not of[i].error:
+            if i not in of or all([part is not own for own, _ in of[i].own()]):
                 arriving[i].add_(part, alpha=sign * c)
 
     with energy.aside():
         energy.sweep(note)
         priors = [f.energy(energy.delta) for f in energy.factors if isinstance(f, Prior)]
         errors, Loss = energy.epsilon, energy.output.Loss
+        hidden = [of[i] for i in sorted(of)]
+        energies = [_energy(factor, energy.delta) for factor in hidden]
+        pulls = [abs(c) * part for factor in hidden for part, c in factor.own()]
     prior = priors[0] if priors else None
-    return Here(errors, Loss, prior, list(gradient.values()), list(arriving.values()))
+    return Here(
+        errors, Loss, prior, energies, pulls, list(gradient.values()), list(arriving.values())
+    )
+
+
+def _energy(factor: Prediction, x: Sequence[Any]) -> Tensor:
+    """A hidden layer's term; squares are summed in a wider type, so that small ones are not 0."""
+    if isinstance(factor, Between):
+        return factor.energy(x)
+    length = torch.linalg.vector_norm(factor.error, dtype=wide(factor.error))
+    return 0.5 * factor.precision * length.square()
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What to sum squares in: those of small float32 numbers are 0. Apple's GPUs have nothing wider."""
+    return torch.float32 if x.device.type == "mps" else torch.float64

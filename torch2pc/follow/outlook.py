@@ -36,7 +36,7 @@ from torch import Tensor
 
 from torch2pc.energy import Energy
 from torch2pc.energy.curvature import Product, largest_eigenvalue, tridiagonal
-from torch2pc.follow.look import look
+from torch2pc.follow.look import look, wide
 from torch2pc.inference.fixed_pred import error_factors
 from torch2pc.inference.steps import round_off
 
@@ -92,14 +92,13 @@ class Landscape:
         energy = self._energy
         energy.stand_at([x_i.clone() for x_i in x])
         here = look(energy)
-        pairs = [(here.errors[l], factor.precision) for l, factor in energy.predictions.items()]
-        terms = [here.Loss, *[0.5 * pi * _length([e]).square() for e, pi in pairs]]
+        terms = [here.Loss, *here.energies]
         if here.prior is not None:
             terms.append(here.prior)
         zero = terms[0].new_zeros((), dtype=wide(terms[0]))
         energies = torch.stack([term.to(zero) for term in terms])
         lengths = [
-            _length([pi * e for e, pi in pairs]) if pairs else zero,
+            _length(here.pulls) if here.pulls else zero,
             _length(here.arriving),
             _length(here.gradient),
         ]
@@ -385,11 +384,6 @@ def _jumps(landscape: Landscape, before: Point, after: Point) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ lengths
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """What to sum squares in: those of small float32 numbers are 0. Apple's GPUs have nothing wider."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _length(tensors: Sequence[Tensor]) -> Tensor:

@@ -43,7 +43,9 @@ class Record:
     ErrType: str
     """The algorithm; ``"Latent"`` from ``follow_latent``."""
     eta: float | None
-    """The step size that was used, a number for ``"auto"`` too; None where there is none."""
+    """The step size that was used, a number for ``"auto"`` too; None where there is none, or a rule."""
+    rule: str | None
+    """The step rule; None for plain descent."""
     names: list[str]
     """What the layers are called; a ``PCGraph``'s places by their names."""
     parents: list[tuple[int, ...]]
@@ -159,18 +161,18 @@ class Record:
         if self.ErrType == "Exact":
             return ["The errors are the gradients of the loss: there is nothing to choose."]
         said = [*self._of_stability()]
-        if not said:
+        if not said or self.rule is not None:  # with momentum, say, F rises and falls
             said += self._of_convergence()
         return [*said, *self._of_updates(), *self._of_precision()]
 
     def _of_stability(self) -> list[str]:
         eta, limit, k = self.eta, self.stable_eta, self.rises_at
-        if eta is None:
-            return []
         said = ""
         if k is not None:
             is_finite = bool(self.F[k].isfinite())
             said = f"F {'rises from' if is_finite else 'is not finite after'} iteration {k}"
+        if eta is None:
+            return [f"{said}."] if said and self.rule is not None else []
         if limit is not None and eta > 0 and eta >= limit:
             if not said:
                 said = "it had not yet shown" if self.descends else "the errors grow"
@@ -207,6 +209,8 @@ class Record:
         if better is not None:
             advice.append(f"n = {better[1]} with eta = {better[0]}")
         if not advice:
+            if self.rule is not None:
+                return [f"{said} after {self.n} iterations."]
             if self.eta == 0:
                 return [f"{said}, and steps of 0 lead no nearer."]
             return [f"{said}; what n it takes cannot be foretold from here."]
@@ -268,6 +272,7 @@ class Record:
 
     def _head(self) -> str:
         eta = "" if self.eta is None else f"eta = {self.eta:.4g}, "
+        eta = eta if self.rule is None else f"{self.rule}, "
         count = "evaluations" if self.ErrType == "Equilibrium" else "n"
         head = f"{self.ErrType}, {eta}{count} = {self.n}, {self.L} layer{'s' * (self.L > 1)}"
         return head.replace("evaluations = ", "evaluations: ")

@@ -6,7 +6,7 @@ What a graph is the graph of, a layer or a whole feed-forward pass, is up to ``l
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,17 +15,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules._functions import BackwardHookFunction
 
 from torch2pc.displacement.rules import belief_dtype
 from torch2pc.displacement.rules.core import storage, unit_of
 from torch2pc.displacement.vjp import kept_tensor, node_of, nodes_below, reaches, vjp
+from torch2pc.graph.apart import APART, Habits, UnguardedError, held_elsewhere, unchanged
 
 
 class Graph:
     """A forward pass with its autograd graph, ready for one backward pass."""
 
-    def __init__(self, vhat: list[Tensor], Loss: Tensor, parents: Sequence[Sequence[int]]) -> None:
-        self.vhat, self.Loss = vhat, Loss
+    def __init__(
+        self,
+        vhat: list[Tensor],
+        Loss: Tensor,
+        parents: Sequence[Sequence[int]],
+        habits: Habits,
+    ) -> None:
+        self.vhat, self.Loss, self._habits = vhat, Loss, habits
+        self._versions = [x._version for x in vhat]
+        self._looks = habits.watches
         # The leaves (parameters, mostly), and the first layer that uses each; the loss counts as
         # layer L+1. The outputs of layers belong to none, nor does what lies beyond the input (0).
         nodes = [node_of(x) for x in vhat]
@@ -45,6 +55,12 @@ class Graph:
         )
         self._leaves = [leaf.variable for leaf in leaves]
         self._l_of = [layer_of[leaf] for leaf in leaves]
+        # The layers in which code runs that is not PyTorch's; L+1 is the loss.
+        self.foreign: set[int] = set()
+        layer_of[Loss.grad_fn] = len(nodes)
+        if found := foreign_of(layer_of):
+            layer_of.update({node: l for l, node in enumerate(nodes)})
+            self.foreign = {layer_of[node] for node in found} - {0}
 
     def backpropagate(
         self, keep_graph: bool = False, arrived: Callable[[Tensor, int, Tensor], None] | None = None
@@ -57,11 +73,26 @@ class Graph:
         """
         asked = [l for l, vhat_l in enumerate(self.vhat) if vhat_l.requires_grad]
         inputs = [*[self.vhat[l] for l in asked], *self._leaves]
+        copies: list[Any] = [None] * len(inputs)
         watches = None
-        if arrived is not None:
-            places = zip(self._leaves, self._l_of, strict=True)
-            watches = [None] * len(asked) + [partial(arrived, *place) for place in places]
+        if self._habits.watches or self.foreign or arrived is not None:
+            # What follows may write into a gradient once it has arrived.
+            def watch(i: int, g: Tensor) -> None:
+                copies[i] = g.clone()
+                if arrived is not None and i >= len(asked):
+                    k = i - len(asked)
+                    arrived(self._leaves[k], self._l_of[k], copies[i])
+
+            watches = [partial(watch, i) for i in range(len(inputs))]
         found = gradient([self.Loss], inputs, keep_graph=keep_graph, watches=watches)
+        versions = tuple([0 if x is None else x._version for x in found])
+        if watches is not None:
+            self._learn(found, copies, versions)
+            found = copies
+        elif any(versions) and versions not in self._habits.versions:
+            # PyTorch counts what it does itself too: to be seen with copies.
+            self._habits.watches = True
+            raise UnguardedError(["a layer of the model"])
         if found[len(asked) - 1] is None:
             raise independent_loss()
         g: list[Any] = [None] * len(self.vhat)
@@ -69,6 +100,29 @@ class Graph:
             g[l] = torch.zeros_like(self.vhat[l]) if g_l is None else g_l
         of_leaves = zip(self._leaves, self._l_of, found[len(asked) :], strict=True)
         return g, [(leaf, l, of_leaf) for leaf, l, of_leaf in of_leaves if of_leaf is not None]
+
+    def _learn(
+        self, found: Sequence[Tensor | None], copies: Sequence[Any], versions: tuple[int, ...]
+    ) -> None:
+        """Whether anybody has written into the gradients since they arrived, who may do so again."""
+        habits = self._habits
+        if habits.watches:
+            habits.watches = not unchanged(found, copies)
+            if not habits.watches:
+                habits.versions.add(versions)
+
+    def values(self) -> list[Tensor]:
+        """The feed-forward values, once the graph has been used."""
+        versions = [x._version for x in self.vhat]
+        if versions != self._versions:
+            pairs = zip(versions, self._versions, strict=True)
+            raise _changed_belief(next(l for l, (now, before) in enumerate(pairs) if now != before))
+        if self._looks:
+            self._habits.held.update(held_elsewhere(self.vhat))
+        vhat = [x.detach() for x in self.vhat]
+        for l in self._habits.held:
+            vhat[l] = vhat[l].clone()
+        return vhat
 
     def weighted_gradients(
         self,
@@ -96,7 +150,7 @@ def gradient(
     inputs: Sequence[Tensor],
     arriving: Sequence[Tensor] | None = None,
     keep_graph: bool = False,
-    watches: Sequence[Callable[[Tensor], None] | None] | None = None,
+    watches: Sequence[Callable[[Tensor], Tensor | None]] | None = None,
 ) -> list[Tensor | None]:
     """``J^T arriving`` for each input; None for one that the outputs do not depend on.
 
@@ -105,11 +159,12 @@ def gradient(
     if not inputs or not outputs[0].requires_grad:
         return [None] * len(inputs)
     hooked = has_hooks(inputs)
+    if watches is None and type(outputs[0].grad_fn) is APART:
+        watches = [torch.clone] * len(inputs)
     watched = [] if watches is None else zip(inputs, watches, strict=True)
     handles: list[Any] = [
         x.register_hook(watch)  # type: ignore[no-untyped-call]
         for x, watch in watched
-        if watch is not None
     ]
     try:
         # Backward passes belong outside autocast: the types were chosen in the forward pass.
@@ -184,6 +239,8 @@ class Below(NamedTuple):
     """The nodes whose backward is not PyTorch's own: it need not be linear in the error."""
     is_foreign: bool
     """Whether such a one is on the way to the inputs: J^T is not that of the operations."""
+    nodes: list[Any]
+    """All of them."""
 
 
 def below(output: Tensor, inputs: Sequence[Tensor]) -> Below:
@@ -193,11 +250,11 @@ def below(output: Tensor, inputs: Sequence[Tensor]) -> Below:
     parameters, and for those that belong to no module; faster than listing parameters, too.
     """
     if output.is_leaf:
-        return Below([], [], False)
+        return Below([], [], False, [])
     nodes = nodes_below(output.grad_fn)
-    foreign = [node for node in nodes if _is_foreign(node)]
+    foreign = foreign_of(nodes)
     leaves = leaves_of(nodes, inputs)
-    return Below(leaves, foreign, bool(foreign) and reaches(foreign, inputs))
+    return Below(leaves, foreign, bool(foreign) and reaches(foreign, inputs), nodes)
 
 
 def leaves_between(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -218,17 +275,39 @@ def next_node() -> int:
     return torch._C._autograd._get_sequence_nr()
 
 
-def _is_foreign(node: Any) -> bool:
-    """Whether a node's backward is written in Python, or in C++ outside PyTorch.
+# Types of nodes that are not foreign: those of our own, of what calls the hooks of a module's backward
+# pass (which is looked for on the modules), and of PyTorch's operations, as far as they were met.
+_native: set[type] = {type(None), APART, BackwardHookFunction._backward_cls}
 
-    Such are an ``autograd.Function``'s, a custom operation's, a full backward hook's. What it does
-    is its own: it may use a state that changes, and add what has nothing to do with the error.
+
+def foreign_of(nodes: Collection[Any]) -> list[Any]:
+    """Those of the nodes whose backward is written in Python, or in C++ outside PyTorch.
+
+    Such are an ``autograd.Function``'s and a custom operation's. What it does is its own: it may use a
+    state that changes, add what has nothing to do with the error, and write into what it is given.
     """
-    if isinstance(node, BackwardCFunction):
-        return True
-    return type(node).__name__ == "CppFunction" and node.name().startswith(
-        "torch::autograd::CppNode"
-    )
+    if _native.issuperset(map(type, nodes)):
+        return []
+    kinds = set(map(type, nodes)) - _native
+    may_be = {kind for kind in kinds if _is_python(kind) or _is_cpp(kind)}
+    _native.update(kinds - may_be)  # PyTorch's own types, which are there for good
+    chosen = [node for node in nodes if type(node) in may_be]
+    return [x for x in chosen if not _is_cpp(type(x)) or x.name().startswith(_CPP_FUNCTION)]
+
+
+def _is_python(kind: type) -> bool:
+    """Whether a function in Python made the nodes, other than those that ``torch.cond`` and its like are."""
+    if not issubclass(kind, BackwardCFunction):
+        return False
+    function = getattr(kind, "_forward_cls", None)
+    return not getattr(function, "__module__", "").startswith("torch._higher_order_ops.")
+
+
+def _is_cpp(kind: type) -> bool:
+    return kind.__name__ == "CppFunction"
+
+
+_CPP_FUNCTION = "torch::autograd::CppNode"
 
 
 # By the names of autograd's nodes: activations that are constant over a range, and what keeps a
@@ -325,6 +404,15 @@ def check_scalar(name: str, energy: Tensor) -> None:
             f"{name} must return a scalar, got shape {tuple(energy.shape)}; "
             "for a loss, use reduction='mean' or 'sum'"
         )
+
+
+def _changed_belief(l: int) -> RuntimeError:
+    """What layer l has put out, or the input, is no longer what it was."""
+    what = f"the output of model[{l - 1}]" if l else "the input of model[0]"
+    return RuntimeError(
+        f"{what} was changed in place after the layer had returned it, which destroys the belief "
+        "stored there; let what changes it (a hook, a later layer) work on a copy"
+    )
 
 
 def independent_loss() -> ValueError:

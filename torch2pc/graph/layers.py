@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +29,16 @@ from torch2pc.displacement.recorder import (
     is_new,
     uncompiled,
 )
-from torch2pc.displacement.rules.core import tensors_in
+from torch2pc.displacement.rules.core import storage, tensors_in
 from torch2pc.displacement.vjp import kept_tensor, node_of, nodes_below
+from torch2pc.graph.apart import Habits, UnguardedError, apart, copied, habits_of, unchanged
 from torch2pc.graph.autograd import (
     Graph,
     below,
     check_loss,
     check_scalar,
     ends_flat,
+    foreign_of,
     in_belief_dtype,
     leaves_of,
     next_node,
@@ -73,11 +74,6 @@ class Inference(NamedTuple):
     evaluations: int | None = None
 
 
-# For each model, which of its layers, training or not, were found to be the same function again in a
-# replay.
-_replayable: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], bool]] = WeakKeyDictionary()
-
-
 class Layer:
     """One item of the model, or the loss, as a function whose side effects happen once.
 
@@ -101,6 +97,11 @@ class Layer:
     own_backward: str | None = None
     # Whether J^T 0 is 0: not where a backward or a hook may add what it likes.
     is_linear = True
+    # Whether it is kept from memory that others need (``apart.py``), and whether its way back is.
+    is_apart = False
+    _walls = False
+    # The memory of the output that it recorded, which no replay may write into.
+    _recorded: int | None = None
 
     def __init__(
         self,
@@ -110,10 +111,17 @@ class Layer:
         copies_input: bool = False,
         *,
         others: tuple[Any, ...] = (),
-        model: nn.Module | None = None,
+        habits: Habits | None = None,
     ) -> None:
         self.function, self._where, self._devices = function, where, devices
-        self.copies_input, self._others, self._model = copies_input, others, model
+        self._others, self._habits = others, Habits() if habits is None else habits
+        self._key = where, getattr(function, "training", None)
+        # What is no item is given copies until it is seen, in each call, that it needs none.
+        self._is_item = where.startswith("model")
+        self.copies_input = copies_input or not self._is_item
+        if where in self._habits.apart:
+            self.is_apart = self._walls = self.copies_input = True
+        self._is_new = not self.copies_input and self._key not in self._habits.looked_at
         # What the forward pass adds to autograd's graph is numbered from here on.
         self._begun = next_node()
 
@@ -123,9 +131,30 @@ class Layer:
         return f"{self._where} ({_type_name(self.function)})"
 
     def __call__(self, *x: Any) -> Tensor:
-        given: Sequence[Any] = [a.clone() for a in x] if self.copies_input else x
-        if given is x and any(GLOBAL_HOOKS):
-            given = _no_leaves([*x])
+        before = copied(x) if self._is_new else None
+        output = self._evaluated(self._given(x), x)
+        if before is not None:
+            self._compare(x, before)
+        return self._handed_out(output)
+
+    def _compare(self, x: Sequence[Any], before: Sequence[Any]) -> None:
+        """See if the first evaluation of an item wrote into its input, as nothing else may tell."""
+        self._is_new = False
+        self._habits.looked_at.add(self._key)
+        if not unchanged(x, before):
+            self._habits.apart.add(self._where)
+
+    def _given(self, x: Sequence[Any]) -> Sequence[Any]:
+        """What the function is given in the place of ``x``."""
+        if self.copies_input:
+            return [copied(a) for a in x]
+        return _no_leaves([*x]) if any(GLOBAL_HOOKS) else x
+
+    def _handed_out(self, output: Tensor) -> Tensor:
+        return apart(output) if self._walls else output
+
+    def _evaluated(self, given: Sequence[Any], x: Sequence[Any]) -> Tensor:
+        """What the function returns for ``given``, which stands for ``x``."""
         versions = None
         if not self.copies_input:
             versions = [a._version for a in x if isinstance(a, Tensor)]
@@ -150,6 +179,11 @@ class Layer:
         is_fresh = not output.is_leaf and not output._is_view()
         return output if is_fresh else own_output(output, given)
 
+    @property
+    def is_unguarded(self) -> bool:
+        """Whether it was found to need memory of its own, and is given others'."""
+        return not self.is_apart and self._where in self._habits.apart
+
     def _wrote_input(self) -> RuntimeError:
         return RuntimeError(
             f"{self.name} wrote into its input in place, which destroys the belief stored there; "
@@ -161,52 +195,77 @@ class Layer:
 
         ``moving``: those of its inputs that will move; then it becomes a ``displacement`` of these.
         """
-        inputs, modules = x, modules_in(self.function)
+        modules = modules_in(self.function)
         random = random_state([*self._devices, *generators_in(self.function, modules)])
         buffers = Buffers(modules)
-        before = next_node()
-        if any(GLOBAL_HOOKS) and not self.copies_input:
-            place = {id(a): k for k, a in enumerate(x)}
-            given = _no_leaves([*x])
-            moving, x = [given[place[id(a)]] for a in moving], tuple(given)
+        compared, before = copied(x) if self._is_new else None, next_node()
+        given = self._given(x)
+        places = [next(k for k, a in enumerate(x) if a is b) for b in moving]
+        sees_exits = bool(places) and is_new(self.function)
+        moves = [given[k] for k in places]
         recorder: Recorder | Watch = Watch()
-        if moving and self.is_precise:
-            recorder = Recorder(*moving, sees_exits=is_new(self.function))
+        if places and self.is_precise:
+            recorder = Recorder(*moves, sees_exits=sees_exits)
         with uncompiled, recorder:
-            output = self(*x)
-        nodes = nodes_below(output.grad_fn)
-        kept = [node for node in nodes if self._begun <= node._sequence_nr() < before]
+            output = self._evaluated(given, x)
+        if compared is not None:
+            self._compare(x, compared)
+        graph = below(output, tensors_in(list(x)))
+        kept = [node for node in graph.nodes if self._begun <= node._sequence_nr() < before]
         # Of parameters alone it is no function of beliefs.
         if kept and any(
             [not isinstance(x, nn.Parameter) for x in leaves_of(nodes_below(*kept), [])]
         ):
             raise kept_tensor(self.name)
+        self._keep_apart(bool(graph.foreign), given, recorder.written)
+        if self.is_unguarded:
+            return output  # the call begins anew
         self.drawn = drawn_from(random) if recorder.draws else []
-        self._buffers = buffers if buffers.differ() else None
-        graph = below(output, tensors_in(list(inputs)))
+        # Code that is not PyTorch's writes without a trace, the same values perhaps.
+        writes = bool(graph.foreign) or self._key in self._habits.write_buffers
+        if buffers and (writes or buffers.differ(recorder.written)):
+            self._buffers = buffers
+            self._habits.write_buffers.add(self._key)
         self.has_leaves = bool(graph.leaves)
         self.ends_flat = ends_flat(output)
-        if moving:
-            hooked = [module._backward_hooks or module._backward_pre_hooks for module in modules]
-            if any(hooked) or any(GLOBAL_HOOKS[2:]):
-                self.own_backward = "a module has a backward hook"
+        hooked = [module._backward_hooks or module._backward_pre_hooks for module in modules]
+        if any(hooked) or any(GLOBAL_HOOKS[2:]):
+            self.own_backward = "a module has a backward hook"
+        # Hooks are at work on the way back alone.
+        self._walls = self.is_apart or self.own_backward is not None or recorder.is_hooked
+        # Now, as the next evaluation may write where this output is.
+        handed_out = self._handed_out(output)
+        self._recorded = storage(handed_out) if self._is_item else None
+        if places:
             self.is_linear = not graph.is_foreign and self.own_backward is None
-            self._displace(recorder, x, moving, output, graph.is_foreign)
-        return output
+            values = handed_out.detach()
+            self._displace(recorder, x, places, output, values, graph.is_foreign)
+        return handed_out
+
+    def _keep_apart(self, is_foreign: bool, given: Sequence[Any], written: set[int]) -> None:
+        """What follows from the code that it ran, and from what it wrote into."""
+        wrote = not written.isdisjoint([storage(a) for a in tensors_in(list(given))])
+        if not self._is_item:
+            self.is_apart, self.copies_input = is_foreign, is_foreign or wrote
+        elif is_foreign or (wrote and not self.copies_input):
+            self._habits.apart.add(self._where)
 
     def _displace(
         self,
         recorder: Recorder | Watch,
         x: Sequence[Any],
-        moving: Sequence[Tensor],
+        places: Sequence[int],
         output: Tensor,
+        before: Tensor,
         is_foreign: bool,
     ) -> None:
-        """Set ``displacement``: by rules if it can be, and is found to be right."""
+        """Set ``displacement``: by rules if it can be, and is found to be right.
+
+        ``before`` are the values of ``output``, which only the recorder knows.
+        """
         device = output.device
         in_autocast = torch.is_autocast_enabled(device.type)
-        before = output.detach()
-        places = [next(k for k, a in enumerate(x) if a is b) for b in moving]
+        moving = [x[k] for k in places]
 
         def at(*moved: Tensor) -> Tensor:
             given = list(x)
@@ -255,8 +314,7 @@ class Layer:
 
         It does not where a layer depends on what is no buffer and no generator that can be found.
         """
-        known = {} if self._model is None else _replayable.setdefault(self._model, {})
-        key = self.name, getattr(self.function, "training", None)
+        known, key = self._habits.replayable, (self.name, self._key[1])
         if output.numel() == 0:
             return True
         if key not in known:
@@ -288,7 +346,12 @@ class Layer:
         """The recorded function, evaluated at other inputs."""
         set_random_state(self.drawn)
         with self.buffers_kept():
-            return self(*x)
+            output = self(*x)
+        where = storage(output)
+        if where == self._recorded and where not in map(storage, tensors_in(list(x))):
+            self._habits.apart.add(self._where)
+            raise UnguardedError([self.name])
+        return output
 
     def buffers_kept(self) -> AbstractContextManager[None]:
         """The body finds the buffers that the recorded evaluation changed as that one did."""
@@ -329,20 +392,19 @@ class Network:
             self._autocast = kind, torch.get_autocast_dtype(kind)
         self.modules = modules
         self.nodes = nodes_of(model)
-        writes = any_in_place(modules)
+        writes, self.habits = any_in_place(modules), habits_of(model)
         self.layers = [
             Layer(
                 node.function,
                 node.where,
                 devices,
                 writes and may_write_input(node.function),
-                model=model,
+                habits=self.habits,
             )
             for node in self.nodes
         ]
-        writes_output = writes and may_write_input(LossFun)
-        self.loss = Layer(LossFun, "LossFun", devices, writes_output, others=(Y,), model=model)
-        self.prior = None if prior is None else Layer(prior, "prior", devices, model=model)
+        self.loss = Layer(LossFun, "LossFun", devices, others=(Y,), habits=self.habits)
+        self.prior = None if prior is None else Layer(prior, "prior", devices, habits=self.habits)
         self.free = set(range(0 if free_input else 1, len(self.nodes)))
         """The places whose beliefs move. The output's does not: the target has taken its place."""
         self.kept: dict[int, tuple[list[Tensor], Tensor]] = {}
@@ -350,6 +412,7 @@ class Network:
         # Told of each parameter's update as soon as it is there, and once more if it changes.
         self.arrived: Callable[[Tensor, Tensor], None] | None = None
         self._stand_in: nn.Module | None = None
+        self._is_recorded = False
 
     def moving(self, l: int) -> tuple[int, ...]:
         """The parents of layer l whose beliefs move."""
@@ -377,10 +440,22 @@ class Network:
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
         with nullcontext() if from_X else self._derivatives_refused():
             Loss = check_loss(self.loss(vhat[-1]))
-        return Graph(vhat, Loss, [node.parents for node in self.nodes])
+        graph = Graph(vhat, Loss, [node.parents for node in self.nodes], self.habits)
+        wheres = [node.where for node in self.nodes]
+        self.habits.apart.update([wheres[l - 1] for l in graph.foreign if l <= len(wheres)])
+        self._check_guarded()
+        return graph
+
+    def _check_guarded(self) -> None:
+        """No layer is at memory that it is to be kept from."""
+        if not self.habits.apart:
+            return
+        names = [layer.name for layer in self.layers if layer.is_unguarded]
+        if names:
+            raise UnguardedError(names)
 
     def record(self) -> None:
-        """One forward pass without a graph across layers, which sets vhat, Loss and dLdy, detached.
+        """One forward pass without a graph across layers, which sets vhat, Loss and dLdy, detached; once.
 
         After it each layer, the loss and the prior can be replayed, and each layer of which a parent
         moves has a displacement. One of which none does needs no other evaluation: its inputs and its
@@ -396,12 +471,16 @@ class Network:
                 self.kept[l] = given, output
             return output
 
+        if self._is_recorded:
+            return
+        self._is_recorded = True
         vhat = self.vhat = self._layer_by_layer(evaluate)
         prediction = vhat[-1].detach().requires_grad_()
         with self._derivatives_refused():
             Loss = check_loss(self.loss.record(prediction))
         self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_())
-        self.Loss, self.dLdy = Loss.detach().clone(), output_gradient(Loss, prediction)
+        # Copies, as the loss may write its next gradient where this one is.
+        self.Loss, self.dLdy = Loss.detach().clone(), output_gradient(Loss, prediction).clone()
         if self.prior is not None:
             beliefs = self._beliefs_of_prior()
             energy = self.prior.record(beliefs)
@@ -417,6 +496,8 @@ class Network:
 
         def evaluate(l: int, given: list[Tensor]) -> Tensor:
             output = self.layers[l - 1](*given)
+            if foreign_of(nodes_below(output.grad_fn)):
+                self.habits.apart.add(self.nodes[l - 1].where)
             found.append((given, output))
             return output
 
@@ -444,6 +525,7 @@ class Network:
             return vhat[-1]
 
         output = self._through_hooks_of_model(walk, vhat[0])
+        self._check_guarded()
         if output.data_ptr() != vhat[-1].data_ptr():
             raise ValueError(
                 "model must have no forward hook that replaces its output where its beliefs are "

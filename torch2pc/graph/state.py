@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch2pc.displacement.rules.core import storage
+
 # What random numbers are drawn from: the default generator of a device, or one of the user's own.
 Source = torch.device | torch.Generator
 RandomState = list[tuple[Source, Tensor]]
@@ -183,10 +185,19 @@ class Buffers:
             if module._buffers
         ]
 
-    def differ(self) -> bool:
-        """Whether any buffer was written to or replaced since."""
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._tables)
+
+    def differ(self, written: Collection[int] = ()) -> bool:
+        """Whether any buffer was written to or replaced since.
+
+        ``written``: memory that is known to have been written, with the same values perhaps.
+        """
         return any(
-            _entry(module, name) is not buffer or _written(module, buffer, version, value)
+            _entry(module, name) is not buffer
+            or _written(module, buffer, version, value)
+            or (bool(written) and buffer is not None and storage(buffer) in written)
             for module, _, table in self._tables
             for name, version, value, buffer in table
         )
@@ -311,7 +322,7 @@ def _version_and_copy(buffer: Tensor | None) -> tuple[int, Tensor | None]:
 
 
 class Snapshot:
-    """Generators, buffers and training flags as they are now, to be put back if a call fails."""
+    """Generators, buffers and training flags as they are now, put back if the body raises."""
 
     def __init__(self, modules: list[nn.Module], devices: set[torch.device]) -> None:
         self._random = random_state(devices)
@@ -322,6 +333,13 @@ class Snapshot:
         """Whether buffers or training flags are others now."""
         changed = any(module.training != training for module, training in self._training)
         return changed or self._buffers.differ()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            self.restore(error)
 
     def restore(self, first: BaseException) -> None:
         """Put everything back as it was, after ``first`` was raised; what cannot be is passed over."""

@@ -14,6 +14,9 @@ whose F it lowers. LossFun returns one number for all of them, but its gradient 
 row for each; so an example's own loss changes by the integral of that gradient along the straight
 line from the old output to the new one. That takes a few evaluations of the loss alone, and subtracts
 no two nearly equal numbers. Examples that are mixed are one problem, which all of this holds for as well.
+
+Where the errors have precisions, it is sqrt(pi_l) epsilon_l that it searches in: its squares are pi_l times
+the errors', so that nothing else changes.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 
 from torch2pc.displacement.recorder import Displacement
 from torch2pc.energy import Errors
+from torch2pc.energy.factors import USUAL, Terms
 from torch2pc.graph.layers import Inference, Network
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.error_based import errors_of, place_of
@@ -54,13 +58,17 @@ _mixing: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 
 
 def equilibrium(
-    network: Network, eta: Any, vinit: Sequence[Any] | None = None, update_at: str = "v"
+    network: Network,
+    eta: Any,
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+    terms: Terms = USUAL,
 ) -> Search:
     """The search for a batch, from the errors of the beliefs ``vinit`` or else from 0.
 
     ``eta`` has no use here.
     """
-    return Search(network, errors_of(network, vinit), place_of(update_at))
+    return Search(network, errors_of(network, vinit, terms), place_of(update_at))
 
 
 class Point(NamedTuple):
@@ -79,7 +87,8 @@ class Point(NamedTuple):
 class Search(Relaxation):
     """The minimisation; after ``run`` the errors and the beliefs are those that it came to.
 
-    Within it the errors of all layers are one matrix, with a row for each separate problem.
+    Within it the errors of all layers, times the roots of their precisions, are one matrix, with a row for
+    each separate problem.
     """
 
     energy: Errors
@@ -87,15 +96,14 @@ class Search(Relaxation):
     def __init__(self, network: Network, energy: Errors, update_at: str = "v") -> None:
         super().__init__(network, energy, Descent(0.0), update_at)
         self._shapes = [e.shape for e in energy.variables]
+        self._roots = [energy.predictions[i].precision ** 0.5 for i in energy.free]
         errors = self.epsilon[1:]
         self._dtype = max((e.dtype for e in errors), key=lambda dtype: dtype.itemsize)
         # In half precision that is what limits the gradient, whatever the errors are held in.
         self._eps = torch.finfo(self.vhat[-1].dtype).eps
         sizes = {len(e) if e.dim() else 1 for e in errors}
         self._rows = max(sizes.pop(), 1) if len(sizes) == 1 else 1
-        self.evaluations = 0
-        """How often F and its gradient were evaluated."""
-        self.distance = errors[-1].new_zeros(self._rows)
+        self.distance: Tensor = errors[-1].new_zeros(self._rows)
         """For each row the gradient's size at the last evaluation, in units of the errors."""
         # The lowest energy before the first, and after each evaluation.
         self._energies: list[Tensor] = []
@@ -183,7 +191,8 @@ class Search(Relaxation):
             key = hash(tuple([displacement.key for displacement in displacements]))
         if key is not None and known.get(key):
             self._rows = 1
-        errors = self.energy.variables
+        found = zip(self.energy.variables, self._roots, strict=True)
+        errors = [e if root == 1 else e * root for e, root in found]
         at = self._evaluate(self._joined(errors))
         if self._rows == 1:
             return at
@@ -227,7 +236,8 @@ class Search(Relaxation):
         self._move_to(epsilon)
         y, gradient = self.energy.output.y.reshape(self._rows, -1), epsilon
         if with_gradient:
-            gradient = self._joined(self.energy.gradient())
+            found = zip(self.energy.gradient(), self._roots, strict=True)
+            gradient = self._joined([g if root == 1 else g / root for g, root in found])
         return Point(epsilon, gradient, y)
 
     def _rise(self, at: Point, trial: Point, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,11 +262,17 @@ class Search(Relaxation):
         return torch.cat(parts, dim=1)
 
     def _move_to(self, epsilon: Tensor) -> None:
-        """Let the errors be these, and the beliefs follow."""
+        """Let the errors, times the roots, be these, and the beliefs follow."""
         sizes = [shape.numel() // self._rows for shape in self._shapes]
         now = self.energy.variables
-        parts = zip(torch.split(epsilon, sizes, dim=1), self._shapes, now, strict=True)
-        self.energy.stand_at([part.reshape(shape).to(e) for part, shape, e in parts])
+        split = torch.split(epsilon, sizes, dim=1)
+        parts = zip(split, self._roots, self._shapes, now, strict=True)
+        self.energy.stand_at(
+            [
+                (part if root == 1 else part / root).reshape(shape).to(e)
+                for part, root, shape, e in parts
+            ]
+        )
 
 
 class History:

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch2pc.energy import Errors
-from torch2pc.energy.factors import factors_of
+from torch2pc.energy.factors import USUAL, Terms, factors_of
 from torch2pc.graph.layers import Network
 from torch2pc.inference.relax import Relaxation
 from torch2pc.inference.start import check_vinit_entries
@@ -35,21 +35,26 @@ from torch2pc.inference.steps import rule_of
 
 
 def error_based(
-    network: Network, eta: Any, vinit: Sequence[Any] | None = None, update_at: str = "v"
+    network: Network,
+    eta: Any,
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+    terms: Terms = USUAL,
 ) -> Relaxation:
     """The relaxation of a batch, from the errors of the beliefs ``vinit`` or else from 0.
 
     Between the steps v and epsilon belong together: ``epsilon_l = f_l(v_{l-1}) - v_l``, and
     ``epsilon_L`` is the loss's gradient at f_L(v_{L-1}).
     """
-    return Relaxation(network, errors_of(network, vinit), rule_of(eta), place_of(update_at))
+    energy = errors_of(network, vinit, terms)
+    return Relaxation(network, energy, rule_of(eta), place_of(update_at))
 
 
-def errors_of(network: Network, vinit: Sequence[Any] | None) -> Errors:
+def errors_of(network: Network, vinit: Sequence[Any] | None, terms: Terms = USUAL) -> Errors:
     """The energy in the errors."""
     network.record()
     check_vinit_entries(vinit, network.vhat)
-    return Errors(factors_of(network), network.vhat, network.free, vinit)
+    return Errors(factors_of(network, terms), network.vhat, network.free, vinit)
 
 
 def place_of(update_at: str) -> str:

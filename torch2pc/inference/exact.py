@@ -54,15 +54,15 @@ def weighted_backpropagation(network: Network, factors: Factors) -> Inference:
             told(leaf, of_leaf if c[l] == 1 else of_leaf * c[l])
 
     g, of_leaves = graph.backpropagate(shares, None if told is None else arrived)
-
-    vhat = [vhat_l.detach() for vhat_l in graph.vhat]
-    dLdy, epsilon_0 = g[-1].clone(), None if g[0] is None else g[0] * c[0]
-    errors = [in_belief_dtype(g_l) for g_l in g[1:]]
-    v = [detached(network.X), *_subtract(vhat[1:], errors, factors.v[1:])]
     leaves = [leaf for leaf, _, _ in of_leaves]
     updates = [u for _, _, u in of_leaves]
     if shares:
         updates = graph.weighted_gradients(g, leaves, c, factors.above)
+
+    vhat = graph.values()
+    dLdy, epsilon_0 = g[-1].clone(), None if g[0] is None else g[0] * c[0]
+    errors = [in_belief_dtype(g_l) for g_l in g[1:]]
+    v = [detached(network.X), *_subtract(vhat[1:], errors, factors.v[1:])]
     found = own([*errors, *updates])
     if is_scaled:
         l_of = [*range(1, L + 1), *([] if shares else [l for _, l, _ in of_leaves])]

@@ -41,6 +41,7 @@ from torch2pc.graph.layers import Inference, Network, detached
 from torch2pc.graph.nodes import nodes_of, steps_above
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.exact import Factors, within
+from torch2pc.inference.steps import Rule
 
 # A share of the gradient that this is less than, an optimizer's epsilon and round-off take for none.
 LEAST_SHARE = 1e-6
@@ -52,7 +53,7 @@ AUTO_ETA = 1.0
 _warned: WeakSet[nn.Module] = WeakSet()
 
 
-def warn_of_short_inference(model: nn.Module, eta: float | str, n: int) -> None:
+def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -> None:
     """Say, the first time for a model, which layers' updates the errors hardly reach.
 
     Less than ``LEAST_SHARE`` of the gradient arrives there, on the shortest way down. At least half
@@ -63,8 +64,10 @@ def warn_of_short_inference(model: nn.Module, eta: float | str, n: int) -> None:
     nodes = nodes_of(model)
     below = steps_above([node.parents for node in nodes])[1:]
     L, given, farthest = len(nodes), eta, max(below)
-    if isinstance(eta, str):
-        eta = AUTO_ETA  # Strict's is not known yet, and brings no more
+    if isinstance(eta, Rule) and eta.down:
+        return  # one sweep reaches all
+    if isinstance(eta, str | Rule):
+        eta = AUTO_ETA  # what Strict's steps will be is not known yet, and brings no more
     shares = error_factors(eta, n - 1, farthest + 1)
     if min(map(abs, shares)) >= LEAST_SHARE or model in _warned:
         return
@@ -159,7 +162,9 @@ def by_lengths_of_paths(network: Network, eta: float, n: int) -> Inference:
         parts.clear()
         leaves = leaves_between(output, inputs)
         given = [x for p, x in places if p == 0 and network.asks_input]
-        of_l = gradient([output], [*leaves, *given], [error.to(output.dtype)])
+        # A copy, as hooks may write into it.
+        arrives = error.to(output.dtype, copy=True)
+        of_l = gradient([output], [*leaves, *given], [arrives])
         add_updates(found, leaves, of_l[: len(leaves)])
         for x, g in zip(given, of_l[len(leaves) :], strict=True):
             g = torch.zeros_like(x) if g is None else g

@@ -17,7 +17,7 @@ from torch2pc.energy import Energy
 from torch2pc.graph.autograd import own
 from torch2pc.graph.layers import Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
-from torch2pc.inference.steps import Rule, round_off
+from torch2pc.inference.steps import Langevin, Rule, round_off
 from torch2pc.inference.updates import updates
 
 # What PCInfer calls after each iteration, with its number, v and epsilon.
@@ -59,6 +59,10 @@ class Relaxation:
 
     after_step: Callable[[int], object] | None = None
     """Called after each step of ``run`` with how many there have been."""
+    distance: Tensor | None = None
+    """What a search knows of how far it came (``equilibrium.py``)."""
+    evaluations = 0
+    """How often a search has evaluated F."""
 
     def __init__(
         self,
@@ -139,7 +143,8 @@ class Relaxation:
         if self.update_at == "before" and self._before is not None:
             moved = zip(self.vhat, self._before, strict=True)
             at = [vhat if d is None else vhat + d for vhat, d in moved]
-        return updates(self.network, at, self.energy.weighted, v)
+        beta = self.energy.output.beta
+        return updates(self.network, at, self.energy.weighted, v, beta=beta)
 
     def result(self) -> Inference:
         """What was inferred, in tensors that share no memory; no step can follow."""
@@ -192,7 +197,9 @@ def _warn_if_risen(relaxation: Relaxation, n: int, name: str) -> None:
         return
     F = energy.last()
     # From the feed-forward pass on, where no layer has an error.
-    start = None if energy.start is not None or network.prior is not None else network.Loss
+    knows_start = energy.start is None and network.prior is None
+    # (Samples of Langevin's are about a minimum, not at it.)
+    start = network.Loss if knows_start and not isinstance(relaxation.rule, Langevin) else None
     is_higher = start is not None and bool(start + round_off(start.dtype) * start.abs() < F)
     if bool(F.isfinite()) and not is_higher:
         return

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch2pc.energy import Beliefs
-from torch2pc.energy.factors import factors_of
+from torch2pc.energy.factors import USUAL, Terms, factors_of
 from torch2pc.graph.layers import Network
 from torch2pc.inference.relax import Relaxation
 from torch2pc.inference.start import check_vinit_entries
@@ -37,7 +37,11 @@ from torch2pc.inference.steps import rule_of
 
 
 def strict(
-    network: Network, eta: Any, vinit: Sequence[Any] | None = None, update_at: str = "v"
+    network: Network,
+    eta: Any,
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+    terms: Terms = USUAL,
 ) -> Relaxation:
     """The relaxation of a batch, from the beliefs ``vinit`` or else from the feed-forward pass.
 
@@ -52,15 +56,15 @@ def strict(
     """
     network.record()
     check_vinit_entries(vinit, network.vhat)
-    energy = Beliefs(factors_of(network), network.vhat, network.free, vinit)
+    energy = Beliefs(factors_of(network, terms), network.vhat, network.free, vinit)
     return Relaxation(network, energy, rule_of(eta), update_at)
 
 
-def latent(network: Network, eta: Any, precision: Sequence[float]) -> Relaxation:
+def latent(network: Network, eta: Any, terms: Terms) -> Relaxation:
     """The same with a first belief that is free too, precisions, and the network's prior.
 
     Its errors are those at the final beliefs.
     """
     network.record()
-    energy = Beliefs(factors_of(network, precision), network.vhat, network.free)
+    energy = Beliefs(factors_of(network, terms), network.vhat, network.free)
     return Relaxation(network, energy, rule_of(eta), takes_errors=True)

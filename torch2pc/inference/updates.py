@@ -40,6 +40,7 @@ def updates(
     errors: Sequence[Any],
     v: Sequence[Tensor],
     known: Callable[[int, Tensor], OfLayer | None] | None = None,
+    beta: float = 1.0,
 ) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
     """The input's error (if the input requires grad) and the parameters' updates.
 
@@ -49,6 +50,7 @@ def updates(
         errors: for each place, the error of its layer, weighted by its precision.
         v: the beliefs that a prior's own parameters are asked at.
         known: for a layer and its error, what they make, where that is known otherwise.
+        beta: what the loss is multiplied by.
     """
     found = Updates(network.arrived)
     input_error: Tensor | None = None
@@ -66,7 +68,7 @@ def updates(
             input_error = of_input if input_error is None else input_error + of_input
         if asks_loss:
             output = of_layer.prediction.detach().requires_grad_()
-            _add_own(found, network.loss.replay(output), [output])
+            _add_own(found, network.loss.replay(output), [output], beta)
         del of_layer
     if network.prior is not None and network.prior.has_leaves:
         beliefs = [v_i.detach().requires_grad_() for v_i in v[:-1]]
@@ -83,7 +85,7 @@ def _of_layer(network: Network, l: int, at: Sequence[Tensor], error: Tensor) -> 
         for x in given:
             x.requires_grad_(x.is_floating_point())
         prediction = layer.replay(*given)
-    leaves, foreign, _ = below(prediction, given)
+    leaves, foreign, *_ = below(prediction, given)
     inputs = []
     if network.asks_input:
         inputs = [x for p, x in zip(parents, given, strict=True) if p == 0]
@@ -97,7 +99,10 @@ def _of_layer(network: Network, l: int, at: Sequence[Tensor], error: Tensor) -> 
     return OfLayer(leaves, found[: len(leaves)], found[len(leaves) :], prediction)
 
 
-def _add_own(updates: dict[Tensor, Tensor], energy: Tensor, inputs: Sequence[Tensor]) -> None:
-    """Add the gradients of a loss's or a prior's own parameters to ``updates``."""
+def _add_own(
+    updates: dict[Tensor, Tensor], energy: Tensor, inputs: Sequence[Tensor], beta: float = 1.0
+) -> None:
+    """Add the gradients of a loss's or a prior's own parameters, times ``beta``, to ``updates``."""
     leaves = leaves_between(energy, inputs)
-    add_updates(updates, leaves, gradient([energy], leaves))
+    found = gradient([energy], leaves)
+    add_updates(updates, leaves, [g if g is None or beta == 1 else beta * g for g in found])
