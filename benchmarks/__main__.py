@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 
-from benchmarks import largest, memory, scaling, speed
+from benchmarks import graphs, largest, memory, scaling, speed
 from benchmarks.nets import NETWORKS
 from benchmarks.report import Options
 
@@ -23,6 +23,7 @@ PARTS = {
     "memory": memory.run,
     "scaling": scaling.run,
     "largest": largest.run,
+    "graphs": graphs.run,
 }
 QUICK = ("mnist_net", "mlp3x300")
 

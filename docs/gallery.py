@@ -13,6 +13,7 @@ ORDER = [
     "convolutions",
     "transformer",
     "deep",
+    "graph",
     "follow",
     "side_by_side",
     "incremental",

@@ -45,7 +45,8 @@ def nodes(model: nn.Module) -> list[Node]:
             Node(model.get_submodule(name), parents)
             for name, parents in zip(model.names[1:], model.parents, strict=True)
         ]
-    return [Node(layer, [l]) for l, layer in enumerate(model._modules.values())]
+    assert isinstance(model, nn.Sequential)
+    return [Node(layer, [l]) for l, layer in enumerate(model)]
 
 
 def feed_forward(model: nn.Module, X: Tensor) -> list[Tensor]:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from benchmarks import graphs as bench
+from benchmarks.memory import peak_memory
+from benchmarks.nets import make_case
 from tests import reference
 from tests.cases import (
     ERR_TYPES,
@@ -340,6 +348,62 @@ def test_the_iterator_and_the_callback_follow_one_relaxation(case: Case) -> None
             assert_close(epsilon[1:], e_seen[1:], tolerance=0)
 
 
+@pytest.mark.parametrize("update_at", ["v", "vhat"])
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+@given(case=graphs(random=True))
+def test_differences_equal_the_iteration_too(ErrType: str, update_at: str, case: Case) -> None:
+    check_against_reference(case, ErrType, n=5, update_at=update_at, precise=False)
+
+
+def test_differences_are_made_by_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And lose in float32 what the rules keep."""
+    case = residual(4)
+    right = case.infer("Strict", n=6)
+    case = case._replace(model=case.model.float(), X=case.X.float(), Y=case.Y.float())
+
+    def off(result: Any) -> float:
+        pairs = [(result.epsilon[l], right.epsilon[l]) for l in range(4, 9)]
+        return max(float((found - e).norm() / e.norm()) for found, e in pairs)
+
+    by_rules = off(case.infer("Strict", n=6))
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a rule was used")
+
+    monkeypatch.setattr(Displacement, "forward", refused)
+    assert by_rules < 1e-5
+    assert off(case.infer("Strict", n=6, precise=False)) > 10 * by_rules
+    with pytest.raises(TypeError, match="precise must be True or False, got int"):
+        case.infer("Strict", precise=0)
+    with pytest.raises(ValueError, match="precise must be True with compile=True"):
+        case.infer("Strict", precise=False, compile=True)
+
+
+def test_a_belief_of_many_children_does_not_hold_as_many_gradients() -> None:
+    """A step of a densely connected graph needs no more memory than a plain one by autograd."""
+    build = partial(bench.dense, 64, 16)
+    case = make_case("dense", "graph", build, (64, 64), torch.device("cpu"))  # type: ignore[arg-type]
+    mine, plain = (
+        peak_memory(bench.ten(step(case)), torch.device("cpu"))
+        for step in (bench.library, bench.plain)
+    )
+    assert mine < 1.2 * plain
+
+
+def test_a_plain_step_is_a_step_of_strict() -> None:
+    """What a step's time is measured against."""
+    for name, (build, shape, _) in bench.GRAPHS.items():
+        case = make_case(name, "graph", build, (2, *shape[1:]), torch.device("cpu"))  # type: ignore[arg-type]
+        case.model.double()
+        case = replace(case, X=case.X.double())
+        expected = PCInfer(case.model, case.LossFun, case.X, case.Y, "Strict", eta=bench.ETA, n=3).v
+        step = bench.plain(case)
+        for _ in range(3):
+            step()
+        beliefs = inspect.getclosurevars(step).nonlocals["v"]
+        assert_close([v.detach() for v in beliefs[1:]], expected[1:-1])
+
+
 # Equilibrium.
 
 
@@ -608,6 +672,62 @@ def test_follow_foretells_fixed_pred(make: Callable[[], Case]) -> None:
     assert needed is not None and needed > 4
     longer = follow(*case, "FixedPred", eta=0.3, n=needed)
     assert longer.distance[-1] <= 0.01 < longer.distance[-2]
+
+
+# Pictures.
+
+
+def test_a_graph_shows_itself_with_arrows_around_what_lies_between() -> None:
+    """Each box and each arrow is there once, inside of the picture, and no skip crosses a box."""
+    model = attention().model
+    picture = ElementTree.fromstring(model._repr_svg_())
+    width, height = float(picture.get("width", 0)), float(picture.get("height", 0))
+    tag = "{http://www.w3.org/2000/svg}"
+    boxes = {
+        text.text: [float(rect.get(key, 0)) for key in ("x", "y", "width", "height")]
+        for rect, text in zip(picture.iter(f"{tag}rect"), picture.iter(f"{tag}text"), strict=True)
+    }
+    assert list(boxes) == model.names
+    for x, y, w, h in boxes.values():
+        assert min(x, y) >= 0 and x + w <= width and y + h <= height
+    arrows = [path for path in picture.iter(f"{tag}path") if path.get("marker-end")]
+    pairs = [(p, l) for l, ps in enumerate(model.parents, start=1) for p in ps]
+    for path, (p, l) in zip(arrows, pairs, strict=True):
+        numbers = [float(x) for x in re.findall(r"-?\d+", path.get("d", ""))]
+        ends = torch.tensor(numbers).reshape(4, 2)
+        t = torch.linspace(0, 1, 101)[:, None]
+        curve = sum(
+            c * t**k * (1 - t) ** (3 - k) * ends[k] for k, c in enumerate((1.0, 3.0, 3.0, 1.0))
+        )
+        assert bool((curve >= 0).all() and (curve[:, 0] <= width).all())
+        below, above = boxes[model.names[p]], boxes[model.names[l]]
+        assert curve[0, 1] == below[1] and above[1] < curve[-1, 1] <= above[1] + above[3] + 2
+        if (model.names[p], model.names[l]) == ("stem", "added"):  # past q, k, v and heads
+            assert curve[50, 0] > boxes["v"][0] + boxes["v"][2]
+
+
+def test_names_are_escaped_in_the_picture() -> None:
+    model = PCGraph(**{"<a>": (nn.Linear(2, 2), "x")})
+    assert "&lt;a&gt;" in model._repr_svg_() and "<a>" not in model._repr_svg_()
+
+
+def test_a_record_draws_the_graph() -> None:
+    case = attention()
+    figure = follow(*case, "ErrorBased", n=3).plot(Figure(figsize=(10, 5.6), layout="constrained"))
+    first = figure.axes[0]
+    assert [text.get_text() for text in first.texts if text.get_text()] == case.model.names
+    arrows = [text for text in first.texts if not text.get_text()]
+    assert len(arrows) == sum(map(len, case.model.parents))
+    colours = {
+        t.get_text(): t.get_bbox_patch().get_facecolor() for t in first.texts if t.get_text()
+    }
+    assert colours["x"] == colours["out"] != colours["block"] != colours["stem"]
+    (legend,) = figure.legends
+    # Those that have parameters have updates.
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("stem", "q", "k", "v", "added", "hidden", "mlp", "out")
+    ]
+    figure.canvas.draw()
 
 
 # Graphs themselves, and what is none.

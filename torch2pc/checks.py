@@ -278,6 +278,14 @@ def check_callback(callback: object, compile: bool, has_iterations: bool = True)
         )
 
 
+def check_precise(precise: object, compile: bool) -> None:
+    """``precise`` is True or False, and True where the call is compiled."""
+    if not isinstance(precise, bool):
+        raise TypeError(f"precise must be True or False, got {type(precise).__name__}")
+    if compile and not precise:
+        raise ValueError("precise must be True with compile=True, which compiles the rules")
+
+
 def check_update_at(update_at: object) -> None:
     """``update_at`` is one of the places where Strict's updates can be taken."""
     if not isinstance(update_at, str) or update_at not in ("v", "vhat", "before"):

@@ -542,6 +542,7 @@ def _record(
         eta=eta,
         rule=rule,
         names=_names(network),
+        parents=[node.parents for node in network.nodes],
         energies=energies.clone(),
         moves=torch.cat([moves.sqrt(), zero], dim=1),
         gradient=torch.cat([gradients.sqrt(), zero], dim=1),

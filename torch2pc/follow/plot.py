@@ -8,11 +8,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
+
+from torch2pc.graph.picture import centres
 
 MOST_IN_LEGEND = 12
 
@@ -29,14 +32,18 @@ def draw(record: Drawn, figure: Figure) -> None:
     figure.suptitle(record._head(), fontsize=10)
     layers = range(1, record.L + 1)
     hidden = [l for l in layers if l < record.L]
-    _draw_map(record, axes[0], figure, hidden)
+    is_chain = all([parents == (l,) for l, parents in enumerate(record.parents)])
+    if is_chain:
+        _draw_map(record, axes[0], figure, hidden)
+    else:
+        _draw_graph(record, axes[0], figure)
     _draw_lines(axes[1], "energy of each layer", record.energies, hidden, is_log=True)
     _draw_energy(record, axes[2])
     _draw_distance(record, axes[3], hidden)
     _draw_lines(axes[4], "cosine of the update to backprop's", record.cosine, layers)
     _draw_lines(axes[5], "size of the update / backprop's", record.size, layers, True)
     axes[5].axhline(1, color="0.6", linewidth=0.8, zorder=0)
-    for panel in axes:
+    for panel in axes[0 if is_chain else 1 :]:
         panel.set_xlabel("evaluation" if record.ErrType == "Equilibrium" else "iteration")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel is not axes[0]:
@@ -51,6 +58,41 @@ def draw(record: Drawn, figure: Figure) -> None:
             legend.get_title().set_fontsize(8)
             for text in legend.get_texts():
                 text.set_fontsize(8)
+                if not is_chain:
+                    text.set_text(record.names[int(text.get_text())])
+
+
+def _draw_graph(record: Drawn, axes: Axes, figure: Figure) -> None:
+    axes.set_title("energies at the end", fontsize=9)
+    axes.set_axis_off()
+    places = centres(record.parents)
+    for l, parents in enumerate(record.parents, start=1):
+        for p in parents:
+            is_skip = places[l][1] - places[p][1] > 1
+            style = dict(arrowstyle="->", color="0.6", linewidth=0.8, shrinkA=7, shrinkB=7)
+            bend = "arc3,rad=0.4" if is_skip else "arc3"
+            axes.annotate(
+                "", places[l], places[p], arrowprops={**style, "connectionstyle": bend}, zorder=1
+            )
+    shown = _drawable(record.energies[-1].numpy().copy(), True)
+    shown[[0, -1]] = np.nan  # those of the prior and of the loss
+    seen = shown[np.isfinite(shown)]
+    scale = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
+    norm = LogNorm(seen.min(), max(seen.max(), seen.min() * 1.0001)) if len(seen) else None
+    for name, (x, y), energy in zip(record.names, places, shown, strict=True):
+        colour = scale(norm(energy)) if norm is not None and np.isfinite(energy) else "0.92"
+        is_dark = norm is not None and np.isfinite(energy) and norm(energy) < 0.6
+        box = dict(boxstyle="round", facecolor=colour, edgecolor="0.4")
+        axes.text(
+            *(x, y, name), ha="center", va="center", bbox=box, fontsize=7, zorder=2,
+            color="white" if is_dark else "black",
+        )  # fmt: skip
+    across, up = zip(*places, strict=True)
+    axes.set_xlim(min(across) - 0.6, max(across) + 1.2)
+    axes.set_ylim(-0.5, max(up) + 0.5)
+    if norm is not None:
+        image = ScalarMappable(norm, scale)
+        figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
 
 
 def _draw_map(record: Drawn, axes: Axes, figure: Figure, hidden: list[int]) -> None:

@@ -47,7 +47,9 @@ class Record:
     rule: str | None
     """The step rule; None for plain descent."""
     names: list[str]
-    """What the layers are called."""
+    """What the layers are called; a ``PCGraph``'s places by their names."""
+    parents: list[tuple[int, ...]]
+    """For each layer the places of its parents."""
     energies: Tensor
     """``pi_l ||epsilon_l||^2 / 2`` for l = 1..L-1; in column L the loss, in column 0 the prior's energy."""
     moves: Tensor
@@ -358,6 +360,8 @@ class Record:
 
     def plot(self, figure: Figure | None = None) -> Figure:
         """Draw the record: energies of the layers, F and the distance, cosines and sizes of updates.
+
+        For a graph, the first panel is the graph, with the energies at the end as colours.
 
         Args:
             figure: a matplotlib figure to draw into; a new one of pyplot's if none is given.

@@ -89,6 +89,8 @@ class Layer:
     has_leaves = True
     ends_flat = False
     displacement: Displacement | OwnBackward | Reevaluation
+    # Whether there are rules for the displacement to be made of, where they can be.
+    is_precise = True
     # Why the displacement is a difference.
     uncovered: str | None = None
     # Why its way back is not that of the recorded operations, although the displacement is theirs.
@@ -201,7 +203,9 @@ class Layer:
         places = [next(k for k, a in enumerate(x) if a is b) for b in moving]
         sees_exits = bool(places) and is_new(self.function)
         moves = [given[k] for k in places]
-        recorder = Recorder(*moves, sees_exits=sees_exits) if places else Watch()
+        recorder: Recorder | Watch = Watch()
+        if places and self.is_precise:
+            recorder = Recorder(*moves, sees_exits=sees_exits)
         with uncompiled, recorder:
             output = self._evaluated(given, x)
         if compared is not None:
@@ -232,7 +236,7 @@ class Layer:
         # Now, as the next evaluation may write where this output is.
         handed_out = self._handed_out(output)
         self._recorded = storage(handed_out) if self._is_item else None
-        if isinstance(recorder, Recorder):
+        if places:
             self.is_linear = not graph.is_foreign and self.own_backward is None
             values = handed_out.detach()
             self._displace(recorder, x, places, output, values, graph.is_foreign)
@@ -248,7 +252,7 @@ class Layer:
 
     def _displace(
         self,
-        recorder: Recorder,
+        recorder: Recorder | Watch,
         x: Sequence[Any],
         places: Sequence[int],
         output: Tensor,
@@ -277,6 +281,11 @@ class Layer:
             return Reevaluation(at, [in_belief_dtype(b) for b in a], None, self.buffers_kept)
 
         with torch.no_grad():
+            if not isinstance(recorder, Recorder):
+                with outside_autocast(device), generators_kept(self.drawn_sources):
+                    self.displacement = reevaluation()
+                self.is_replayable(before, *x)
+                return
             try:
                 recorded = self.displacement = recorder.displacement(output)
                 found = recorder.own_backward(output, is_foreign)

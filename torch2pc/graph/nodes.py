@@ -7,13 +7,13 @@ the places, and layers of several parents. What the layers compute is up to ``la
 
 from __future__ import annotations
 
-import html
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from torch2pc.graph.picture import drawn
 from torch2pc.graph.state import modules_in
 
 
@@ -223,56 +223,3 @@ def _checked(
     except ValueError:  # it has no signature
         pass
     return module, parents
-
-
-# The picture.
-
-_WIDTH, _HEIGHT = 110, 60
-
-
-def drawn(
-    names: Sequence[str], parents: Sequence[Sequence[int]], colours: Sequence[str] | None = None
-) -> str:
-    """An SVG picture of a graph: the input below, arrows from parents to their children."""
-    level = [0] * len(names)
-    for l, of_l in enumerate(parents, start=1):
-        level[l] = 1 + max(level[p] for p in of_l)
-    columns: dict[int, int] = {}
-    place = []
-    for i in range(len(names)):
-        column = columns.get(level[i], 0)
-        columns[level[i]] = column + 1
-        place.append((column, level[i]))
-    wide, high = max(columns.values()), max(level) + 1
-
-    def centre(i: int) -> tuple[float, float]:
-        column, row = place[i]
-        share = (column + 0.5) / columns[row]
-        return share * wide * _WIDTH, (high - row - 0.5) * _HEIGHT
-
-    lines = []
-    for l, of_l in enumerate(parents, start=1):
-        for p in of_l:
-            (x0, y0), (x1, y1) = centre(p), centre(l)
-            # A skip bends around what lies between.
-            bend = 0.0 if level[l] - level[p] == 1 else _WIDTH * 0.45
-            path = f"M{x0:.0f},{y0 - 14:.0f} Q{(x0 + x1) / 2 + bend:.0f},{(y0 + y1) / 2:.0f}"
-            lines.append(
-                f'<path d="{path} {x1:.0f},{y1 + 16:.0f}" fill="none" stroke="#888" '
-                'marker-end="url(#torch2pc-arrow)"/>'
-            )
-    for i, name in enumerate(names):
-        x, y = centre(i)
-        colour = "#e8eef7" if colours is None else colours[i]
-        lines.append(
-            f'<rect x="{x - 48:.0f}" y="{y - 14:.0f}" width="96" height="28" rx="6" '
-            f'fill="{colour}" stroke="#446"/>'
-            f'<text x="{x:.0f}" y="{y + 4:.0f}" text-anchor="middle" font-size="12" '
-            f'font-family="sans-serif">{html.escape(name)}</text>'
-        )
-    size = f'width="{wide * _WIDTH}" height="{high * _HEIGHT}"'
-    arrow = (
-        '<defs><marker id="torch2pc-arrow" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="6" '
-        'markerHeight="6" orient="auto"><path d="M0,0 L10,5 L0,10 z" fill="#888"/></marker></defs>'
-    )
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{arrow}{"".join(lines)}</svg>'
