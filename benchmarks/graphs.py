@@ -19,7 +19,7 @@ from benchmarks.speed import ratio
 from benchmarks.steps import Step
 from benchmarks.timing import alternate, threads
 from torch2pc import PCGraph, PCInfer
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.graph.nodes import nodes_of
 from torch2pc.inference.strict import strict
 

@@ -26,7 +26,7 @@ from benchmarks.memory import peak_memory, size
 from benchmarks.report import Options, save, table
 from torch2pc import PCInfer
 from torch2pc.displacement.recorder import Displacement
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 
 CPU = torch.device("cpu")
 GPU = 23 * 2**30  # of 24 GiB; the rest for CUDA's own context and libraries

@@ -22,7 +22,7 @@ from paper_figures.nets import load_vgg19
 from paper_figures.report import Options
 from paper_figures.training import cross_entropy, trained_mnist_net
 from torch2pc import PCInfer
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
 
 ETA, N = 0.05, 500

@@ -20,7 +20,7 @@ from tests.cases import ERR_TYPES
 from torch2pc import FwdPassPlus, PCGraph, PCInfer, PCInferLatent, PCResult, follow
 from torch2pc.graph.apart import Habits, UnguardedError, habits_of, until_guarded
 from torch2pc.graph.autograd import gradient
-from torch2pc.graph.layers import Layer
+from torch2pc.graph.layer import Layer
 
 # How a write is made: counted by the version, hidden from it, hidden from PyTorch altogether.
 WAYS = ["counted", "data", "numpy"]

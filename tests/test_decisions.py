@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import Case, assert_close, check_against_reference, squared_error
 from torch2pc.displacement.rules.decisions import JUMP, VALUE
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
 
 

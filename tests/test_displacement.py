@@ -20,7 +20,8 @@ from torch2pc import PCInfer, displacement_rule
 from torch2pc.displacement.recorder import Displacement, Recorder, Uncovered
 from torch2pc.displacement.rules import PREPARED, Rule, Step
 from torch2pc.graph.apart import until_guarded
-from torch2pc.graph.layers import Layer, Network
+from torch2pc.graph.layer import Layer
+from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
 
 

@@ -16,7 +16,7 @@ from tests.cases import Case, assert_close, cases, random_beliefs
 from torch2pc.displacement.recorder import Displacement
 from torch2pc.energy.curvature import hessian as product_with_hessian
 from torch2pc.energy.curvature import safe_step
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.error_based import error_based
 from torch2pc.inference.relax import Relaxation
 

@@ -16,7 +16,7 @@ from tests import reference
 from tests.cases import Case, assert_close, cases, squared_error
 from torch2pc import PCInferLatent
 from torch2pc.energy.factors import Terms
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.strict import latent
 
 

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from tests.cases import ERR_TYPES, RELAXED, Case, assert_close, check_against_reference
-from torch2pc.graph.layers import Layer, Network
+from torch2pc.graph.layer import Layer
+from torch2pc.graph.network import Network
 
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
 relaxed = pytest.mark.parametrize("ErrType", RELAXED)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests import reference, reference_precise
 from tests.reference_precise import relative_error, size_of
 from torch2pc import PCInfer
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
 
 # Below, float32 itself has not the digits for products of errors.

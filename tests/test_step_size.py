@@ -28,7 +28,7 @@ from torch2pc.energy.curvature import (
     small_step,
 )
 from torch2pc.energy.factors import Terms
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.error_based import error_based
 from torch2pc.inference.relax import Relaxation
 from torch2pc.inference.steps import MOST_TRIES, SHRINK, Safe

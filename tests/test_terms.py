@@ -17,7 +17,7 @@ from tests.cases import Case, assert_close, cases, squared_error
 from torch2pc import PCGraph, PCInfer, PCInferLatent, PCResult, energies, follow, steps
 from torch2pc.energy.curvature import hessian, largest_eigenvalue
 from torch2pc.energy.factors import Terms
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
 
 precisions = st.floats(0.1, 4.0)

@@ -1,6 +1,6 @@
 """The checks of PCInfer's arguments, made before anything else is done.
 
-What can only be found out on the way (what a layer or the loss returns) is in ``layers.py``.
+What can only be found out on the way (what a layer or the loss returns) is in ``layer.py``.
 """
 
 from __future__ import annotations

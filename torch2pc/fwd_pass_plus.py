@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch2pc.checks import check_LossFun, check_model, check_tensor
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.autograd import Graph, output_gradient
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import Snapshot
 

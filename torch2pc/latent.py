@@ -20,7 +20,7 @@ from torch2pc.checks import (
 )
 from torch2pc.compiled import Relaxing, compiled_or_plain
 from torch2pc.energy.factors import Terms
-from torch2pc.graph.layers import Inference, Network
+from torch2pc.graph.network import Inference, Network
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.inference.relax import Callback, infer_by
 from torch2pc.inference.steps import Rule

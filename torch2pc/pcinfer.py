@@ -30,7 +30,7 @@ from torch2pc.checks import (
 from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain, run_plainly
 from torch2pc.energy.factors import USUAL, Terms
 from torch2pc.graph.apart import until_guarded
-from torch2pc.graph.layers import Inference, Network
+from torch2pc.graph.network import Inference, Network
 from torch2pc.graph.nodes import PCGraph, depth
 from torch2pc.graph.state import Snapshot, modules_in, write_gradients
 from torch2pc.inference import RELAXATIONS

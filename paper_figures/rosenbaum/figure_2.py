@@ -40,7 +40,7 @@ from paper_figures.training import (
     weight_gradients,
     weights_of,
 )
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
 
 DOWNLOADS = ("mnist",)

@@ -38,7 +38,7 @@ from paper_figures.plotting import letter, panels
 from paper_figures.report import Number, Options, save, yes
 from paper_figures.training import relative_error, squared_error, weights_of
 from torch2pc import PCInfer
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
 
 DOWNLOADS = ("mnist",)

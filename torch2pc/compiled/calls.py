@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast, own
-from torch2pc.graph.layers import GLOBAL_HOOKS, HOOKS, Inference, Network, detached
+from torch2pc.graph.layer import GLOBAL_HOOKS, HOOKS
+from torch2pc.graph.network import Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.exact import Factors
 from torch2pc.inference.start import check_vinit_entries

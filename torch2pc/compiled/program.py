@@ -41,7 +41,8 @@ from torch2pc.graph.autograd import (
     independent_loss,
     output_gradient,
 )
-from torch2pc.graph.layers import Network, own_output
+from torch2pc.graph.layer import own_output
+from torch2pc.graph.network import Network
 from torch2pc.graph.nodes import Node
 from torch2pc.inference.steps import Descent
 from torch2pc.inference.updates import OfLayer, updates

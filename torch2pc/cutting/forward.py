@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate
 
 from torch2pc.checks import check_tensor, check_unwrapped
 from torch2pc.cutting.origin import Attributes, Number, Origin, Reads
-from torch2pc.graph.layers import HOOKS
+from torch2pc.graph.layer import HOOKS
 from torch2pc.graph.warn import warn_caller
 
 

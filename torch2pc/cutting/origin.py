@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2pc.graph.layers import HOOKS
+from torch2pc.graph.layer import HOOKS
 
 # How deep a value's parts, and functions that call others, are looked into; the longest container.
 _DEEPEST, _LONGEST = 4, 100

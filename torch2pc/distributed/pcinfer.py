@@ -19,7 +19,7 @@ from torch2pc import pcinfer
 from torch2pc.checks import check_modules, check_no_transform
 from torch2pc.distributed.exchange import Exchange, Peers
 from torch2pc.distributed.reductions import read_count, read_reduction
-from torch2pc.graph.layers import Inference, Network
+from torch2pc.graph.network import Inference, Network
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import chained_to, modules_in
 from torch2pc.inference.relax import Callback

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch2pc.energy.divergences import LayerEnergy
 from torch2pc.graph.autograd import gradient, in_belief_dtype
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 
 # A number, or in a compiled call a tensor without dimensions.
 Number = Any

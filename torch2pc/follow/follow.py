@@ -30,7 +30,7 @@ from torch2pc.follow.outlook import (
 from torch2pc.follow.record import Record
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.autograd import add_updates, gradient, leaves_between
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.graph.nodes import PCGraph, steps_above
 from torch2pc.graph.state import Snapshot, Source, generators_in, generators_kept, modules_in
 from torch2pc.inference import RELAXATIONS

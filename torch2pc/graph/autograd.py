@@ -1,6 +1,6 @@
 """Gradients and leaves of an autograd graph, and the tensors that come of them.
 
-What a graph is the graph of, a layer or a whole feed-forward pass, is up to ``layers.py``.
+What a graph is the graph of, a layer or a whole feed-forward pass, is up to ``layer.py``.
 """
 
 from __future__ import annotations

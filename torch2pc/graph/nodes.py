@@ -2,7 +2,7 @@
 
 Place 0 is the input, and each layer predicts the belief at its own place from those of its parents. An
 ``nn.Sequential`` is the graph in which each layer's parent is the one before it; ``PCGraph`` has names for
-the places, and layers of several parents. What the layers compute is up to ``layers.py``.
+the places, and layers of several parents. What the layers compute is up to ``layer.py``.
 """
 
 from __future__ import annotations

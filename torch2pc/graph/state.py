@@ -1,6 +1,6 @@
 """What a call may change besides its results: random number generators, buffers, flags, ``.grad``.
 
-Here they are found, saved, compared and put back. What the layers compute is in ``layers.py``.
+Here they are found, saved, compared and put back. What the layers compute is in ``layer.py``.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch2pc.displacement.recorder import Displacement
 from torch2pc.energy import Errors
 from torch2pc.energy.factors import USUAL, Terms
-from torch2pc.graph.layers import Inference, Network
+from torch2pc.graph.network import Inference, Network
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.error_based import errors_of, place_of
 from torch2pc.inference.relax import Relaxation

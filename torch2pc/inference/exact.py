@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch2pc.graph.autograd import in_belief_dtype, own
-from torch2pc.graph.layers import Inference, Network, detached
+from torch2pc.graph.network import Inference, Network, detached
 
 
 class Factors(NamedTuple):

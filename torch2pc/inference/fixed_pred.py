@@ -37,7 +37,7 @@ from torch2pc.graph.autograd import (
     leaves_between,
     own,
 )
-from torch2pc.graph.layers import Inference, Network, detached
+from torch2pc.graph.network import Inference, Network, detached
 from torch2pc.graph.nodes import nodes_of, steps_above
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.exact import Factors, within

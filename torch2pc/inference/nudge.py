@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch2pc.energy.factors import Terms
-from torch2pc.graph.layers import Inference
+from torch2pc.graph.network import Inference
 from torch2pc.inference.relax import Callback, Relaxation, infer_by
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch2pc.energy import Energy
 from torch2pc.graph.autograd import own
-from torch2pc.graph.layers import Inference, Network, detached
+from torch2pc.graph.network import Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.steps import Langevin, Rule, round_off
 from torch2pc.inference.updates import updates

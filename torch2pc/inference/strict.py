@@ -30,7 +30,7 @@ from typing import Any
 
 from torch2pc.energy import Beliefs
 from torch2pc.energy.factors import USUAL, Terms, factors_of
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 from torch2pc.inference.relax import Relaxation
 from torch2pc.inference.start import check_vinit_entries
 from torch2pc.inference.steps import rule_of

@@ -22,7 +22,7 @@ from torch2pc.graph.autograd import (
     in_float16,
     leaves_between,
 )
-from torch2pc.graph.layers import Network
+from torch2pc.graph.network import Network
 
 
 class OfLayer(NamedTuple):
