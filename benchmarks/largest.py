@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import peak_memory, size
 from benchmarks.report import Options, save, table
 from torch2pc import PCInfer
-from torch2pc.displacement.recorder import Displacement
+from torch2pc.displacement.lines import Displacement
 from torch2pc.graph.network import Network
 
 CPU = torch.device("cpu")

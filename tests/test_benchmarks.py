@@ -22,7 +22,7 @@ from benchmarks import memory, nets, peers, scaling, speed, steps, timing
 from benchmarks.__main__ import main
 from benchmarks.report import Options, Row, rows_table
 from torch2pc import PCInfer
-from torch2pc.displacement.recorder import Displacement
+from torch2pc.displacement.lines import Displacement
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from tests import reference
 from tests.cases import Case, assert_close, check_against_reference
 from torch2pc import PCInfer, displacement_rule
-from torch2pc.displacement.recorder import Displacement, Recorder, Uncovered
+from torch2pc.displacement.lines import Displacement
+from torch2pc.displacement.recorder import Recorder, Uncovered
 from torch2pc.displacement.rules import PREPARED, Rule, Step
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.layer import Layer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs
-from torch2pc.displacement.recorder import Displacement
+from torch2pc.displacement.lines import Displacement
 from torch2pc.energy.curvature import hessian as product_with_hessian
 from torch2pc.energy.curvature import safe_step
 from torch2pc.graph.network import Network

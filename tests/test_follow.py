@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import ERR_TYPES, Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
-from torch2pc.displacement.recorder import Displacement
+from torch2pc.displacement.lines import Displacement
 from torch2pc.follow.outlook import Spectrum, _first
 from torch2pc.inference.relax import Relaxation
 

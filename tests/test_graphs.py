@@ -42,7 +42,7 @@ from tests.cases import (
 )
 from tests.test_compiled import infer_compiled
 from torch2pc import PCGraph, PCInfer, PCInferLatent, follow
-from torch2pc.displacement.recorder import Displacement
+from torch2pc.displacement.lines import Displacement
 from torch2pc.graph.network import Network
 from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.fixed_pred import by_lengths_of_paths

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import Case, assert_close, cases
 from torch2pc import PCInfer
-from torch2pc.displacement.recorder import Displacement
+from torch2pc.displacement.lines import Displacement
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "incremental.py"
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.cases import assert_close
-from torch2pc.displacement.recorder import Displacement, Recorder
+from torch2pc.displacement.lines import Displacement
+from torch2pc.displacement.recorder import Recorder
 from torch2pc.displacement.rules.axes import ROOT_MEAN_SQUARE
 from torch2pc.displacement.rules.core import DIFFERENCE
 from torch2pc.displacement.rules.linear import BY_ROWS

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs
 from torch2pc import PCInfer
-from torch2pc.displacement.recorder import Displacement
+from torch2pc.displacement.lines import Displacement
 from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
 

@@ -25,7 +25,8 @@ from torch._inductor.decomposition import decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch2pc.displacement.recorder import Displacement, Recorder, Uncovered
+from torch2pc.displacement.lines import Displacement
+from torch2pc.displacement.recorder import Recorder, Uncovered
 from torch2pc.displacement.rules import aten, storage
 from torch2pc.displacement.rules.core import WRITES_ASIDE
 from torch2pc.energy import Beliefs, Energy, Errors

@@ -1,24 +1,10 @@
-"""A layer as a displacement, d(delta) = f(vhat + delta) - f(vhat), computed without a difference.
+"""The operations that a layer is made of, noted while it runs.
 
-Strict's prediction errors are differences of nearly equal tensors, of which float32 keeps few digits
-in the lower layers. With delta_l = v_l - vhat_l they are
-
-    epsilon_l = d_l(delta_{l-1}) - delta_l,    d_l(delta) = f_l(vhat_{l-1} + delta) - f_l(vhat_{l-1})
-
-in which nothing large is subtracted, if d_l is not. While a layer runs in the feed-forward pass, a
-``Recorder`` notes the operations that it is made of; each has a rule (``rules/``) that takes the
-displacement of its input to that of its output. Together they are the layer's ``Displacement``: it
-holds whatever depends on vhat alone (a dropout mask, batch statistics), and does not run the layer
-again. What was recorded is what was computed, so that it cannot be out of date; the first time
-that a layer's operations are met, they are also held against the layer itself at another input.
-
-Where a backward in the layer's graph is not PyTorch's own, or a hook looks at a gradient, J^T is taken
-from the layer's own graph at the belief (``OwnBackward``), and only d from the lines. What is compared,
-selected or rounded there is decided on the values that the layer itself has at the belief
-(``rules/decisions.py``): lines besides the displacements compute these.
-
-A layer that cannot be recorded (it branches on values, leaves PyTorch, changes a tensor through two
-names, draws numbers from its input) is evaluated again and subtracted: a ``Reevaluation``.
+In the feed-forward pass a ``Recorder`` notes them; each has a rule (``rules/``), or one of its user's
+(``displacement_rule``), that takes the displacement of its inputs to that of its output. Put together they
+are the layer's ``Displacement`` (``lines.py``). What was recorded is what was computed, so that it cannot be
+out of date. A layer that cannot be recorded (it branches on values, leaves PyTorch, changes a tensor through
+two names, draws numbers from its input) is ``Uncovered``.
 """
 
 from __future__ import annotations
@@ -26,16 +12,16 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch2pc.displacement.lines import Displacement, Line
 from torch2pc.displacement.rules import (
     COMPOSING,
     PREPARED,
@@ -44,7 +30,6 @@ from torch2pc.displacement.rules import (
     Step,
     aten,
     base,
-    belief_dtype,
     composed_step,
     difference_step,
     linear_step,
@@ -63,7 +48,7 @@ from torch2pc.displacement.rules.decisions import (
     kinds_of,
 )
 from torch2pc.displacement.rules.kinks import RELU
-from torch2pc.displacement.vjp import reaches, vjp
+from torch2pc.displacement.vjp import reaches
 
 # What these return depends on the shape of a tensor, not on its values.
 _NEW_TENSORS = """
@@ -84,200 +69,6 @@ _STATISTICS = {
     aten.miopen_batch_norm.default: 5,
 }
 _FLOATS_OF = aten._local_scalar_dense.default
-
-
-class Line(NamedTuple):
-    """One operation of a layer: the places of its inputs among all values, and its constants."""
-
-    rule: Rule
-    inputs: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
-    static: tuple[Any, ...]
-    has_gradient: bool
-
-
-class Displacement:
-    """d(delta) = f(vhat + delta) - f(vhat) for a recorded layer, and its vector-Jacobian product.
-
-    Values 0..count-1 are the deltas of its inputs; each line computes the next value from earlier ones.
-    """
-
-    def __init__(
-        self, lines: Sequence[Line], result: int | None, like: Tensor, count: int = 1
-    ) -> None:
-        self.lines, self.result, self.like = _overwriting(lines, result, count), result, like
-        self.count = count
-        # The values that no line after this one uses.
-        used: set[int | None] = {result}
-        self._last_used: list[list[int]] = []
-        for line in reversed(lines):
-            self._last_used.insert(0, [i for i in line.inputs if i not in used])
-            used.update(line.inputs)
-
-    @functools.cached_property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for displacements that differ in their tensors alone."""
-        lines = tuple([(*line[:2], *line[3:]) for line in self.lines])
-        return self.count, self.result, lines
-
-    def forward(self, *deltas: Tensor) -> tuple[Tensor, list[Any]]:
-        """The displacement of the output, and what ``backward`` needs."""
-        values: list[Any] = list(deltas)
-        saved: list[Any] = []
-        for (rule, inputs, tensors, static, _), last in zip(
-            self.lines, self._last_used, strict=True
-        ):
-            given = [values[i] for i in inputs]
-            for i in last:
-                values[i] = None
-            if rule.backward is not None:
-                value, kept = rule.forward(*given, *tensors, *static)
-            else:
-                value, kept = _with_graph(rule, given, tensors, static)
-            values.append(value)
-            saved.append(kept)
-            del given, value, kept
-        if self.result is None:
-            return torch.zeros_like(self.like, dtype=belief_dtype(self.like.dtype)), saved
-        return values[self.result], saved
-
-    def backward(self, saved: list[Any], e: Tensor) -> list[Any]:
-        """For each input J(vhat + delta)^T e, or None without one. ``saved`` is used up."""
-        count = self.count
-        errors: list[Any] = [None] * (len(self.lines) + count)
-        if self.result is None:
-            return errors
-        errors[self.result] = e
-        del e
-        for k in range(len(self.lines) - 1, -1, -1):
-            rule, inputs, tensors, static, has_gradient = self.lines[k]
-            error, kept = errors[k + count], saved.pop()
-            errors[k + count] = None
-            if error is None or not has_gradient:
-                continue
-            if rule.backward is None:
-                found = _through_graph(kept, error)
-            else:
-                found = rule.backward(error, kept, *tensors, *static)
-            del error, kept
-            if len(inputs) == 1 and not isinstance(found, tuple):
-                found = (found,)
-            for i, of_input in zip(inputs, found, strict=True):
-                if of_input is not None:
-                    errors[i] = of_input if errors[i] is None else errors[i] + of_input
-            del found, of_input
-        return errors[:count]
-
-
-def _overwriting(lines: Sequence[Line], result: int | None, count: int) -> list[Line]:
-    """The same lines, which write into what no other line needs."""
-    lines = list(lines)
-    uses = [0] * (len(lines) + count)
-    user: dict[int, Rule] = {}
-    for line in lines:
-        for i in line.inputs:
-            uses[i] += 1
-            user[i] = line.rule
-
-    def is_free(i: int) -> bool:
-        return i >= count and i != result and uses[i] == 1
-
-    for k, line in enumerate(lines, start=count):
-        if line.rule.forward_ is not None:
-            first = line.inputs[0]
-            d = is_free(first) and lines[first - count].rule.is_fresh
-            e = is_free(k) and user[k].is_fresh
-            lines[k - count] = line._replace(rule=line.rule.overwriting(d, e))
-    return lines
-
-
-class Reevaluation:
-    """The same by evaluating a layer again: right to what a difference of its outputs is right to."""
-
-    def __init__(
-        self,
-        evaluate: Callable[..., Tensor],
-        x: Sequence[Tensor],
-        before: Tensor | None,
-        buffers_kept: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        self._evaluate, self._x, self._before = evaluate, x, before
-        # A checkpointed module is evaluated once more in the backward pass.
-        self._buffers_kept = buffers_kept
-
-    def forward(self, *deltas: Tensor) -> tuple[Tensor, Any]:
-        """The displacement of the output, and what ``backward`` needs."""
-        x = self.moved(*deltas)
-        output = self.graph_at(x)
-        if self._before is None:
-            self._before = self._evaluate(*self._x).detach()
-        dtype = belief_dtype(output.dtype)
-        return output.detach().to(dtype) - self._before.to(dtype), (x, output)
-
-    def moved(self, *deltas: Tensor) -> list[Tensor]:
-        """Where the layer is evaluated."""
-        return [(a.to(d.dtype) + d).to(a.dtype) for a, d in zip(self._x, deltas, strict=True)]
-
-    def graph_at(self, x: Sequence[Tensor]) -> Tensor:
-        """The output, with a graph down to ``x``."""
-        with torch.enable_grad():
-            return self._evaluate(*[a.requires_grad_() for a in x])
-
-    def backward(self, saved: Any, e: Tensor) -> list[Any]:
-        """For each input J(vhat + delta)^T e, or None without one."""
-        x, output = saved
-        if not output.requires_grad:
-            return [None] * len(x)
-        with self._buffers_kept():
-            found = vjp(output, x, e.to(output.dtype))
-        return [None if g is None else g.to(belief_dtype(g.dtype)) for g in found]
-
-
-class OwnBackward:
-    """The displacement of a recorded layer whose way back is not that of its operations.
-
-    It is taken from the layer's own graph, which is made anew where the belief is, and just before it is
-    used: nothing is lost by that, as it is no difference.
-    """
-
-    def __init__(self, recorded: Displacement, layer: Reevaluation) -> None:
-        self._recorded, self._layer = recorded, layer
-
-    def forward(self, *deltas: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The displacement of the output, and what ``backward`` needs."""
-        moved, _ = self._recorded.forward(*deltas)
-        return moved, self._layer.moved(*deltas)
-
-    def backward(self, saved: list[Tensor], e: Tensor) -> list[Any]:
-        """For each input J(vhat + delta)^T e, or None without one."""
-        return self._layer.backward((saved, self._layer.graph_at(saved)), e)
-
-
-def _with_graph(
-    rule: Rule, given: list[Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
-) -> tuple[Tensor, Any]:
-    """The value of a rule that autograd differentiates, and what ``_through_graph`` needs."""
-
-    def function(*moving: Tensor) -> Tensor:
-        return rule.forward(*moving, *tensors, *static)
-
-    if torch.compiler.is_compiling():
-        return torch.func.vjp(function, *given)  # type: ignore[return-value]
-    with torch.enable_grad():
-        moving = [d.detach().requires_grad_(d.is_floating_point() or d.is_complex()) for d in given]
-        value = function(*moving)
-    return value.detach(), (moving, value)
-
-
-def _through_graph(kept: Any, error: Tensor) -> tuple[Tensor | None, ...]:
-    if not isinstance(kept, tuple):
-        return kept(error)
-    moving, value = kept
-    asked = [d for d in moving if d.requires_grad]
-    if not value.requires_grad:
-        return (None,) * len(moving)
-    found = iter(torch.autograd.grad(value, asked, error, allow_unused=True))
-    return tuple([next(found) if d.requires_grad else None for d in moving])
 
 
 class Uncovered(Exception):
@@ -552,7 +343,7 @@ class Recorder(Watch):
         """A line for a module with a rule of its own."""
         if id(x) in self.place:
             call = Call(None, (x,), {}, output, self.place)
-            step = Step(Rule(_by_user), (x,), (base(x),), (rule, module))
+            step = Step(Rule(by_user), (x,), (base(x),), (rule, module))
             self._append(step, output, self._noted(call))
 
     def displacement(self, output: Tensor) -> Displacement:
@@ -904,76 +695,5 @@ def displacement_rule(
     return enter
 
 
-def _by_user(d: Tensor, a: Tensor, rule: Callable[..., Tensor], module: nn.Module) -> Tensor:
+def by_user(d: Tensor, a: Tensor, rule: Callable[..., Tensor], module: nn.Module) -> Tensor:
     return rule(module, a, d)
-
-
-# The first time.
-
-# For each item of a model, what its recorded operations were found to be: right or not.
-# (By the hash of the operations, as these may name the item, which must not be kept by it.)
-_found: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-
-
-def is_new(item: object) -> bool:
-    """Whether no operations of ``item`` have been held against it yet."""
-    return item not in _found
-
-
-def agrees(
-    item: object,
-    recorded: Displacement,
-    reevaluation: Callable[[], Reevaluation],
-    x: Sequence[Tensor],
-    forward_only: bool,
-) -> bool:
-    """Whether a displacement and its vector-Jacobian product are those of the layer itself.
-
-    Compared once for each sequence of operations of an item, at a random input as far from ``x`` as
-    x is large. (An empty batch tells nothing.) ``forward_only``: the product is taken from the layer
-    itself anyway.
-    """
-    if x[0].numel() == 0:
-        return True
-    known = _found.setdefault(item, {})
-    key = hash((recorded.key, forward_only))
-    if key not in known:
-        known[key] = _agree(recorded, reevaluation(), x, forward_only)
-    return known[key]
-
-
-def _agree(
-    recorded: Displacement, other: Reevaluation, x: Sequence[Tensor], forward_only: bool
-) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    dtype = belief_dtype(x[0].dtype)
-
-    def random(like: Tensor) -> Tensor:
-        drawn = torch.randn(like.shape, generator=generator, dtype=dtype, device="cpu")
-        return drawn.to(like.device)
-
-    sizes = [a.detach().to(dtype).square().mean().sqrt() for a in x]
-    d = [random(a) * torch.where(size > 0, size, 1.0) for a, size in zip(x, sizes, strict=True)]
-    plain, graph = other.forward(*d)
-    e = random(plain).to(plain.dtype)
-    expected_back = [] if forward_only else other.backward(graph, e)
-    try:
-        moved, saved = recorded.forward(*d)
-        pairs: list[tuple[Any, Any, Tensor]] = [(moved, plain, plain)]
-        if not forward_only:
-            pairs += zip(recorded.backward(saved, e), expected_back, x, strict=True)
-    except Exception:
-        if any([line.rule.forward is _by_user for line in recorded.lines]):
-            raise
-        return False
-    used = {*[a.dtype for a in x], *[t.dtype for line in recorded.lines for t in line.tensors]}
-    in_half = any([belief_dtype(dtype) != dtype for dtype in used])
-    tolerance = 0.2 if in_half else _TOLERANCE[dtype]
-    for found, expected, like in pairs:
-        found = torch.zeros_like(like) if found is None else found
-        expected = torch.zeros_like(like) if expected is None else expected
-        distance, scale = (found - expected).norm(), expected.norm()
-        if not bool(distance <= tolerance * scale) and bool(scale.isfinite()):
-            return False
-    return True

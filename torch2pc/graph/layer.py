@@ -14,17 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2pc.displacement.recorder import (
-    Displacement,
-    OwnBackward,
-    Recorder,
-    Reevaluation,
-    Uncovered,
-    Watch,
-    agrees,
-    is_new,
-    uncompiled,
-)
+from torch2pc.displacement.check import agrees, is_new
+from torch2pc.displacement.lines import Displacement, OwnBackward, Reevaluation
+from torch2pc.displacement.recorder import Recorder, Uncovered, Watch, uncompiled
 from torch2pc.displacement.rules.core import storage, tensors_in
 from torch2pc.displacement.vjp import kept_tensor, nodes_below
 from torch2pc.graph.apart import Habits, UnguardedError, apart, copied, unchanged

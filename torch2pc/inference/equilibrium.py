@@ -29,7 +29,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from torch2pc.displacement.recorder import Displacement
+from torch2pc.displacement.lines import Displacement
 from torch2pc.energy import Errors
 from torch2pc.energy.factors import USUAL, Terms
 from torch2pc.graph.network import Inference, Network

@@ -1,7 +1,7 @@
 """How each operation passes a displacement on: f(a + d) - f(a), without subtracting nearly equal numbers.
 
 ``core.py`` says what a rule is. The other files hold the rules, by kind of operation; to import them
-enters each in ``PREPARED``, by the operation that it serves. ``displacement.py`` records which
+enters each in ``PREPARED``, by the operation that it serves. ``recorder.py`` records which
 operations a layer is made of and runs their rules.
 """
 
