@@ -38,6 +38,8 @@ nitpick_ignore = [
     ("py:class", "torch2pc.follow.outlook.Spectrum"),
     ("py:class", "torch2pc.follow.outlook.ClosedForm"),
     ("py:class", "Figure"),
+    ("py:class", "Tensor"),
+    ("py:class", "torch.optim.Optimizer"),
     ("py:class", "torch.distributed.distributed_c10d.ProcessGroup"),
 ]
 

@@ -133,7 +133,7 @@ class PCGraph(nn.Module):
     """
 
     names: list[str]
-    """The places: ``"x"``, and each layer."""
+    """``"x"``, and the name of each layer."""
     parents: list[tuple[int, ...]]
     """For each layer, the places of its parents."""
 
