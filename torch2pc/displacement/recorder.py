@@ -545,7 +545,7 @@ class Recorded(NamedTuple):
 
 def _check_shape(call: Call) -> None:
     """Raises Uncovered where another input makes an output of another shape."""
-    if torch.Tag.dynamic_output_shape not in call.func.tags:
+    if not _has_dynamic_shape(call.func):
         return
     masks = [torch.bool, torch.uint8]
     if call.func is not aten.index.Tensor or any(
@@ -562,6 +562,12 @@ _SPLITS = {
     for overload in getattr(aten, name).overloads()
     if overload != "out"
 }
+
+
+@functools.cache
+def _has_dynamic_shape(func: Any) -> bool:
+    """Whether the shape of what an operation returns depends on values."""
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 @functools.cache
