@@ -280,7 +280,8 @@ def energy(model: nn.Module, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tens
 
 def energy_of_beliefs(model: nn.Module, LossFun: Loss, Y: Any, v: Sequence[Tensor]) -> Tensor:
     """F(v) = LossFun(f_L(v_parents), Y) + 1/2 sum_{i<L} ||f_i(v_parents) - v_i||^2"""
-    return latent_energy(model, LossFun, Y, v, [1.0] * (len(v) - 2), None)
+    ones = [1.0] * (len(nodes(model)) - 1)
+    return latent_energy(model, LossFun, Y, v, ones, None)
 
 
 class Step:

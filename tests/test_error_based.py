@@ -262,14 +262,14 @@ def test_warns_where_the_energy_is_no_number() -> None:
 
 @pytest.mark.filterwarnings("error:The energy that:UserWarning")
 def test_a_rise_that_comes_in_training_is_seen() -> None:
-    """Not in each call, but in calls 1, 2, 4, 8, ... of a model."""
+    """Not in each call, but in calls 1, 8, 64, ... of a model."""
     case = linear_case(8)
     case.infer("ErrorBased", n=5)
     with torch.no_grad():
         for layer in case.model:
             layer.weight.mul_(6)
     with pytest.warns(UserWarning, match="steps are too long"):
-        for _ in range(3):
+        for _ in range(7):
             case.infer("ErrorBased", n=30)
 
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import Case
 from tests.test_compiled import needs_compiler
-from torch2pc import PCInferLatent, compiled
+from torch2pc import PCInferLatent
+from torch2pc.compiled import calls as compiled
 
 aten = torch.ops.aten
 WAITING = {
@@ -107,14 +108,14 @@ def test_nothing_waits_in_a_compiled_call(
     )
     case = Case(model, nn.MSELoss(), torch.randn(5, 2), torch.randn(5, 3))
     watched = []
-    run = compiled.Call.run
+    run = compiled.Relaxing.run
 
     def run_watched(*args: Any) -> Any:
         watched.append(1)
         with NoWaiting():
             return run(*args)
 
-    monkeypatch.setattr(compiled.Call, "run", run_watched)
+    monkeypatch.setattr(compiled.Relaxing, "run", run_watched)
     for _ in range(2):  # the first one compiles, and runs plainly
         if has_precisions:
             PCInferLatent(*case[:2], case.Y, case.X, 0.1, 3, precision=0.5, compile=True)

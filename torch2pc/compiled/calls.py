@@ -414,11 +414,11 @@ def _reached_layers(asked: Any, device: torch.device) -> list[tuple[Tensor, ...]
     """After 0, 1, ... steps from the feed-forward pass, which layers 0..L an error has reached."""
     from torch2pc.compiled.program import moves_of, reach
 
-    rows = []
-    for moved in reach(asked):
-        taken = moves_of(asked, moved)[1]
-        rows.append([l in taken for l in range(asked.L + 1)])
-    return [row.unbind() for row in torch.tensor(rows, device="cpu").to(device)]
+    # Filled where they are: to copy them to a GPU waits for it.
+    kind: Any = dict(dtype=torch.bool, device=device)
+    taken = [moves_of(asked, moved)[1] for moved in reach(asked)]
+    layers = range(asked.L + 1)
+    return [tuple([torch.full((), l in of_step, **kind) for l in layers]) for of_step in taken]
 
 
 def _options(device: torch.device) -> dict[str, Any]:

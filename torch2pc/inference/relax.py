@@ -181,19 +181,20 @@ def infer_by(
 
 # How many calls there were for each model.
 _calls: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_LOOKS = {8**k for k in range(12)}
 _risen: WeakSet[nn.Module] = WeakSet()
 
 
 def _warn_if_risen(relaxation: Relaxation, n: int, name: str) -> None:
     """Say, once for each model, if an inference ended where it should not: higher, or not finite.
 
-    Looked at in calls 1, 2, 4, 8, ... of a model, as it waits for the device; later in training the energy
+    Looked at in calls 1, 8, 64, ... of a model, as it waits for the device; later in training the energy
     may be steeper than at first.
     """
     network, energy = relaxation.network, relaxation.energy
     model = network.model
     _calls[model] = call = _calls.get(model, 0) + 1
-    if call & (call - 1) or model in _risen:
+    if call not in _LOOKS or model in _risen:
         return
     F = energy.last()
     # From the feed-forward pass on, where no layer has an error.
