@@ -276,9 +276,10 @@ def PCInfer(
         with the attributes ``distance`` and ``evaluations``.
 
     Warns:
-        UserWarning: once for each model, if the errors hardly reach some layers, a layer is another
-            function when it is evaluated again, ``compile`` cannot be honoured, or Equilibrium stopped
-            while in most examples the gradient was above a tenth of the errors.
+        UserWarning: once for each model, if the errors hardly reach some layers, an inference ends at a
+            higher energy than it began or at none that is finite (looked for in calls 1, 8, 64, ...), a
+            layer is another function when it is evaluated again, ``compile`` cannot be honoured, or
+            Equilibrium stopped far from equilibrium while the energy still fell.
 
     Raises:
         TypeError: ``model`` is neither an ``nn.Sequential`` nor a ``PCGraph``, or overrides its
