@@ -205,22 +205,34 @@ class Output(_OfLayer):
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
         beta: float = 1.0,
+        loss_gradient: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(d, parents)
         self.beliefs = frozenset(parents)
-        self.vhat, self.loss, self.beta = vhat, loss, beta
-        self.Loss, self.error = self._times_beta(Loss, in_belief_dtype(dLdy).clone())
+        self.vhat, self.loss, self.beta, self._gradient = vhat, loss, beta, loss_gradient
+        self._Loss: Tensor | None
+        self._Loss, self.error = self._times_beta(Loss, in_belief_dtype(dLdy).clone())
         self.y = vhat
         """The output, as it was last taken."""
+
+    @property
+    def Loss(self) -> Tensor:
+        """beta times the loss, where the output was last taken."""
+        if self._Loss is None:
+            with torch.no_grad():
+                self._Loss = self.beta * self.loss(self.y)
+        return self._Loss
 
     def take(self, moved: Tensor | None) -> None:
         """Take the loss, and its gradient as the error, of a prediction that has moved so far."""
         if moved is not None:
             self.y = self.vhat.to(moved.dtype) + moved
-            self.Loss, self.error = self.loss_gradient(self.y)
+            self._Loss, self.error = self.loss_gradient(self.y)
 
-    def loss_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """beta times the loss for such outputs, and its gradient there."""
+    def loss_gradient(self, y: Tensor) -> tuple[Tensor | None, Tensor]:
+        """beta times the loss for such outputs, where it comes by the way, and its gradient there."""
+        if self._gradient is not None:
+            return self._times_beta(None, self._gradient(y))
         y = y.detach()
         with torch.enable_grad():
             y.requires_grad_()
@@ -228,9 +240,11 @@ class Output(_OfLayer):
         (found,) = gradient([Loss], [y])
         return self._times_beta(Loss.detach(), torch.zeros_like(y) if found is None else found)
 
-    def _times_beta(self, Loss: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    def _times_beta(self, Loss: Tensor | None, error: Tensor) -> tuple[Tensor | None, Tensor]:
         # After the gradient is taken, which half precision may limit.
-        return (Loss, error) if self.beta == 1 else (self.beta * Loss, self.beta * error)
+        if self.beta == 1:
+            return Loss, error
+        return None if Loss is None else self.beta * Loss, self.beta * error
 
     def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
         """J^T e at the parents."""
@@ -311,8 +325,9 @@ def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
         parents, vhat = network.moving(l), network.vhat[l]
         d = network.layers[l - 1].displacement if parents else None
         if l == L:
+            at_vhat, gradient = (network.Loss, network.dLdy), network.loss_gradient
             found.append(
-                Output(d, parents, vhat, network.Loss, network.dLdy, network.loss_at, terms.beta)
+                Output(d, parents, vhat, *at_vhat, network.loss_at, terms.beta, gradient)
             )
         else:
             pi = 1.0 if terms.precision is None else terms.precision[l - 1]
