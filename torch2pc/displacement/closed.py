@@ -81,7 +81,6 @@ class LossWatch(Watch):
 
     def __init__(self, y: Tensor) -> None:
         super().__init__()
-        self._exits = Exits(self)
         self._y, self._tensors = y, [y]
         self._dtypes = [y.dtype]
         self._moving = {id(y)}
@@ -128,11 +127,13 @@ class LossWatch(Watch):
 
     def __enter__(self) -> LossWatch:
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._exits = Exits(self)
         self._exits.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._exits.__exit__(*exception)
+        del self._exits
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def gradient(self, Loss: Tensor, nodes: Sequence[Any]) -> Gradient | None:

@@ -7,7 +7,7 @@ moved; a parent that is clamped does not move, and is no parent here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -51,7 +51,7 @@ class Factor(Protocol):
         Another one is asleep till then: its error is 0, and nothing is evaluated.
         """
 
-    def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
+    def pulls(self, x: Sequence[Any], down: bool) -> Iterable[tuple[int, Parts]]:
         """Its gradient in each belief, the target's first.
 
         ``down``: the target is moved as soon as its part is handed out, and the error is taken again
@@ -77,15 +77,14 @@ class _OfLayer:
         """How far the prediction has moved, None if it does not, and what its way back needs."""
         return (None, None) if self.d is None else self.d.forward(*[x[p] for p in self.parents])
 
-    def arriving(self, saved: Any, error: Tensor) -> Iterator[tuple[int, Parts]]:
+    def arriving(self, saved: Any, error: Tensor) -> dict[int, Tensor]:
         """J^T error at each parent where anything arrives."""
+        found: dict[int, Tensor] = {}
         if self.d is not None:
-            found: dict[int, Tensor] = {}
             for p, g in zip(self.parents, self.d.backward(saved, error), strict=True):
                 if g is not None:  # a layer may be given the same belief twice
                     found[p] = found[p] + g if p in found else g
-            for p, g in found.items():
-                yield p, [(g, 1.0)]
+        return found
 
 
 class Prediction(_OfLayer):
@@ -125,7 +124,7 @@ class Prediction(_OfLayer):
         if down:
             self.take(moved, x[self.target])
         del moved
-        yield from self.arriving(saved, self.weighted())
+        yield from _plain(self.arriving(saved, self.weighted()))
 
     def own(self) -> Parts:
         """What pulls at the target."""
@@ -246,12 +245,12 @@ class Output(_OfLayer):
             return Loss, error
         return None if Loss is None else self.beta * Loss, self.beta * error
 
-    def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
+    def pulls(self, x: Sequence[Any], down: bool) -> list[tuple[int, Parts]]:
         """J^T e at the parents."""
         moved, saved = self.displaced(x)
         self.take(moved)
         del moved
-        yield from self.arriving(saved, self.error)
+        return _plain(self.arriving(saved, self.error))
 
     def weighted(self) -> Tensor:
         """What goes down, and what the layer's update is made of."""
@@ -287,11 +286,9 @@ class Prior:
             energy = self.prior(beliefs)
         return gradient([energy], beliefs)
 
-    def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
+    def pulls(self, x: Sequence[Any], down: bool) -> list[tuple[int, Parts]]:
         """Its gradient at each belief."""
-        for i, g in enumerate(self.gradient(x)):
-            if g is not None:
-                yield i, [(g, 1.0)]
+        return _plain({i: g for i, g in enumerate(self.gradient(x)) if g is not None})
 
     def retake(self, x: Sequence[Any]) -> None:
         """It has no error."""
@@ -299,6 +296,11 @@ class Prior:
     def energy(self, x: Sequence[Any]) -> Tensor:
         """The energy."""
         return self.prior(self.given(x)).detach()
+
+
+def _plain(arriving: dict[int, Tensor]) -> list[tuple[int, Parts]]:
+    """What arrives at each belief, as parts of its gradient."""
+    return [(i, [(g, 1.0)]) for i, g in arriving.items()]
 
 
 class Terms(NamedTuple):
