@@ -24,7 +24,13 @@ def vjp(
     arriving = [torch.ones_like(y) for y in outputs] if arriving is None else arriving
     try:
         return _engine_run_backward(
-            tuple(outputs), tuple(arriving), keep_graph, False, tuple(inputs), True, accumulate_grad=False
+            tuple(outputs),
+            tuple(arriving),
+            keep_graph,
+            False,
+            tuple(inputs),
+            True,
+            accumulate_grad=False,
         )
     except RuntimeError as error:
         if "use_reentrant=True" in str(error):
