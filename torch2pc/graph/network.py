@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torch2pc.displacement.closed import Gradient
 from torch2pc.displacement.recorder import uncompiled
 from torch2pc.displacement.rules.core import tensors_in
 from torch2pc.displacement.vjp import node_of, nodes_below
@@ -62,7 +63,7 @@ class Network:
     """The feed-forward values, once they have been recorded."""
     Loss: Tensor
     dLdy: Tensor
-    loss_gradient: Callable[[Tensor], Tensor] | None = None
+    loss_gradient: Gradient | None = None
     """dLdy at any output, where the recorded loss has a closed form of it."""
     _autocast: tuple[str, torch.dtype] | None
 
@@ -180,11 +181,12 @@ class Network:
             Loss = check_loss(self.loss.record(prediction, moving=[prediction]))
         self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_())
         # Copies, as the loss may write its next gradient where this one is.
-        self.Loss, self.loss_gradient = Loss.detach().clone(), self.loss.gradient
-        if self.loss_gradient is None:
+        self.Loss = Loss.detach().clone()
+        self.loss_gradient = closed = self.loss.gradient
+        if closed is None:
             self.dLdy = output_gradient(Loss, prediction).clone()
         else:
-            self.dLdy = self.loss_gradient(prediction.detach())
+            self.dLdy = closed(prediction.detach())
         if self.prior is not None:
             beliefs = self._beliefs_of_prior()
             energy = self.prior.record(beliefs)
