@@ -121,16 +121,17 @@ class Network:
         vhat = [self.X.clone() if from_X else _input_copy(self.X)]
 
         def walk(x: Tensor) -> Tensor:
-            values = [x]
-            for layer, node in zip(self.layers, self.nodes, strict=True):
-                x = layer(*[values[p] for p in node.parents])
+            values, seen = [x], {id(x)}
+            for layer, parents in zip(self.layers, self.parents, strict=True):
+                x = layer(*[values[p] for p in parents])
                 if not x.requires_grad:
                     # No parameters so far, or frozen ones, on an input that needs no gradient.
                     x = x.detach().requires_grad_()
-                elif any([x is before for before in values]):
+                elif id(x) in seen:
                     # The belief at a parent has other children's errors, too.
                     x = x.view_as(x)
                 values.append(x)
+                seen.add(id(x))
             vhat.extend(values[1:])
             return x
 
