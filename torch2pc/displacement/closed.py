@@ -20,32 +20,20 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch2pc.displacement.recorder import Kind, Watch
-from torch2pc.displacement.rules.core import aten, tensors_in
+from torch2pc.displacement.rules.core import aten, operations, tensors_in
 from torch2pc.displacement.vjp import vjp
 
 _LOG_SOFTMAX, _SQUARED = aten._log_softmax.default, aten.mse_loss.default
 # By the names of autograd's nodes.
 _NODES = {"LogSoftmaxBackward0": _LOG_SOFTMAX, "MseLossBackward0": _SQUARED}
 # Affine in their first argument, if no other one depends on y.
-_AFFINE = {
-    getattr(getattr(aten, name), overload)
-    for name, overloads in {
-        "nll_loss_forward": "default",
-        "nll_loss2d_forward": "default",
-        "sum": "default dim_IntList",
-        "mean": "default dim",
-        "neg": "default",
-        "mul": "Tensor Scalar",
-        "div": "Tensor Scalar",
-        "add": "Tensor Scalar",
-        "sub": "Tensor Scalar",
-        "masked_fill": "Scalar",
-        "masked_fill_": "Scalar",
-        "view": "default",
-        "detach": "default",
-    }.items()
-    for overload in overloads.split()
-}
+_AFFINE = operations(
+    """
+    nll_loss_forward nll_loss2d_forward sum sum.dim_IntList mean mean.dim neg mul.Tensor mul.Scalar
+    div.Tensor div.Scalar add.Tensor add.Scalar sub.Tensor sub.Scalar masked_fill.Scalar
+    masked_fill_.Scalar view detach
+    """
+)
 # In their second one as well.
 _AFFINE_IN_BOTH = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor}
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,15 +35,21 @@ Move = Callable[[int, Parts], object]
 
 
 class Energy:
-    """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none."""
+    """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none.
+
+    ``start``: the beliefs to start from, if they are others than the feed-forward values.
+    """
 
     def __init__(
-        self, factors: Sequence[Any], vhat: Sequence[Tensor], free: Collection[int]
+        self,
+        factors: Sequence[Any],
+        vhat: Sequence[Tensor],
+        free: Collection[int],
+        start: Sequence[Any] | None = None,
     ) -> None:
-        self.factors, self.vhat, self.free = list(factors), vhat, sorted(free)
+        self.factors, self.vhat, self.free, self.start = list(factors), vhat, sorted(free), start
         self.x: list[Any] = [None] * len(vhat)
-        self.start: Sequence[Any] | None = None
-        """The beliefs that it started from, if they were others than the feed-forward values."""
+        self.restart()
 
     @property
     def output(self) -> Output:
@@ -168,24 +175,13 @@ class Energy:
 
 
 class Beliefs(Energy):
-    """F in the beliefs: ``x[i]`` is how far belief i has moved.
+    """F in the beliefs: ``x[i]`` is how far belief i has moved."""
 
-    ``start``: beliefs to start from; at their feed-forward values otherwise.
-    """
-
-    def __init__(
-        self,
-        factors: Sequence[Any],
-        vhat: Sequence[Tensor],
-        free: Collection[int],
-        start: Sequence[Any] | None = None,
-    ) -> None:
-        super().__init__(factors, vhat, free)
-        self.start = start
-        # For each factor, the beliefs that no later one pulls at.
+    @cached_property
+    def _order(self) -> list[tuple[Any, list[int]]]:
+        """Each factor, with the beliefs that no later one pulls at."""
         last = {i: k for k, factor in enumerate(self.factors) for i in factor.beliefs}
-        self._order = [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
-        self.restart()
+        return [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
 
     @property
     def delta(self) -> list[Any]:  # type: ignore[override]
@@ -271,27 +267,12 @@ class Beliefs(Energy):
 
 
 class Errors(Energy):
-    """F in the errors, from which the beliefs follow: ``x[i]`` is the error at place i.
-
-    It is its factor's own. ``start``: beliefs whose errors to start from; from 0 otherwise.
-    """
-
-    def __init__(
-        self,
-        factors: Sequence[Any],
-        vhat: Sequence[Tensor],
-        free: Collection[int],
-        start: Sequence[Any] | None = None,
-    ) -> None:
-        super().__init__(factors, vhat, free)
-        self.start = start
-        self.delta = [None] * len(vhat)
-        self.restart()
+    """F in the errors, from which the beliefs follow: ``x[i]`` is the error at place i, its factor's own."""
 
     @torch.no_grad()
     def restart(self) -> None:
         """Put the errors where they start."""
-        of = self.predictions
+        of, self.delta = self.predictions, [None] * len(self.vhat)
         for i in self.free:
             of[i].rest()
             self.delta[i] = torch.zeros_like(of[i].error)
