@@ -209,7 +209,7 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
                 if not tensor.is_leaf:
                     self._strange.append(tensor)
                     self._tensors.append(tensor)
-                is_parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf
+                is_parameter = tensor.is_leaf and isinstance(tensor, nn.Parameter)
                 if not is_parameter and storage(tensor) in self._storages:
                     raise Uncovered(f"{func} uses a tensor of the layer's under another name")
             elif tensor._version != expected:
@@ -256,7 +256,7 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
         place = {id(x): self.place[id(x)] for x in given if id(x) in self.place}
         versions = [x._version for x in given if id(x) not in place]
         call = Call(func, tuple(args), kwargs, output, self.place)
-        noted = Noted(call._replace(place=place), None, versions)
+        noted = Noted(Call(*call[:-1], place), None, versions)
         if isinstance(output, Tensor):
             self._append(self._step(call), entered, noted)
         else:

@@ -310,7 +310,7 @@ class Errors(Energy):
             moved, saved = factor.displaced(self.delta)
             kept.append(saved)
             if factor.target is None:
-                factor.take(moved)
+                factor.take(moved, self.delta)
             elif moved is None:
                 torch.neg(factor.error, out=self.delta[factor.target])
             else:

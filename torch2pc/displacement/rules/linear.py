@@ -112,14 +112,9 @@ RESHAPED = Rule(_reshaped, lambda e, before, *static: e.reshape(before))
 
 
 @prepares(
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten._reshape_alias.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
+    *operations(
+        """view _unsafe_view reshape _reshape_alias unsqueeze squeeze squeeze.dim squeeze.dims"""
+    )
 )
 def _(call: Call) -> Step:
     before, after = call.args[0].shape, call.output.shape
