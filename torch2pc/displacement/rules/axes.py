@@ -168,7 +168,9 @@ def of_channels(values: Tensor, x: Tensor) -> Tensor:
 
 @prepares(
     *operations(
-        """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit.no_stats _native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_no_update cudnn_batch_norm"""
+        """native_batch_norm cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update
+        _native_batch_norm_legit _native_batch_norm_legit.no_stats
+        _native_batch_norm_legit_no_training"""
     )
 )
 def _(call: Call) -> Step | None:
