@@ -340,19 +340,18 @@ class Errors(Energy):
         """For each prediction, from the top down, what arrives there of the output's error, or of another
         one in its place; None if nothing does. It uses up what ``settle`` has saved."""
         self.settle()
+        arriving: dict[int, Tensor] = {}
         with self.outside_autocast():
             saved, self._saved = self._saved or self._climb(), None
-        arriving: dict[int, Tensor] = {}
-        for factor in self.factors:
-            kept = saved.pop()
-            if factor.target is None:
-                arrived: Tensor | None = factor.error if error is None else error
-            else:
-                arrived = arriving.pop(factor.target, None)
-                yield factor, arrived
-            if arrived is not None:
-                with self.outside_autocast():
-                    for p, [(g, _)] in factor.arriving(kept, arrived):
+            for factor in self.factors:
+                kept = saved.pop()
+                if factor.target is None:
+                    arrived: Tensor | None = factor.error if error is None else error
+                else:
+                    arrived = arriving.pop(factor.target, None)
+                    yield factor, arrived
+                if arrived is not None:
+                    for p, g in factor.arriving(kept, arrived).items():
                         arriving[p] = arriving[p] + g if p in arriving else g
 
     @torch.no_grad()
