@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2pc.energy.factors import Number, Output, Parts, Prediction, Prior
+from torch2pc.energy.factors import Multiplied, Number, Output, Parts, Prediction, Prior
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast
 
 # What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
@@ -43,6 +43,8 @@ class Energy:
         self.x: list[Any] = [None] * len(vhat)
         self.start: Sequence[Any] | None = None
         """The beliefs that it started from, if they were others than the feed-forward values."""
+        self.multiplied = [f for f in self.factors if isinstance(f, Multiplied)]
+        """The factors with multipliers. With them F is no function that is descended."""
 
     @property
     def output(self) -> Output:
@@ -82,6 +84,11 @@ class Energy:
     def sweep(self, move: Move, down: bool = False) -> None:
         """Go through the factors once, telling ``move`` of each variable's gradient."""
         raise NotImplementedError
+
+    def raise_multipliers(self) -> None:
+        """Before a sweep that moves the variables: by the errors that the one before has left."""
+        for factor in self.multiplied:
+            factor.raise_multiplier()
 
     @contextmanager
     def still(self) -> Iterator[None]:

@@ -139,9 +139,54 @@ class Prediction(_OfLayer):
         """Take the error anew."""
         self.take(self.displaced(x)[0], x[self.target])
 
+    @property
+    def difference(self) -> Tensor:
+        """Prediction minus belief."""
+        return self.error
+
     def energy(self, x: Sequence[Any]) -> Tensor:
         """pi/2 ||e||^2"""
-        return 0.5 * self.precision * torch.linalg.vector_norm(self.error).square()
+        return 0.5 * self.precision * torch.linalg.vector_norm(self.difference).square()
+
+
+class Multiplied(Prediction):
+    """pi/2 ||e||^2 + pi lambda . e: a prediction that is held to its belief, by a Lagrange multiplier.
+
+    Its error is ``e + lambda``, which is what pulls, goes down and makes the update. From sweep to sweep
+    lambda grows by ``alpha e``, e as it was last taken, for as long as prediction and belief differ.
+    """
+
+    def __init__(
+        self,
+        d: Displaced | None,
+        parents: tuple[int, ...],
+        target: int,
+        vhat: Tensor,
+        precision: Number,
+        is_awake: bool,
+        alpha: float,
+    ) -> None:
+        super().__init__(d, parents, target, vhat, precision, is_awake)
+        self.alpha, self.multiplier = alpha, torch.zeros_like(self.error)
+
+    def rest(self) -> None:
+        """Nothing has moved yet."""
+        super().rest()
+        self.multiplier.zero_()
+
+    def take(self, moved: Tensor | None, own: Tensor) -> None:
+        """Take e + lambda."""
+        super().take(moved, own)
+        self.error.add_(self.multiplier)
+
+    @property
+    def difference(self) -> Tensor:
+        """e"""
+        return self.error - self.multiplier
+
+    def raise_multiplier(self) -> None:
+        """lambda <- lambda + alpha e"""
+        self.multiplier.lerp_(self.error, self.alpha)
 
 
 class Between(Prediction):
@@ -312,6 +357,8 @@ class Terms(NamedTuple):
     """What the loss is multiplied by."""
     between: Mapping[int, LayerEnergy] = {}
     """By their places, the energies of layers that have another one than half the squared difference."""
+    alpha: float | None = None
+    """How fast each hidden layer's multiplier grows; None where they have none."""
 
 
 USUAL = Terms()
@@ -336,7 +383,9 @@ def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
             # A way back that is not linear may hand down something although the error is 0.
             is_awake = not network.layers[l - 1].is_linear and bool(parents)
             between = terms.between.get(l)
-            if between is None:
+            if terms.alpha is not None:
+                found.append(Multiplied(d, parents, l, vhat, pi, is_awake, terms.alpha))
+            elif between is None:
                 found.append(Prediction(d, parents, l, vhat, pi, is_awake))
             else:
                 is_awake |= not between.is_at_rest
