@@ -109,7 +109,7 @@ class Prediction(_OfLayer):
         """Nothing has moved yet."""
         self.error.zero_()
 
-    def take(self, moved: Tensor | None, own: Tensor) -> None:
+    def take(self, moved: Tensor | None, own: Any) -> None:
         """Take the error of a prediction and a belief that have moved so far."""
         if moved is None:
             torch.neg(own, out=self.error)
@@ -189,6 +189,44 @@ class Multiplied(Prediction):
         self.multiplier.lerp_(self.error, self.alpha)
 
 
+class Above(Prediction):
+    """pi/2 ||e||^2 with e = e0 + d(delta_parents) - delta_target: a second prediction of a belief.
+
+    The first error ``e0`` is taken once; what moves is small beside it or not, and subtracted from nothing.
+    """
+
+    def __init__(
+        self,
+        d: Displaced | None,
+        parents: tuple[int, ...],
+        target: int,
+        first: Tensor,
+        precision: Number = 1.0,
+        is_clamped: bool = False,
+    ) -> None:
+        super().__init__(d, parents, target, first, precision, is_awake=True)
+        if is_clamped:
+            self.beliefs = frozenset(parents)
+        self.first = first
+        self.rest()
+
+    def rest(self) -> None:
+        """Nothing has moved yet."""
+        self.error.copy_(self.first)
+
+    def take(self, moved: Tensor | None, own: Any) -> None:
+        """Take the error of a prediction and a belief that have moved so far."""
+        self.rest()
+        if own is not None:
+            self.error.sub_(own)
+        if moved is not None:
+            self.error.add_(moved)
+
+    def energy_at_first(self) -> Tensor:
+        """pi/2 ||e0||^2"""
+        return 0.5 * self.precision * torch.linalg.vector_norm(self.first).square()
+
+
 class Between(Prediction):
     """pi E(f, v), another energy between a hidden layer's prediction and its belief.
 
@@ -219,7 +257,7 @@ class Between(Prediction):
         """dE/df and dE/dv, where the two have moved so far."""
         return self.between.slopes(self.vhat, df, dv)
 
-    def take(self, moved: Tensor | None, own: Tensor) -> None:
+    def take(self, moved: Tensor | None, own: Any) -> None:
         """Take both slopes."""
         df = torch.zeros_like(own) if moved is None else moved.to(own.dtype)
         self.error, self.of_belief = self.slopes(df, own)
@@ -352,7 +390,7 @@ class Terms(NamedTuple):
     """What the terms of the energy are, where they are not the usual ones."""
 
     precision: Sequence[Number] | None = None
-    """One number for each hidden layer, in their order; 1 if not given."""
+    """One number for each hidden layer, in their order, then for each prediction from above; 1 if None."""
     beta: float = 1.0
     """What the loss is multiplied by."""
     between: Mapping[int, LayerEnergy] = {}
@@ -370,6 +408,11 @@ def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
     if network.prior is not None:
         found.append(Prior(network.prior_at, network.vhat))
     L = len(network.layers)
+    for k, part in enumerate(network.from_above):
+        d = part.layer.displacement if part.moving else None
+        pi = 1.0 if terms.precision is None else terms.precision[L - 1 + k]
+        is_clamped = part.target not in network.free
+        found.append(Above(d, part.moving, part.target, part.first, pi, is_clamped))
     for l in range(L, 0, -1):
         parents, vhat = network.moving(l), network.vhat[l]
         d = network.layers[l - 1].displacement if parents else None
