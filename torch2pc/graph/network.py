@@ -230,10 +230,8 @@ class Network:
         """
         found = []
         for p in places:
-            x: Any = self.Y
-            if p < len(self.nodes):
-                x = at[p].detach().to(self.vhat[p].dtype)
-            elif not isinstance(x, Tensor):
+            x: Any = at[p].to(self.vhat[p].dtype) if p < len(self.nodes) else self.Y
+            if not isinstance(x, Tensor):
                 raise TypeError(
                     "Y must be a torch.Tensor where a layer of PCGraph(above=...) reads the last place, "
                     f"got {type(x).__name__}"
