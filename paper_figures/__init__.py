@@ -8,7 +8,7 @@ draws. It reads like the figure's caption and has
 - a docstring, whose first line is the title that ``--help`` shows;
 - ``run(options) -> list[Number]``, which computes the figure, calls `report.save` to write its PNG,
   PDF and JSON, and returns the numbers to compare with the paper's; `report.Options` holds data,
-  out, device, seed and quick. It raises `data.MissingData` if it cannot do without a file that is
+  out, device, seed, full and quick. It raises `data.MissingData` if it cannot do without a file that is
   not there: the run then says so and goes on with the next figure;
 - optionally ``DEFAULT = False``, to be drawn only when asked for by name;
 - optionally ``DOWNLOADS = ("mnist",)``, the data sets that ``--download`` fetches for it (keys of

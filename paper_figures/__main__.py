@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The networks are small: a second thread brings little, and on a busy machine the threads
         # wait for each other longer than they compute.
         torch.set_num_threads(1)
-    options = Options(asked.data, asked.out, asked.device, asked.seed, asked.quick)
+    options = Options(asked.data, asked.out, asked.device, asked.seed, asked.quick, asked.full)
     chosen = asked.figure or [name for name in modules if getattr(modules[name], "DEFAULT", True)]
     not_drawn, off = [], []
     try:
@@ -120,8 +120,14 @@ def parse(modules: dict[str, ModuleType], arguments: Sequence[str] | None) -> ar
         "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--quick", action="store_true", help="shortened runs: everything is drawn, less is learned"
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--full", action="store_true", help="runs of the papers' length, whose numbers docs shows"
+    )
+    length.add_argument(
+        "--quick",
+        action="store_true",
+        help="runs of seconds: everything is drawn, little is learned",
     )
     asked = parser.parse_args(arguments)
     if asked.download:

@@ -171,6 +171,50 @@ def strict(
     return Reference(vhat, Loss, dLdy, v, epsilon, updates)
 
 
+def multipliers(
+    model: nn.Module,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    eta: float,
+    n: int,
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+    alpha: float = 1.0,
+    pi: Sequence[float] | None = None,
+    down: bool = True,
+) -> Reference:
+    """Sweeps from the top, in each of which belief i moves once all its children have told what they pull;
+    or, not ``down``, all at once"""
+    vhat = feed_forward(model, X)
+    Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
+    L = len(vhat) - 1
+    v = list(vhat) if vinit is None else [X, *vinit[1:L], vhat[L]]
+    difference = [torch.zeros_like(x) for x in v]  # f_i(v_parents) - v_i
+    multiplier = [torch.zeros_like(x) for x in v]
+    error: list[Any] = [None] * (L + 1)
+    weight = [1.0, *([1.0] * (L - 1) if pi is None else pi), 1.0]
+    for _ in range(n):
+        before, above = list(v), [torch.zeros_like(x) for x in v]
+        for i, node in reversed(list(enumerate(nodes(model), start=1))):
+            prediction = node(v).detach()
+            if i == L:
+                _, error[L] = loss_gradient(LossFun, prediction, Y)
+            else:
+                multiplier[i] = multiplier[i] + alpha * difference[i]
+                v[i] = v[i] + eta * (weight[i] * (prediction - v[i] + multiplier[i]) - above[i])
+                difference[i] = prediction - (v if down else before)[i]
+                error[i] = difference[i] + multiplier[i]
+            vjps = input_vjps(node.layer, [v[p] for p in node.parents], weight[i] * error[i])
+            for p, vjp in zip(node.parents, vjps, strict=True):
+                above[p] = above[p] + vjp
+    places = {"v": v, "vhat": vhat, "before": before}
+    weighted = [None, *(w * e for w, e in zip(weight[1:], error[1:], strict=True))]
+    updates = parameter_updates(model, places[update_at], weighted)
+    error[0] = input_error(model, places[update_at], weighted)
+    return Reference(vhat, Loss, dLdy, v, error, updates)
+
+
 def perturbed_pass(
     model: nn.Module, X: Tensor, epsilon: Sequence[Tensor]
 ) -> tuple[list[Tensor], Tensor]:

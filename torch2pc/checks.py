@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch2pc.energy.divergences import LayerEnergy, OfCallable
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import modules_in
-from torch2pc.inference.steps import AUTO, Langevin, Rule, is_plain, number
+from torch2pc.inference.steps import AUTO, Halving, Langevin, Rule, is_plain, number
 
 
 def check_model(model: object) -> None:
@@ -172,6 +172,11 @@ def check_rule(eta: float | str | Rule, ErrType: str) -> None:
     """``eta`` is a rule that the algorithm can follow."""
     if not isinstance(eta, Rule):
         return
+    if ErrType == "Multipliers" and isinstance(eta, Halving):
+        raise ValueError(
+            "eta must be a rule that looks at no energy for Multipliers, whose multipliers raise it as they "
+            f"grow, got {eta}"
+        )
     if ErrType == "FixedPred":
         raise ValueError(
             'eta must be a finite number or "auto" for FixedPred, whose closed form is that of plain '
@@ -283,6 +288,15 @@ def check_prior(prior: object) -> None:
             "prior must be a callable from the list of beliefs to a scalar tensor, "
             f"got {type(prior).__name__}"
         )
+
+
+def check_alpha(alpha: object, ErrType: str) -> float | None:
+    """``alpha`` as a float: a finite number >= 0 of an algorithm that has multipliers."""
+    if alpha is None:
+        return None
+    if ErrType != "Multipliers":
+        raise ValueError(f"alpha must be None for {ErrType}, which has no multipliers, got {alpha}")
+    return number("alpha", alpha, "None or a finite number >= 0", lambda x: x >= 0)
 
 
 def check_callback(callback: object, compile: bool, has_iterations: bool = True) -> None:

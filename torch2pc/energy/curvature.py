@@ -130,7 +130,7 @@ class _LinearOutput(Output):
         super().__init__(d, parents, zero, zero, zero, of_loss)  # type: ignore[arg-type]
         self._of_loss = of_loss
 
-    def loss_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_gradient(self, y: Tensor) -> tuple[Tensor | None, Tensor]:
         """H u as the error."""
         return self.Loss, self._of_loss([y])[0]
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2pc.energy.factors import Above, Number, Output, Parts, Prediction, Prior
+from torch2pc.energy.factors import Above, Multiplied, Number, Output, Parts, Prediction, Prior
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast
 
 # What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
@@ -44,6 +44,8 @@ class Energy:
         self.x: list[Any] = [None] * len(vhat)
         self.start: Sequence[Any] | None = None
         """The beliefs that it started from, if they were others than the feed-forward values."""
+        self.multiplied = [f for f in self.factors if isinstance(f, Multiplied)]
+        """The factors with multipliers. With them F is no function that is descended."""
 
     @property
     def output(self) -> Output:
@@ -89,6 +91,11 @@ class Energy:
     def sweep(self, move: Move, down: bool = False) -> None:
         """Go through the factors once, telling ``move`` of each variable's gradient."""
         raise NotImplementedError
+
+    def raise_multipliers(self) -> None:
+        """Before a sweep that moves the variables: by the errors that the one before has left."""
+        for factor in self.multiplied:
+            factor.raise_multiplier()
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -352,25 +359,24 @@ class Errors(Energy):
         second predictions, or of what is ``sent`` in their places; None if nothing does. It uses up what
         ``settle`` has saved."""
         self.settle()
+        arriving: dict[int, Tensor] = {}
         with self.outside_autocast():
             saved, self._saved = self._saved or self._climb(), None
-        arriving: dict[int, Tensor] = {}
 
-        def add(p: int, g: Tensor) -> None:
-            arriving[p] = arriving[p] + g if p in arriving else g
+            def add(p: int, g: Tensor) -> None:
+                arriving[p] = arriving[p] + g if p in arriving else g
 
-        for factor in self.factors:
-            kept = saved.pop()
-            if isinstance(factor, Output | Above):
-                arrived: Tensor | None = factor.weighted() if sent is None else sent[factor]
-                if isinstance(factor, Above) and factor.target in self.free:
-                    add(factor.target, -arrived)
-            else:
-                arrived = arriving.pop(factor.target, None)
-                yield factor, arrived
-            if arrived is not None:
-                with self.outside_autocast():
-                    for p, [(g, _)] in factor.arriving(kept, arrived):
+            for factor in self.factors:
+                kept = saved.pop()
+                if isinstance(factor, Output | Above):
+                    arrived: Tensor | None = factor.weighted() if sent is None else sent[factor]
+                    if isinstance(factor, Above) and factor.target in self.free:
+                        add(factor.target, -arrived)
+                else:
+                    arrived = arriving.pop(factor.target, None)
+                    yield factor, arrived
+                if arrived is not None:
+                    for p, g in factor.arriving(kept, arrived).items():
                         add(p, g)
 
     @torch.no_grad()

@@ -74,7 +74,7 @@ def _energy(factor: Prediction, x: Sequence[Any]) -> Tensor:
     """A hidden layer's term; squares are summed in a wider type, so that small ones are not 0."""
     if isinstance(factor, Between):
         return factor.energy(x)
-    length = torch.linalg.vector_norm(factor.error, dtype=wide(factor.error))
+    length = torch.linalg.vector_norm(factor.difference, dtype=wide(factor.error))
     return 0.5 * factor.precision * length.square()
 
 

@@ -75,6 +75,8 @@ class Network:
     """The feed-forward values, once they have been recorded."""
     Loss: Tensor
     dLdy: Tensor
+    loss_gradient: Callable[[Tensor], Tensor] | None = None
+    """dLdy at any output, where the recorded loss has a closed form of it."""
     from_above: Sequence[FromAbove] = ()
     _autocast: tuple[str, torch.dtype] | None
 
@@ -188,10 +190,14 @@ class Network:
         vhat = self.vhat = self._layer_by_layer(evaluate)
         prediction = vhat[-1].detach().requires_grad_()
         with self._derivatives_refused():
-            Loss = check_loss(self.loss.record(prediction))
+            Loss = check_loss(self.loss.record(prediction, moving=[prediction]))
         self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_())
         # Copies, as the loss may write its next gradient where this one is.
-        self.Loss, self.dLdy = Loss.detach().clone(), output_gradient(Loss, prediction).clone()
+        self.Loss, self.loss_gradient = Loss.detach().clone(), self.loss.gradient
+        if self.loss_gradient is None:
+            self.dLdy = output_gradient(Loss, prediction).clone()
+        else:
+            self.dLdy = self.loss_gradient(prediction.detach())
         if self.prior is not None:
             beliefs = self._beliefs_of_prior()
             energy = self.prior.record(beliefs)

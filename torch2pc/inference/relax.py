@@ -17,7 +17,7 @@ from torch2pc.energy import Energy
 from torch2pc.graph.autograd import own
 from torch2pc.graph.network import Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
-from torch2pc.inference.steps import Langevin, Rule, round_off
+from torch2pc.inference.steps import Langevin, Rule, most_rise
 from torch2pc.inference.updates import updates
 
 # What PCInfer calls after each iteration, with its number, v and epsilon.
@@ -37,14 +37,20 @@ def relax(
         for k in range(1, n + 1):
             if before_step is not None:
                 before_step(k)
-            energy.sweep(rule.move, rule.down)
-            rule.end()
+            _step(energy, rule)
             if after_step is not None:
                 after_step(k)
         energy.settle()
         if rule.is_content(energy):
             return
         energy.restart()
+
+
+def _step(energy: Energy, rule: Rule) -> None:
+    """One sweep, and what changes from one to the next."""
+    energy.raise_multipliers()
+    energy.sweep(rule.move, rule.down)
+    rule.end()
 
 
 class Relaxation:
@@ -103,8 +109,7 @@ class Relaxation:
         if not self._has_begun:
             self.rule.begin(self.energy)
             self._has_begun = True
-        self.energy.sweep(self.rule.move, self.rule.down)
-        self.rule.end()
+        _step(self.energy, self.rule)
         self.energy.settle()
 
     @torch.no_grad()
@@ -204,7 +209,7 @@ def _warn_if_risen(relaxation: Relaxation, n: int, name: str) -> None:
     start = network.Loss if knows_start and not isinstance(relaxation.rule, Langevin) else None
     if start is not None:
         start = sum([factor.energy_at_first() for factor in energy.above], start)
-    is_higher = start is not None and bool(start + round_off(start.dtype) * start.abs() < F)
+    is_higher = start is not None and bool(start + most_rise(energy, start.dtype) * start.abs() < F)
     if bool(F.isfinite()) and not is_higher:
         return
     if start is not None and not bool(start.isfinite()):
