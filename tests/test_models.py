@@ -389,7 +389,7 @@ def test_grad_scaler() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("ErrType", ERR_TYPES[:4])
+@pytest.mark.parametrize("ErrType", ERR_TYPES[:5])
 def test_it_does_not_wait_for_the_gpu(ErrType: str) -> None:
     case = cast(torch.float32)
     case.model.cuda()

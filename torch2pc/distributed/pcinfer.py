@@ -45,6 +45,7 @@ def PCInfer(
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
     nudge: float | None = None,
+    alpha: float | None = None,
     energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     group: dist.ProcessGroup | None = None,
     reduction: str | None = None,
@@ -108,7 +109,7 @@ def PCInfer(
         model, LossFun, ErrType, eta, n, accumulate, compile, update_at: as for ``torch2pc.PCInfer``,
             the same on all ranks; ``eta`` a number.
         callback: as there, called with this rank's beliefs and errors.
-        precision, nudge, energies: as there, the same on all ranks.
+        precision, nudge, alpha, energies: as there, the same on all ranks.
         X, Y, vinit: as there, of this rank's shard, of at least one example.
         group: the processes; None for all.
         reduction: ``"mean"`` or ``"sum"``, what LossFun does over the batch; None to read it from
@@ -160,10 +161,11 @@ def PCInfer(
             callback,
             precision,
             nudge,
+            alpha,
             energies,
         )
         asked.warn(model)
-        if isinstance(eta, str) and ErrType in ("Strict", "ErrorBased"):
+        if isinstance(eta, str) and ErrType in ("Strict", "Multipliers", "ErrorBased"):
             raise ValueError(
                 f"eta must be a number here, got {eta!r}, which would find another one on each rank"
             )
@@ -186,7 +188,7 @@ def PCInfer(
         parameters = _parameters(modules)
         chosen = dict(ErrType=ErrType, n=n, eta=_number(eta), update_at=update_at)
         chosen.update(accumulate=accumulate, compile=compile, reduction=reduction)
-        chosen.update(precision=asked.terms.precision, nudge=asked.nudge)
+        chosen.update(precision=asked.terms.precision, nudge=asked.nudge, alpha=asked.terms.alpha)
         chosen.update(energies=sorted(asked.terms.between))
         chosen.update(vinit="None" if vinit is None else "given", layers=len(model))
         if isinstance(model, PCGraph):

@@ -38,7 +38,7 @@ from torch2pc.graph.autograd import (
     own,
 )
 from torch2pc.graph.network import Inference, Network, detached
-from torch2pc.graph.nodes import nodes_of, steps_above
+from torch2pc.graph.nodes import nodes_from_above, nodes_of, steps_above
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.exact import Factors, within
 from torch2pc.inference.steps import Rule
@@ -66,6 +66,8 @@ def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -
     L, given, farthest = len(nodes), eta, max(below)
     if isinstance(eta, Rule) and eta.down:
         return  # one sweep reaches all
+    if nodes_from_above(model):
+        return  # errors come from there, too
     if isinstance(eta, str | Rule):
         eta = AUTO_ETA  # what Strict's steps will be is not known yet, and brings no more
     shares = error_factors(eta, n - 1, farthest + 1)

@@ -404,8 +404,9 @@ class Safe(Descent):
     for as long as the energy is higher in the end than it was, from the start again with a quarter of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sweep: str = "together") -> None:
         self.eta: Any = AUTO
+        self.down = is_down(sweep)
         self._tries = 0
 
     def begin(self, energy: Energy) -> None:
@@ -414,7 +415,7 @@ class Safe(Descent):
         if self._tries == 0:
             self.eta = safe_step(hessian(energy), energy.variables)
             self._before = energy.terms()
-            self._slack = round_off(energy.vhat[-1].dtype) * self._before.abs().sum()
+            self._slack = most_rise(energy, energy.vhat[-1].dtype) * self._before.abs().sum()
 
     def is_content(self, energy: Energy) -> bool:
         """Whether the energy is no higher than it was, or to try again with a smaller step."""
@@ -427,11 +428,11 @@ class Safe(Descent):
         return False
 
 
-def rule_of(eta: Any) -> Rule:
-    """The rule that a call's ``eta`` asks for, for this call alone."""
+def rule_of(eta: Any, sweep: str = "together") -> Rule:
+    """The rule that a call's ``eta`` asks for, for this call alone; ``sweep``: of one that is none."""
     if isinstance(eta, Rule):
         return eta.fresh()
-    return Safe() if isinstance(eta, str) else Descent(eta)
+    return Safe(sweep) if isinstance(eta, str) else Descent(eta, sweep)
 
 
 def is_plain(rule: Rule) -> bool:
@@ -460,6 +461,14 @@ def number(
     if not (math.isfinite(given) and holds(float(given))):
         raise ValueError(f"{name} must be {accepted}, got {given}")
     return float(given)
+
+
+def most_rise(energy: Energy, dtype: torch.dtype) -> float:
+    """By which share of itself F may end higher than it started, if the loss is computed in ``dtype``.
+
+    Multipliers let it fall and rise again, to the loss of the feed-forward pass, around which it may swing.
+    """
+    return 1.0 if energy.multiplied else round_off(dtype)
 
 
 def round_off(dtype: torch.dtype) -> float:
