@@ -27,12 +27,16 @@ class Bar:
 
     @contextmanager
     def figure(self) -> Iterator[None]:
-        """Around the drawing of the next figure."""
-        self._begun = time.perf_counter()
+        """Around the drawing of the next figure; one that cannot be drawn takes no time."""
+        self._begun, seconds = time.perf_counter(), self._seconds[self._place]
         try:
             yield
+        except Exception:
+            self._bar.total -= seconds
+            raise
+        else:
+            self._at_start += seconds
         finally:
-            self._at_start += self._seconds[self._place]
             self._place += 1
             self._show(self._at_start)
 
