@@ -21,7 +21,7 @@ from paper_figures.training import (
 )
 
 DOWNLOADS = ("cifar10",)
-SECONDS = 60, 3600
+SECONDS = 30, 3600
 
 # At the last step of each of the five epochs of 195 steps.
 PAPER_LOSS = {
