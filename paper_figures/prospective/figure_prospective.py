@@ -174,6 +174,7 @@ def plan_of(data: DataSet, options: Options) -> Plan:
             tuning_seeds=(("saddle", 1), ("online", 2), ("drift", 1)),
             seeds=2,
             depths=(2, 15),
+            aligned=5,
             seed=options.seed,
         )
     if data.name == EMBEDDED_NAME:
