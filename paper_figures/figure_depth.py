@@ -46,11 +46,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import torch2pc
 from paper_figures.data import Batch, DataSet, load_digits
 from paper_figures.plotting import letter, panels
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save, yes
 from paper_figures.runs import Runs
 from paper_figures.training import (
@@ -325,7 +325,7 @@ def train_all(plan: Plan, runs: Runs[Training]) -> None:
             points = [
                 (m, depth) for m, depth in plan.points(name) if k < len(plan.seeds_of(name, m))
             ]
-            for method, depth in tqdm(points, f"depth, {name}, seed {k}", unit="point"):
+            for method, depth in track(points, f"depth, {name}, seed {k}"):
                 runs.finish(plan.tunings(name, method, depth))
                 lr = chosen_lr(plan.tunings(name, method, depth), runs)
                 runs.finish(plan.finals(name, method, depth, lr)[k : k + 1])
