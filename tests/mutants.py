@@ -334,6 +334,7 @@ class Plugin:
 def run_pytest(files: Sequence[str], plugin: Plugin) -> int:
     options = [
         "-x",
+        "--numprocesses=0",
         "-p",
         "no:cacheprovider",
         "--no-header",

@@ -39,8 +39,9 @@ def check_model(model: object) -> None:
         )
     if isinstance(model, PCGraph):
         model.check_layers()
-    if (check_origin := getattr(model, "check_origin", None)) is not None:
-        check_origin()  # layers that group_layers has made
+    # (Of the class: a module without the attribute would take a slow way to say so.)
+    if (check_origin := getattr(type(model), "check_origin", None)) is not None:
+        check_origin(model)  # layers that group_layers has made
 
 
 def _runs_its_items(model: nn.Sequential | PCGraph) -> bool:
@@ -189,6 +190,27 @@ def check_rule(eta: float | str | Rule, ErrType: str) -> None:
         )
 
 
+def check_from_above(model: nn.Sequential | PCGraph, ErrType: str, nudge: object = None) -> None:
+    """Where beliefs have second predictions, the algorithm descends an energy that has them."""
+    if not isinstance(model, PCGraph) or not model.above_parents:
+        return
+    if ErrType not in OF_BOTH_SIDES:
+        raise ValueError(
+            f"model must have no predictions from above for {ErrType}, whose errors are those of the loss "
+            "alone, so that what predicts from above would never learn: they belong to "
+            f"{', '.join(OF_BOTH_SIDES)} and PCInferLatent"
+        )
+    if nudge is not None:
+        raise ValueError(
+            "nudge must be None where beliefs are predicted from above: these errors are there without the "
+            "loss, and would leave nothing but round-off of the difference of two relaxations"
+        )
+
+
+# The algorithms that descend the energy of whatever predicts a belief.
+OF_BOTH_SIDES = ("Strict", "ErrorBased", "Equilibrium")
+
+
 def check_n(n: object) -> int:
     """``n`` as an int: an integer of at least 1."""
     if isinstance(n, bool) or not isinstance(n, Integral):
@@ -242,17 +264,22 @@ def check_nudge(nudge: object, eta: object, vinit: object) -> float:
     return beta
 
 
-def check_names(name: str, given: Mapping[Any, Any], model: nn.Sequential | PCGraph) -> list[str]:
-    """The names of the hidden layers of a graph, which the keys of ``given`` are among."""
+def check_names(
+    name: str,
+    given: Mapping[Any, Any],
+    model: nn.Sequential | PCGraph,
+    others: Sequence[str] = (),
+) -> list[str]:
+    """The names of the hidden layers of a graph, and others, which the keys of ``given`` are among."""
     if not isinstance(model, PCGraph):
         raise TypeError(
             f"{name} must be no dict for an nn.Sequential, whose layers have no names: give a list"
         )
-    hidden = model.names[1:-1]
+    accepted = [*model.names[1:-1], *others]
     for key in given:
-        if key not in hidden:
-            raise ValueError(f"{name} must have hidden layers as keys, {hidden}, got {key!r}")
-    return hidden
+        if key not in accepted:
+            raise ValueError(f"{name} must have hidden layers as keys, {accepted}, got {key!r}")
+    return accepted
 
 
 def check_prior(prior: object) -> None:
@@ -326,25 +353,28 @@ def check_has_energy(name: str, reason: str, ErrType: str, has_iterations: bool)
 
 
 def check_precision(precision: object, model: nn.Sequential | PCGraph) -> list[float]:
-    """``precision`` as a list of numbers, one for each hidden layer."""
-    length = len(model) - 1
+    """``precision`` as a list of numbers, one for each hidden layer, then for each prediction from above."""
+    length, above = len(model) - 1, []
+    if isinstance(model, PCGraph):
+        above = [f"above.{name}" for name in model.above_parents]
     if precision is None:
-        return [1.0] * length
+        return [1.0] * (length + len(above))
     if isinstance(precision, Real):
-        values: Sequence[Any] = [precision] * length
+        values: Sequence[Any] = [precision] * (length + len(above))
     elif isinstance(precision, Mapping):
-        values = [precision.get(name, 1.0) for name in check_names("precision", precision, model)]
+        names = check_names("precision", precision, model, above)
+        values = [precision.get(name, 1.0) for name in names]
     elif isinstance(precision, Sequence) and not isinstance(precision, str):
-        values = precision
+        values = [*precision, *[1.0] * len(above)]
     else:
         raise TypeError(
             "precision must be a number or a list of numbers, or for a PCGraph a dict, "
             f"got {type(precision).__name__}"
         )
-    if len(values) != length:
+    if len(values) != length + len(above):
         raise ValueError(
             f"precision must have len(model) - 1 = {length} entries, one for each hidden belief, "
-            f"got {len(values)}"
+            f"got {len(values) - len(above)}"
         )
     for l, value in enumerate(values, start=1):
         if isinstance(value, bool) or not isinstance(value, Real):

@@ -119,6 +119,8 @@ def PCInferLatent(
         call = Relaxing(network, "Latent", eta, n, precision=terms.precision)
         if terms.between:
             call.reason = "layers have energies of their own"
+        elif network.from_above:
+            call.reason = "beliefs are predicted from above"
         return compiled_or_plain(call, relax)
 
     X = Xinit.detach()

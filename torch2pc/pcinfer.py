@@ -14,6 +14,7 @@ from torch2pc.checks import (
     check_callback,
     check_energies,
     check_eta,
+    check_from_above,
     check_has_energy,
     check_LossFun,
     check_model,
@@ -393,7 +394,7 @@ class Asked(NamedTuple):
                 return backpropagate()
             return compiled_or_plain(Backpropagation(network, factors), backpropagate)
 
-        for layer in network.layers:
+        for layer in [*network.layers, *[part.layer for part in network.from_above]]:
             layer.is_precise = precise
 
         def relaxation_of(terms: Terms) -> Relaxation:
@@ -413,6 +414,8 @@ class Asked(NamedTuple):
             call.reason = "nudge relaxes twice"
         elif terms.between:
             call.reason = "layers have energies of their own"
+        elif network.from_above:
+            call.reason = "beliefs are predicted from above"
         return compiled_or_plain(call, relax)
 
 
@@ -439,6 +442,7 @@ def check_arguments(
     if not isinstance(ErrType, str) or ErrType not in ErrTypes:
         accepted = ", ".join(f'"{name}"' for name in ErrTypes)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
+    check_from_above(model, ErrType, nudge)
     has_iterations = ErrType in RELAXATIONS
     size: float | str | Rule = 1.0
     if has_iterations:

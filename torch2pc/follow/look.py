@@ -19,8 +19,9 @@ class Here(NamedTuple):
     """None, epsilon_1..epsilon_L."""
     Loss: Tensor
     prior: Tensor | None
+    """That of the prior, and of what predicts the input from above."""
     energies: list[Tensor]
-    """Those of the hidden layers."""
+    """Those of the hidden beliefs: of what their layers predict, and of second predictions."""
     pulls: list[Tensor]
     """What pulls at each hidden layer's belief of its own error, weighted by its precision."""
     gradient: list[Tensor]
@@ -46,14 +47,26 @@ def look(energy: Energy) -> Here:
 
     with energy.aside():
         energy.sweep(note)
-        priors = [f.energy(energy.delta) for f in energy.factors if isinstance(f, Prior)]
+        first = [f.energy(energy.delta) for f in energy.factors if isinstance(f, Prior)]
         errors, Loss = energy.epsilon, energy.output.Loss
         hidden = [of[i] for i in sorted(of)]
-        energies = [_energy(factor, energy.delta) for factor in hidden]
+        energies = {i: _energy(of[i], energy.delta) for i in sorted(of)}
+        for factor in energy.above:
+            term = _energy(factor, energy.delta)
+            if factor.target == 0:
+                first.append(term)
+            else:
+                energies[factor.target] = energies[factor.target] + term
         pulls = [abs(c) * part for factor in hidden for part, c in factor.own()]
-    prior = priors[0] if priors else None
+    of_input = sum(first[1:], first[0]) if first else None
     return Here(
-        errors, Loss, prior, energies, pulls, list(gradient.values()), list(arriving.values())
+        errors,
+        Loss,
+        of_input,
+        [*energies.values()],
+        pulls,
+        list(gradient.values()),
+        list(arriving.values()),
     )
 
 

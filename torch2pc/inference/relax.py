@@ -149,13 +149,14 @@ class Relaxation:
             moved = zip(self.vhat, self._before, strict=True)
             at = [vhat if d is None else vhat + d for vhat, d in moved]
         beta = self.energy.output.beta
-        return updates(self.network, at, self.energy.weighted, v, beta=beta)
+        of_above = [factor.weighted() for factor in self.energy.above]
+        return updates(self.network, at, self.energy.weighted, v, beta=beta, of_above=of_above)
 
     def result(self) -> Inference:
         """What was inferred, in tensors that share no memory; no step can follow."""
         network = self.network
         v = self.energy.finish()
-        for layer in network.layers:
+        for layer in [*network.layers, *[part.layer for part in network.from_above]]:
             layer.forget()
         input_error, of_parameters = self._updates(v)
         L = len(network.layers)
@@ -202,10 +203,12 @@ def _warn_if_risen(relaxation: Relaxation, n: int, name: str) -> None:
     if call not in _LOOKS or model in _risen:
         return
     F = energy.last()
-    # From the feed-forward pass on, where no layer has an error.
+    # From the feed-forward pass on, where no layer has an error but those that predict from above.
     knows_start = energy.start is None and network.prior is None
     # (Samples of Langevin's are about a minimum, not at it.)
     start = network.Loss if knows_start and not isinstance(relaxation.rule, Langevin) else None
+    if start is not None:
+        start = sum([factor.energy_at_first() for factor in energy.above], start)
     is_higher = start is not None and bool(start + most_rise(energy, start.dtype) * start.abs() < F)
     if bool(F.isfinite()) and not is_higher:
         return
@@ -237,7 +240,7 @@ def warn_of_flat_items(network: Network, ErrType: str, update_at: str) -> None:
     if update_at == "vhat" or network.model in _warned:
         return
     # The places from which a layer that trains is reached.
-    feeds: set[int] = set()
+    feeds = {p for part in network.from_above if part.layer.has_leaves for p in part.parents}
     for l in range(len(network.layers), 0, -1):
         if l in feeds or network.layers[l - 1].has_leaves:
             feeds.update(network.nodes[l - 1].parents)
