@@ -1,7 +1,6 @@
 """The character model of the transformer figure, and the texts that it learns.
 
-Its loss, summed over the characters, weighs ``1 / precision`` against the errors of hidden layers. Where its beliefs lie is up to
-``layers``.
+Where its beliefs lie is up to ``layers``.
 """
 
 from __future__ import annotations
