@@ -144,5 +144,5 @@ class LossWatch(Watch):
         heads = [node for node in nodes if _NODES.get(type(node).__name__) is func]
         if len(heads) != 1:
             return None
-        (g,) = vjp([Loss], [GradientEdge(heads[0], 0)], None)
+        (g,) = vjp([Loss], [GradientEdge(heads[0], 0)])
         return None if g is None else Gradient(func, constants, g, tuple(self._dtypes))

@@ -369,9 +369,10 @@ class Errors(Energy):
             for factor in self.factors:
                 kept = saved.pop()
                 if isinstance(factor, Output | Above):
-                    arrived: Tensor | None = factor.weighted() if sent is None else sent[factor]
+                    error = factor.weighted() if sent is None else sent[factor]
                     if isinstance(factor, Above) and factor.target in self.free:
-                        add(factor.target, -arrived)
+                        add(factor.target, -error)
+                    arrived: Tensor | None = error
                 else:
                     arrived = arriving.pop(factor.target, None)
                     yield factor, arrived

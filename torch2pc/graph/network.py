@@ -101,6 +101,7 @@ class Network:
             self._autocast = kind, torch.get_autocast_dtype(kind)
         self.modules = modules
         self.nodes = nodes_of(model)
+        self.parents = tuple([node.parents for node in self.nodes])
         writes, self.habits = any_in_place(modules), habits_of(model)
 
         def layer_of(node: Node) -> Layer:
@@ -152,9 +153,9 @@ class Network:
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
         with nullcontext() if from_X else self._derivatives_refused():
             Loss = check_loss(self.loss(vhat[-1]))
-        graph = Graph(vhat, Loss, [node.parents for node in self.nodes], self.habits)
-        wheres = [node.where for node in self.nodes]
-        self.habits.apart.update([wheres[l - 1] for l in graph.foreign if l <= len(wheres)])
+        graph = Graph(vhat, Loss, self.parents, self.habits)
+        L = len(self.nodes)
+        self.habits.apart.update([self.nodes[l - 1].where for l in graph.foreign if l <= L])
         self._check_guarded()
         return graph
 
@@ -230,10 +231,8 @@ class Network:
         """
         found = []
         for p in places:
-            x: Any = self.Y
-            if p < len(self.nodes):
-                x = at[p].detach().to(self.vhat[p].dtype)
-            elif not isinstance(x, Tensor):
+            x: Any = at[p].to(self.vhat[p].dtype) if p < len(self.nodes) else self.Y
+            if not isinstance(x, Tensor):
                 raise TypeError(
                     "Y must be a torch.Tensor where a layer of PCGraph(above=...) reads the last place, "
                     f"got {type(x).__name__}"

@@ -38,7 +38,7 @@ from torch2pc.graph.autograd import (
     own,
 )
 from torch2pc.graph.network import Inference, Network, detached
-from torch2pc.graph.nodes import nodes_from_above, nodes_of, steps_above
+from torch2pc.graph.nodes import Parents, nodes_from_above, nodes_of, parents_of, steps_above
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.exact import Factors, within
 from torch2pc.inference.steps import Rule
@@ -61,9 +61,8 @@ def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -
     of heads. With Strict no more arrives at first, and less later on, as its predictions follow the
     beliefs.
     """
-    nodes = nodes_of(model)
-    below = steps_above([node.parents for node in nodes])[1:]
-    L, given, farthest = len(nodes), eta, max(below)
+    below, given = steps_above(parents_of(model))[1:], eta
+    L, farthest = len(below), max(below)
     if isinstance(eta, Rule) and eta.down:
         return  # one sweep reaches all
     if nodes_from_above(model):
@@ -73,6 +72,7 @@ def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -
     shares = error_factors(eta, n - 1, farthest + 1)
     if min(map(abs, shares)) >= LEAST_SHARE or model in _warned:
         return
+    nodes = nodes_of(model)
     short = [
         l
         for l, (node, m) in enumerate(zip(nodes, below, strict=True), start=1)
@@ -104,10 +104,14 @@ def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -
 
 def fixed_pred_factors(network: Network, eta: float, n: int) -> Factors | None:
     """Those of the errors and beliefs after ``n`` iterations; None where ways differ in length."""
-    parents = [node.parents for node in network.nodes]
+    return _factors(network.parents, network.asks_input, eta, n)
+
+
+@lru_cache
+def _factors(parents: Parents, asks_input: bool, eta: float, n: int) -> Factors | None:
     below, farthest = steps_above(parents), steps_above(parents, farthest=True)
     # Where no error of the input is asked for, nothing goes down to it.
-    first = 0 if network.asks_input else 1
+    first = 0 if asks_input else 1
     if below[first:] != farthest[first:]:
         return None
     # epsilon is that of the n-th iteration, computed before the n-th update of v; v_L is not moved.
@@ -132,7 +136,7 @@ def by_lengths_of_paths(network: Network, eta: float, n: int) -> Inference:
     """
     pieces, (prediction, Loss) = network.pieces()
     L, vhat = len(network.layers), network.vhat
-    farthest = steps_above([node.parents for node in network.nodes], farthest=True)[0]
+    farthest = steps_above(network.parents, farthest=True)[0]
     before, after = (error_factors(eta, k, farthest) for k in (n - 1, n))
     found = Updates(network.arrived)
     leaves = leaves_between(Loss, [prediction])
