@@ -369,10 +369,10 @@ class Errors(Energy):
             for factor in self.factors:
                 kept = saved.pop()
                 if isinstance(factor, Output | Above):
-                    error = factor.weighted() if sent is None else sent[factor]
+                    arrived = factor.weighted() if sent is None else sent[factor]
                     if isinstance(factor, Above) and factor.target in self.free:
-                        add(factor.target, -error)
-                    arrived: Tensor | None = error
+                        assert arrived is not None
+                        add(factor.target, -arrived)
                 else:
                     arrived = arriving.pop(factor.target, None)
                     yield factor, arrived
