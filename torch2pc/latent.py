@@ -116,10 +116,7 @@ def PCInferLatent(
 
         if not compile:
             return relax()
-        call = Relaxing(network, "Latent", eta, n, precision=terms.precision)
-        if terms.between:
-            call.reason = "layers have energies of their own"
-        return compiled_or_plain(call, relax)
+        return compiled_or_plain(Relaxing(network, "Latent", eta, n, terms=terms), relax)
 
     X = Xinit.detach()
     return infer(algorithm, model, LossFun, X, Y, accumulate, free_input=True, prior=prior)

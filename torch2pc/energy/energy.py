@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2pc.energy.factors import Number, Output, Parts, Prediction, Prior
+from torch2pc.energy.factors import Number, Output, Parts, Prediction, Prior, is_one
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast
 
 # What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
@@ -394,8 +394,7 @@ class Errors(Energy):
 def _add_parts(to: Parts, parts: Parts) -> None:
     """Add to a gradient in parts. A belief of many children does not hold as many tensors."""
     for part in parts:
-        is_plain = type(part[1]) is float and part[1] == 1.0
-        if len(to) < 2 or not is_plain:
+        if len(to) < 2 or not is_one(part[1]):
             to.append(part)
         else:  # the third and those that follow are added to the second
             to[1] = (to[1][0] + part[0], 1.0)

@@ -19,6 +19,13 @@ from torch2pc.graph.network import Network
 
 # A number, or in a compiled call a tensor without dimensions.
 Number = Any
+
+
+def is_one(c: Number) -> bool:
+    """Whether a factor need not be multiplied by. (A tensor's value is not looked at.)"""
+    return type(c) is float and c == 1.0
+
+
 # A gradient as a sum of coefficient times tensor. They are never copied, so nobody may write into them.
 Parts = list[tuple[Tensor, Number]]
 
@@ -133,8 +140,7 @@ class Prediction(_OfLayer):
 
     def weighted(self) -> Tensor:
         """pi e, which goes down, and which the layer's update is made of."""
-        is_one = isinstance(self.precision, float) and self.precision == 1
-        return self.error if is_one else self.error * self.precision
+        return self.error if is_one(self.precision) else self.error * self.precision
 
     def retake(self, x: Sequence[Any]) -> None:
         """Take the error anew."""
@@ -204,7 +210,7 @@ class Output(_OfLayer):
         Loss: Tensor,
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
-        beta: float = 1.0,
+        beta: Number = 1.0,
     ) -> None:
         super().__init__(d, parents)
         self.beliefs = frozenset(parents)
@@ -230,7 +236,7 @@ class Output(_OfLayer):
 
     def _times_beta(self, Loss: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         # After the gradient is taken, which half precision may limit.
-        return (Loss, error) if self.beta == 1 else (self.beta * Loss, self.beta * error)
+        return (Loss, error) if is_one(self.beta) else (self.beta * Loss, self.beta * error)
 
     def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
         """J^T e at the parents."""
@@ -292,7 +298,7 @@ class Terms(NamedTuple):
 
     precision: Sequence[Number] | None = None
     """One number for each hidden layer, in their order; 1 if not given."""
-    beta: float = 1.0
+    beta: Number = 1.0
     """What the loss is multiplied by."""
     between: Mapping[int, LayerEnergy] = {}
     """By their places, the energies of layers that have another one than half the squared difference."""

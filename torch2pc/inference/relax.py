@@ -34,17 +34,23 @@ def relax(
     """``n`` sweeps, in each of which the rule moves all variables."""
     while True:
         rule.begin(energy)
+        rule.choose()
         for k in range(1, n + 1):
             if before_step is not None:
                 before_step(k)
-            energy.sweep(rule.move, rule.down)
-            rule.end()
+            take_step(energy, rule)
             if after_step is not None:
                 after_step(k)
         energy.settle()
-        if rule.is_content(energy):
+        if rule.accepts(rule.judge(energy)):
             return
         energy.restart()
+
+
+def take_step(energy: Energy, rule: Rule) -> None:
+    """One sweep, in which the rule moves all variables."""
+    energy.sweep(rule.move, rule.down)
+    rule.end()
 
 
 class Relaxation:
@@ -102,9 +108,9 @@ class Relaxation:
         """Move all variables once."""
         if not self._has_begun:
             self.rule.begin(self.energy)
+            self.rule.choose()
             self._has_begun = True
-        self.energy.sweep(self.rule.move, self.rule.down)
-        self.rule.end()
+        take_step(self.energy, self.rule)
         self.energy.settle()
 
     @torch.no_grad()
