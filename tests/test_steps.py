@@ -354,18 +354,6 @@ def _values(model: PCGraph, X: Tensor) -> list[Tensor]:
     return [a, b, a + b, model.out(a + b)]
 
 
-def test_compile_says_once_that_it_runs_plainly() -> None:
-    case = chain(torch.float32)
-    rule = steps.Momentum(0.1, 0.5)
-    expected = case.infer("Strict", eta=rule, n=3)
-    with pytest.warns(UserWarning, match=r"runs without compilation, because eta is .* Momentum"):
-        found = case.infer("Strict", eta=rule, n=3, compile=True)
-    assert_close(list(found), list(expected), 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        case.infer("Strict", eta=rule, n=3, compile=True)
-
-
 def test_a_short_sweep_down_is_no_short_inference() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Sequential(nn.Tanh(), nn.Linear(4, 4)) for _ in range(8)])
