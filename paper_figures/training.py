@@ -26,6 +26,7 @@ from paper_figures.progress import track
 from paper_figures.report import Number, Options
 from torch2pc import PCInfer
 from torch2pc.pcinfer import PCResult
+from torch2pc.steps import Rule
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -248,7 +249,7 @@ def backprop_step(
 
 
 def incremental_steps(
-    model: nn.Sequential, LossFun: LossFunction, batch: Batch, eta: float, n: int
+    model: nn.Sequential, LossFun: LossFunction, batch: Batch, eta: float | Rule, n: int
 ) -> Iterator[PCResult]:
     """Strict's beliefs from the feed-forward pass, with updates in ``.grad`` after each of n steps.
 

@@ -126,9 +126,14 @@ def test_equilibrium_is_where_the_energy_has_no_slope(targets: set[str]) -> None
     assert_close(updates, updates_of(case), 1e-5)
 
 
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
 def test_equilibrium_sees_that_a_layer_from_above_mixes_the_examples() -> None:
     case = two_sided(["x"])
-    case.model.above.x.append(nn.BatchNorm1d(5).double())
+    case.model.above.x.append(Centred())
     result = case.infer("Equilibrium", n=200)
     assert result.distance.shape == (1,) and float(result.distance) < 1e-6
 

@@ -204,6 +204,19 @@ def test_the_rise_to_the_loss_is_no_divergence() -> None:
             chain().infer("Multipliers", eta=0.5, n=n)
 
 
+def test_says_where_sweeps_hardly_reach_the_lower_layers() -> None:
+    """Half has come after as many sweeps as an error waits, and what it proposes is not warned of."""
+    case = chain(30)
+    with pytest.warns(
+        UserWarning, match="hardly reaches layers 1 to 1[0-9] of 30 .* n=262, or eta=0.6"
+    ):
+        case.infer("Multipliers", eta=0.1, n=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chain(30).infer("Multipliers", eta=0.6, n=20)
+        chain(30).infer("Multipliers", eta="auto", n=2)
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [

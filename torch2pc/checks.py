@@ -39,8 +39,9 @@ def check_model(model: object) -> None:
         )
     if isinstance(model, PCGraph):
         model.check_layers()
-    if (check_origin := getattr(model, "check_origin", None)) is not None:
-        check_origin()  # layers that group_layers has made
+    # (Of the class: a module without the attribute would take a slow way to say so.)
+    if (check_origin := getattr(type(model), "check_origin", None)) is not None:
+        check_origin(model)  # layers that group_layers has made
 
 
 def _runs_its_items(model: nn.Sequential | PCGraph) -> bool:

@@ -373,8 +373,9 @@ class Asked(NamedTuple):
         """Say if the errors will hardly reach some layers."""
         # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
         is_long = self.vinit is None and self.n > 1
-        if self.ErrType == "FixedPred" or (self.ErrType == "Strict" and is_long):
-            warn_of_short_inference(model, self.eta, self.n)
+        is_local = self.ErrType in ("Strict", "Multipliers")
+        if self.ErrType == "FixedPred" or (is_local and is_long):
+            warn_of_short_inference(model, self.eta, self.n, down=self.ErrType == "Multipliers")
 
     def algorithm(self, network: Network) -> Inference:
         """Infer, by compiled graphs if that is asked for and can be done."""

@@ -168,7 +168,7 @@ class Reevaluation:
         if not output.requires_grad:
             return [None] * len(x)
         with self._buffers_kept():
-            found = vjp(output, x, e.to(output.dtype))
+            found = vjp([output], x, [e.to(output.dtype)])
         return [None if g is None else g.to(belief_dtype(g.dtype)) for g in found]
 
 

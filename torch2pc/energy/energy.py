@@ -369,8 +369,9 @@ class Errors(Energy):
             for factor in self.factors:
                 kept = saved.pop()
                 if isinstance(factor, Output | Above):
-                    arrived: Tensor | None = factor.weighted() if sent is None else sent[factor]
+                    arrived = factor.weighted() if sent is None else sent[factor]
                     if isinstance(factor, Above) and factor.target in self.free:
+                        assert arrived is not None
                         add(factor.target, -arrived)
                 else:
                     arrived = arriving.pop(factor.target, None)

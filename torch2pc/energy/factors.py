@@ -418,9 +418,7 @@ def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
         d = network.layers[l - 1].displacement if parents else None
         if l == L:
             at_vhat, gradient = (network.Loss, network.dLdy), network.loss_gradient
-            found.append(
-                Output(d, parents, vhat, *at_vhat, network.loss_at, terms.beta, gradient)
-            )
+            found.append(Output(d, parents, vhat, *at_vhat, network.loss_at, terms.beta, gradient))
         else:
             pi = 1.0 if terms.precision is None else terms.precision[l - 1]
             # A way back that is not linear may hand down something although the error is 0.

@@ -451,7 +451,7 @@ def _follow_closed_form(network: Network, ErrType: str, eta: float | str, n: int
         ways = _ways_down(network, apart=True)
     step = AUTO_ETA if isinstance(eta, str) else eta
     is_stepping = ErrType == "FixedPred"
-    longest = steps_above([node.parents for node in network.nodes], farthest=True)[0]
+    longest = steps_above(network.parents, farthest=True)[0]
     # The shares of the parts after k iterations, by the lengths of their ways, and the updates'.
     if ErrType == "Exact":
         found = [(1.0, *[0.0] * (longest - 1)), (1.0,) * longest]

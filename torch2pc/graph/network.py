@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torch2pc.displacement.recorder import uncompiled
 from torch2pc.displacement.rules.core import tensors_in
 from torch2pc.displacement.vjp import node_of, nodes_below
 from torch2pc.graph.apart import UnguardedError, habits_of
@@ -101,6 +102,7 @@ class Network:
             self._autocast = kind, torch.get_autocast_dtype(kind)
         self.modules = modules
         self.nodes = nodes_of(model)
+        self.parents = tuple([node.parents for node in self.nodes])
         writes, self.habits = any_in_place(modules), habits_of(model)
 
         def layer_of(node: Node) -> Layer:
@@ -152,9 +154,9 @@ class Network:
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
         with nullcontext() if from_X else self._derivatives_refused():
             Loss = check_loss(self.loss(vhat[-1]))
-        graph = Graph(vhat, Loss, [node.parents for node in self.nodes], self.habits)
-        wheres = [node.where for node in self.nodes]
-        self.habits.apart.update([wheres[l - 1] for l in graph.foreign if l <= len(wheres)])
+        graph = Graph(vhat, Loss, self.parents, self.habits)
+        L = len(self.nodes)
+        self.habits.apart.update([self.nodes[l - 1].where for l in graph.foreign if l <= L])
         self._check_guarded()
         return graph
 
@@ -187,6 +189,10 @@ class Network:
         if self._is_recorded:
             return
         self._is_recorded = True
+        with uncompiled:
+            self._record(evaluate)
+
+    def _record(self, evaluate: Callable[[int, list[Tensor]], Tensor]) -> None:
         vhat = self.vhat = self._layer_by_layer(evaluate)
         prediction = vhat[-1].detach().requires_grad_()
         with self._derivatives_refused():
@@ -230,10 +236,8 @@ class Network:
         """
         found = []
         for p in places:
-            x: Any = self.Y
-            if p < len(self.nodes):
-                x = at[p].detach().to(self.vhat[p].dtype)
-            elif not isinstance(x, Tensor):
+            x: Any = at[p].to(self.vhat[p].dtype) if p < len(self.nodes) else self.Y
+            if not isinstance(x, Tensor):
                 raise TypeError(
                     "Y must be a torch.Tensor where a layer of PCGraph(above=...) reads the last place, "
                     f"got {type(x).__name__}"

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from torch2pc.graph.picture import drawn
 from torch2pc.graph.state import modules_in
+
+# For each layer, the places of its parents.
+Parents = tuple[tuple[int, ...], ...]
 
 
 class Node(NamedTuple):
@@ -35,8 +39,9 @@ def nodes_of(model: nn.Module) -> list[Node]:
     if isinstance(model, PCGraph):
         layers = zip(model.names[1:], model.parents, strict=True)
         return [Node(model._modules[name], p, f"model.{name}") for name, p in layers]  # type: ignore[arg-type]
-    items = enumerate(model._modules.values())
-    return [Node(item, (l,), f"model[{l}]") for l, item in items]  # type: ignore[arg-type]
+    items = model._modules.values()
+    pairs = zip(items, _chain(len(items)), strict=True)
+    return [Node(item, p, f"model[{p[0]}]") for item, p in pairs]  # type: ignore[arg-type]
 
 
 def nodes_from_above(model: nn.Module) -> dict[int, Node]:
@@ -50,7 +55,18 @@ def nodes_from_above(model: nn.Module) -> dict[int, Node]:
     }
 
 
-def steps_above(parents: Sequence[Sequence[int]], farthest: bool = False) -> list[int]:
+def parents_of(model: nn.Module) -> Parents:
+    """The places of each layer's parents."""
+    return tuple(model.parents) if isinstance(model, PCGraph) else _chain(len(model._modules))
+
+
+@lru_cache
+def _chain(L: int) -> Parents:
+    return tuple([(l,) for l in range(L)])
+
+
+@lru_cache
+def steps_above(parents: Parents, farthest: bool = False) -> tuple[int, ...]:
     """For each place, how many layers an error of the output goes through on its way there.
 
     On the shortest way, or on the farthest.
@@ -61,12 +77,12 @@ def steps_above(parents: Sequence[Sequence[int]], farthest: bool = False) -> lis
         for p in parents[l - 1]:
             steps = found[l] + 1
             found[p] = choose(found.get(p, steps), steps)
-    return [found[i] for i in range(len(parents) + 1)]
+    return tuple([found[i] for i in range(len(parents) + 1)])
 
 
 def depth(model: nn.Module) -> int:
     """How many layers there are on the longest way from the input to the output."""
-    return steps_above([node.parents for node in nodes_of(model)], farthest=True)[0]
+    return steps_above(parents_of(model), farthest=True)[0]
 
 
 def may_write_input(function: object) -> bool:

@@ -367,12 +367,10 @@ def write_gradients(
             for parameter, update in updates:
                 _add_to_gradient(parameter, update, before)
         else:
-            others = _others(modules, updates)
-            before += [(parameter, parameter.grad, None) for parameter in others]
-            before += [(parameter, parameter.grad, None) for parameter, _ in updates]
-            for parameter in others:
-                parameter.grad = None
-            for parameter, update in updates:
+            written = [(parameter, None) for parameter in _others(modules, updates)]
+            written += updates
+            before += [(parameter, parameter.grad, None) for parameter, _ in written]
+            for parameter, update in written:
                 parameter.grad = update
         for parameter, _ in updates:
             hooks: Any = parameter._post_accumulate_grad_hooks

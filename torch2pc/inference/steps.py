@@ -377,7 +377,13 @@ class Langevin(Descent):
         found = copy.copy(self)
         device = "cpu" if self.generator is None else self.generator.device
         drawn = torch.randint(2**62, (), generator=self.generator, device=device)
-        found._seed = int(drawn)
+        found._seed = int(drawn) + self._stream
+        return found
+
+    def of_stream(self, number: int) -> Langevin:
+        """A copy whose noise is another one than that of other numbers, from the same generator's state."""
+        found = copy.copy(self)
+        found._stream = number
         return found
 
     def begin(self, energy: Energy) -> None:
@@ -395,6 +401,7 @@ class Langevin(Descent):
         x.add_(noise, alpha=math.sqrt(2 * self.eta * self.temperature))
 
     _seed: int
+    _stream = 0
 
 
 class Safe(Descent):

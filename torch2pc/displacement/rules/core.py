@@ -92,9 +92,12 @@ def prepares(*operations: Any) -> Callable[[Callable[[Any], Step | None]], Any]:
     return enter
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 def belief_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of displacements of such values: float32 for half precision."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def unit_of(d: Tensor) -> Tensor:
