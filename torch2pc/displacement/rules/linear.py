@@ -40,7 +40,6 @@ LINEAR_OPERATIONS = {
         "index_select": "default",
         "gather": "default",
         "index": "Tensor",
-        "cat": "default",
         "stack": "default",
         "repeat": "default",
         "tril": "default",
@@ -94,6 +93,24 @@ def _(call: Call) -> Step | None:
     # is taken, as all of it is, in float32.
     is_cast = call.kwargs.get("dtype") in (torch.bfloat16, torch.float16)
     return None if is_cast or not step.inputs[0].dtype.is_floating_point else step
+
+
+def _joined(*given: Any) -> tuple[Tensor, list[int]]:
+    *d, dim = given
+    return torch.cat(d, dim), [d_i.shape[dim] for d_i in d]
+
+
+JOINED = Rule(_joined, lambda e, sizes, dim: e.split(sizes, dim))
+
+
+@prepares(aten.cat.default)
+def _(call: Call) -> Step | None:
+    tensors, like = call.args[0], (call.output.dim(), call.output.dtype)
+    if not like[1].is_floating_point:
+        return None
+    if all([call.moves(x) and (x.dim(), x.dtype) == like for x in tensors]):
+        return Step(JOINED, tuple(tensors), (), (call.argument(1, "dim", 0),))
+    return linear_step(call)
 
 
 # Passing on.
