@@ -2,11 +2,12 @@ r"""
 Predicted from both sides
 =========================
 
-**Question.** Can one network say which digit an image shows, draw a digit that is asked for, and complete an image of
-which it sees half?
+**Question.** Can one network say which digit an image shows, draw a digit that is asked for, and complete
+an image of which it sees half?
 
-In bidirectional predictive coding (Oliviers, Tang and Bogacz 2025) a belief is predicted from below and from above. Here the layers
-:math:`f` go from the label to the image and the layers :math:`g` back, and all beliefs descend
+In bidirectional predictive coding (Oliviers, Tang and Bogacz 2025) a belief is predicted from below and from
+above. Here the layers :math:`f` go from the label to the image and the layers :math:`g` back, and all
+beliefs descend
 
 .. math::
 
@@ -88,8 +89,8 @@ for batch in digits.train_batches(STEPS, BATCH, seed=0, device=CPU):
 # %%
 # Which digit is it?
 # ------------------
-# With the image clamped and the label free, ``PCInferLatent`` infers the label from none. A single pass up through the
-# second predictions says nearly the same.
+# With the image clamped and the label free, ``PCInferLatent`` infers the label from none. A single pass up
+# through the second predictions says nearly the same.
 
 
 def right(output: Tensor) -> float:
@@ -128,8 +129,8 @@ print(f"of mean of the class - mean of all:            {between:.3f}")
 # %%
 # Half an image
 # -------------
-# The same layers in a graph in which the image is a belief as well, and what can be seen of it a loss that looks at the
-# upper half alone. Label and lower half are inferred together.
+# The same layers in a graph in which the image is a belief as well, and what can be seen of it a loss that
+# looks at the upper half alone. Label and lower half are inferred together.
 
 seen = torch.zeros(28, 28)
 seen[:14] = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from torch2pc.checks import (
     check_update_at,
     check_vinit_length,
 )
-from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain, run_plainly
+from torch2pc.compiled import Relaxing, compiled_or_plain, run_plainly
 from torch2pc.energy.factors import USUAL, Terms
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.network import Inference, Network
@@ -385,15 +384,11 @@ class Asked(NamedTuple):
             eta = AUTO_ETA if isinstance(eta, str) else eta
             is_exact = ErrType == "Exact"
             factors = exact_factors(network) if is_exact else fixed_pred_factors(network, eta, n)
+            if compile:
+                run_plainly(network.model, f"{ErrType} is one forward and one backward pass")
             if factors is None:
-                if compile:
-                    reason = "the ways down to its layers differ in length, where FixedPred is not compiled"
-                    run_plainly(network.model, reason)
                 return by_lengths_of_paths(network, eta, n)
-            backpropagate = partial(weighted_backpropagation, network, factors)
-            if not compile:
-                return backpropagate()
-            return compiled_or_plain(Backpropagation(network, factors), backpropagate)
+            return weighted_backpropagation(network, factors)
 
         for layer in [*network.layers, *[part.layer for part in network.from_above]]:
             layer.is_precise = precise
@@ -410,13 +405,7 @@ class Asked(NamedTuple):
 
         if not compile:
             return relax()
-        call = Relaxing(network, ErrType, eta, n, vinit, update_at, precision=terms.precision)
-        if nudge is not None:
-            call.reason = "nudge relaxes twice"
-        elif terms.between:
-            call.reason = "layers have energies of their own"
-        elif network.from_above:
-            call.reason = "beliefs are predicted from above"
+        call = Relaxing(network, ErrType, eta, n, vinit, update_at, terms=terms, nudge=nudge)
         return compiled_or_plain(call, relax)
 
 

@@ -37,7 +37,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from paper_figures.data import Batch, DataSet, load_digits
 from paper_figures.depth.networks import (
@@ -58,12 +57,14 @@ from paper_figures.depth.networks import (
     updates,
 )
 from paper_figures.plotting import letter, panels
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save, yes
 from paper_figures.runs import Runs
 from paper_figures.training import quietly
 from torch2pc import PCInfer
 
 DEFAULT = False
+SECONDS = 90, 3600
 DOWNLOADS = ("mnist",)
 
 MUPC = "ReLU muPC"
@@ -154,7 +155,7 @@ def run(options: Options) -> list[Number]:
         "figure_depth", lambda grid, data, options: train(grid, data, options.device), data, options
     )
     try:
-        for grid in tqdm(list(plan.grids()), "depth", unit="grid"):
+        for grid in track(list(plan.grids()), "depth"):
             runs.finish([grid])
     except KeyboardInterrupt:
         print("stopped: the figure is drawn with what there is")

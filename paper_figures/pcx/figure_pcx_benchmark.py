@@ -18,9 +18,9 @@ Source of the settings: the configuration files of PCX, of L. Pinchetti and othe
 Predictive Coding Networks -- Made Simple, arXiv:2407.01163 (2024). The accuracies called the paper's
 are quoted from memory of its table 1 and not verified.
 
-By default it learns the 10 000 embedded digits, for 10 epochs, in a few minutes on one core.
-With ``--data`` it takes all of MNIST, and Fashion-MNIST too if its files are in the folder's
-``fashion-mnist``: about a quarter of an hour for each seed and data set. Finished trainings are
+By default it learns the 10 000 embedded digits, for 10 epochs, from one seed (from three with
+``--full``), in a few minutes on one core. With ``--data`` it takes all of MNIST, and Fashion-MNIST too if its files are in the folder's
+``fashion-mnist``: about an hour for each seed and data set. Finished trainings are
 kept in ``figure_pcx_benchmark_runs.json`` beside the figure.
 """
 
@@ -216,7 +216,7 @@ def run(options: Options) -> list[Number]:
     fashion = fashion_folder(options.data)
     if fashion is not None:
         sets["Fashion-MNIST"] = load_idx(fashion)
-    seeds = 1 if options.quick else SEEDS
+    seeds = options.pick(1, 1, SEEDS)
     outcomes: dict[str, Outcomes] = {}
     for benchmark, data in sets.items():
         epochs = EMBEDDED_EPOCHS if data.name == EMBEDDED_NAME else EPOCHS

@@ -1,7 +1,6 @@
 """The character model of the transformer figure, and the texts that it learns.
 
-Its loss, summed over the characters, weighs ``1 / precision`` against the errors of hidden layers. Where its beliefs lie is up to
-``layers``.
+Where its beliefs lie is up to ``layers``.
 """
 
 from __future__ import annotations
@@ -24,18 +23,20 @@ HIDDEN = -20.0
 
 
 class Text(NamedTuple):
-    """A text as numbers of its letters: nine tenths to learn, one to be tested on."""
+    """A text as numbers of its letters: eight tenths to learn, one to choose by, one to be tested on."""
 
+    name: str
     letters: str
     training: Tensor
     held_out: Tensor
+    test: Tensor
 
     def batches(
-        self, count: int, seed: int, held_out: bool = False
+        self, count: int, seed: int, part: str = "training"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Stretches (batch, context) and what follows each of their characters."""
+        """Stretches (batch, context) of a part, and what follows each of their characters."""
         generator = torch.Generator().manual_seed(seed)
-        source = self.held_out if held_out else self.training
+        source = getattr(self, part)
         for _ in range(count):
             starts = torch.randint(len(source) - CONTEXT, (BATCH,), generator=generator)
             stretches = torch.stack([source[start : start + CONTEXT + 1] for start in starts])
@@ -47,8 +48,8 @@ def load_text(name: str) -> Text:
     text = gzip.decompress((TEXTS / f"{name}.txt.gz").read_bytes()).decode("ascii")
     letters = "".join(sorted(set(text)))
     codes = torch.tensor([letters.index(character) for character in text])
-    cut = 9 * len(codes) // 10
-    return Text(letters, codes[:cut], codes[cut:])
+    first, second = 8 * len(codes) // 10, 9 * len(codes) // 10
+    return Text(name, letters, codes[:first], codes[first:second], codes[second:])
 
 
 class Embedding(nn.Module):
@@ -134,9 +135,7 @@ def summed_cross_entropy(logits: Tensor, Y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bits_per_character(model: nn.Module, text: Text, batches: int = 20) -> float:
-    """On the held-out part of the text; the same stretches for every model."""
-    losses = [
-        summed_cross_entropy(model(X), Y).item() for X, Y in text.batches(batches, 1, held_out=True)
-    ]
+def bits_per_character(model: nn.Module, text: Text, part: str, batches: int = 20) -> float:
+    """On the same stretches of a part of the text for every model."""
+    losses = [summed_cross_entropy(model(X), Y).item() for X, Y in text.batches(batches, 1, part)]
     return math.fsum(losses) / (batches * BATCH * CONTEXT * math.log(2))

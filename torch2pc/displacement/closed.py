@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch2pc.displacement.recorder import Exits, Watch
+from torch2pc.displacement.recorder import Exits, Kind, Watch
 from torch2pc.displacement.rules.core import aten, tensors_in
 from torch2pc.displacement.vjp import vjp
 
@@ -92,9 +92,9 @@ class LossWatch(Watch):
         if id(tensor) in self._moving:
             self._is_affine = False
 
-    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def dispatch(self, func: Any, kind: Kind, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation, and note what it makes of y."""
-        output = super().dispatch(func, args, kwargs)
+        output = super().dispatch(func, kind, args, kwargs)
         given = tensors_in([*args, *kwargs.values()])
         moving = [x for x in given if id(x) in self._moving]
         if moving:

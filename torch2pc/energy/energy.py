@@ -26,7 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2pc.energy.factors import Above, Multiplied, Number, Output, Parts, Prediction, Prior
+from torch2pc.energy.factors import (
+    Above,
+    Multiplied,
+    Number,
+    Output,
+    Parts,
+    Prediction,
+    Prior,
+    is_one,
+)
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast
 
 # What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
@@ -369,10 +378,10 @@ class Errors(Energy):
             for factor in self.factors:
                 kept = saved.pop()
                 if isinstance(factor, Output | Above):
-                    error = factor.weighted() if sent is None else sent[factor]
+                    arrived = factor.weighted() if sent is None else sent[factor]
                     if isinstance(factor, Above) and factor.target in self.free:
-                        add(factor.target, -error)
-                    arrived: Tensor | None = error
+                        assert arrived is not None
+                        add(factor.target, -arrived)
                 else:
                     arrived = arriving.pop(factor.target, None)
                     yield factor, arrived
@@ -419,14 +428,10 @@ class Errors(Energy):
 def _add_parts(to: Parts, parts: Parts) -> None:
     """Add to a gradient in parts. A belief of many children does not hold as many tensors."""
     for part in parts:
-        if len(to) < 2 or not (_is_plain(part) and _is_plain(to[1])):
+        if len(to) < 2 or not (is_one(part[1]) and is_one(to[1][1])):
             to.append(part)
         else:  # the third and those that follow are added to the second
             to[1] = (to[1][0] + part[0], 1.0)
-
-
-def _is_plain(part: tuple[Tensor, Number]) -> bool:
-    return type(part[1]) is float and part[1] == 1.0
 
 
 __all__ = ["Beliefs", "Energy", "Errors", "Move", "Number", "Parts"]

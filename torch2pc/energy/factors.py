@@ -19,6 +19,13 @@ from torch2pc.graph.network import Network
 
 # A number, or in a compiled call a tensor without dimensions.
 Number = Any
+
+
+def is_one(c: Number) -> bool:
+    """Whether a factor need not be multiplied by. (A tensor's value is not looked at.)"""
+    return type(c) is float and c == 1.0
+
+
 # A gradient as a sum of coefficient times tensor. They are never copied, so nobody may write into them.
 Parts = list[tuple[Tensor, Number]]
 
@@ -132,8 +139,7 @@ class Prediction(_OfLayer):
 
     def weighted(self) -> Tensor:
         """pi e, which goes down, and which the layer's update is made of."""
-        is_one = isinstance(self.precision, float) and self.precision == 1
-        return self.error if is_one else self.error * self.precision
+        return self.error if is_one(self.precision) else self.error * self.precision
 
     def retake(self, x: Sequence[Any]) -> None:
         """Take the error anew."""
@@ -286,7 +292,7 @@ class Output(_OfLayer):
         Loss: Tensor,
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
-        beta: float = 1.0,
+        beta: Number = 1.0,
         loss_gradient: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(d, parents)
@@ -324,7 +330,7 @@ class Output(_OfLayer):
 
     def _times_beta(self, Loss: Tensor | None, error: Tensor) -> tuple[Tensor | None, Tensor]:
         # After the gradient is taken, which half precision may limit.
-        if self.beta == 1:
+        if is_one(self.beta):
             return Loss, error
         return None if Loss is None else self.beta * Loss, self.beta * error
 
@@ -391,7 +397,7 @@ class Terms(NamedTuple):
 
     precision: Sequence[Number] | None = None
     """One number for each hidden layer, in their order, then for each prediction from above; 1 if None."""
-    beta: float = 1.0
+    beta: Number = 1.0
     """What the loss is multiplied by."""
     between: Mapping[int, LayerEnergy] = {}
     """By their places, the energies of layers that have another one than half the squared difference."""

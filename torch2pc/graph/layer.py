@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch2pc.displacement.check import agrees, is_new
 from torch2pc.displacement.closed import Gradient, LossWatch
 from torch2pc.displacement.lines import Displacement, OwnBackward, Reevaluation
-from torch2pc.displacement.recorder import Recorder, Uncovered, Watch, uncompiled
+from torch2pc.displacement.recorder import Recorder, Uncovered, Watch
 from torch2pc.displacement.rules.core import storage, tensors_in
 from torch2pc.displacement.vjp import kept_tensor, nodes_below
 from torch2pc.graph.apart import Habits, UnguardedError, apart, copied, unchanged
@@ -173,7 +173,7 @@ class Layer:
         given = self._given(x)
         places = [next(k for k, a in enumerate(x) if a is b) for b in moving]
         recorder = self._watch([given[k] for k in places])
-        with uncompiled, recorder:
+        with recorder:
             output = self._evaluated(given, x)
         if compared is not None:
             self._compare(x, compared)

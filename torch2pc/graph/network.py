@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torch2pc.displacement.recorder import uncompiled
 from torch2pc.displacement.rules.core import tensors_in
 from torch2pc.displacement.vjp import node_of, nodes_below
 from torch2pc.graph.apart import UnguardedError, habits_of
@@ -188,6 +189,10 @@ class Network:
         if self._is_recorded:
             return
         self._is_recorded = True
+        with uncompiled:
+            self._record(evaluate)
+
+    def _record(self, evaluate: Callable[[int, list[Tensor]], Tensor]) -> None:
         vhat = self.vhat = self._layer_by_layer(evaluate)
         prediction = vhat[-1].detach().requires_grad_()
         with self._derivatives_refused():

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch2pc.graph.picture import drawn
 from torch2pc.graph.state import modules_in
 
-
 # For each layer, the places of its parents.
 Parents = tuple[tuple[int, ...], ...]
 
