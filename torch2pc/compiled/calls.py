@@ -102,7 +102,12 @@ class _Captured:
 class Relaxing:
     """A call that relaxes beliefs (``"Strict"``, ``"Latent"``) or errors (``"ErrorBased"``)."""
 
-    KINDS = {"Strict": "beliefs", "Latent": "beliefs", "ErrorBased": "errors"}  # noqa: RUF012
+    KINDS = {  # noqa: RUF012
+        "Strict": "beliefs",
+        "Multipliers": "beliefs",
+        "Latent": "beliefs",
+        "ErrorBased": "errors",
+    }
 
     def __init__(
         self,
@@ -212,6 +217,7 @@ class Relaxing:
             update_at=self.update_at,
             is_weighted=self.terms.precision is not None,
             is_nudged=self.nudge is not None,
+            is_multiplied=self.terms.alpha is not None,
             energies=tuple([own_energy(*of_layer) for of_layer in self._energies.items()]),
             has_prior=network.prior is not None,
             takes_errors=self.ErrType == "Latent",
@@ -243,7 +249,8 @@ class Relaxing:
         network, asked, n = self.network, program.asked, self.n
         rule, like = rule_of(self.eta), in_belief_dtype(vhat[-1])
         reached = _reached_layers(asked, like.device)
-        terms = [*(self.terms.precision or []), *([] if beta is None else [beta])]
+        alpha = self.terms.alpha
+        terms = [*(self.terms.precision or []), *[x for x in (beta, alpha) if x is not None]]
         # Filled where they are: to copy numbers to a GPU waits for it.
         of_terms = [like.new_full((), number) for number in terms]
 
