@@ -44,7 +44,7 @@ from torch2pc.inference.fixed_pred import (
 )
 from torch2pc.inference.nudge import nudged
 from torch2pc.inference.relax import Callback, Relaxation, infer_by, warn_of_flat_items
-from torch2pc.inference.steps import Rule
+from torch2pc.inference.steps import Rule, rule_of
 
 ErrTypes = ("Exact", "FixedPred", *RELAXATIONS)
 
@@ -374,7 +374,7 @@ class Asked(NamedTuple):
         is_long = self.vinit is None and self.n > 1
         is_local = self.ErrType in ("Strict", "Multipliers")
         if self.ErrType == "FixedPred" or (is_local and is_long):
-            warn_of_short_inference(model, self.eta, self.n, down=self.ErrType == "Multipliers")
+            warn_of_short_inference(model, self.eta, self.n)
 
     def algorithm(self, network: Network) -> Inference:
         """Infer, by compiled graphs if that is asked for and can be done."""
@@ -442,8 +442,8 @@ def check_arguments(
         n = 1
     else:
         size, n = check_eta(eta), depth(model) if n is None else check_n(n)
-        if ErrType == "Multipliers" and isinstance(eta, Rule):
-            size = eta  # where a number is that of sweeps from the top
+        if ErrType == "Multipliers":  # where a number is that of sweeps from the top
+            size = eta if isinstance(eta, Rule) else rule_of(size, "down")
         check_rule(size, ErrType)
     check_callback(callback, compile, has_iterations)
     terms = USUAL
@@ -453,8 +453,7 @@ def check_arguments(
     if nudge is not None:
         check_has_energy("nudge", _NO_NUDGE, ErrType, has_iterations)
         nudge = check_nudge(nudge, size, vinit)
-    if alpha is not None:
-        terms = terms._replace(alpha=check_alpha(alpha, ErrType))
+    terms = terms._replace(alpha=check_alpha(alpha, ErrType))
     if energies is not None:
         check_has_energy("energies", _NO_ENERGIES, ErrType, ErrType == "Strict")
         terms = terms._replace(between=check_energies(energies, model))

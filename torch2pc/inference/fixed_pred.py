@@ -53,9 +53,7 @@ AUTO_ETA = 1.0
 _warned: WeakSet[nn.Module] = WeakSet()
 
 
-def warn_of_short_inference(
-    model: nn.Module, eta: float | str | Rule, n: int, down: bool = False
-) -> None:
+def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -> None:
     """Say, the first time for a model, which layers' updates the errors hardly reach.
 
     Less than ``LEAST_SHARE`` of the gradient arrives there, on the shortest way down. At least half
@@ -63,15 +61,15 @@ def warn_of_short_inference(
     of heads. With Strict no more arrives at first, and less later on, as its predictions follow the
     beliefs.
 
-    ``down``: in sweeps from the top it goes on without waiting where the coin shows heads, so that there
+    In sweeps from the top it goes on without waiting where the coin shows heads, so that there
     are m tosses more, and n >= 1 + m (1 - eta)/eta will do.
     """
     below, given = steps_above(parents_of(model))[1:], eta
     L, farthest = len(below), max(below)
     if nodes_from_above(model):
         return  # errors come from there, too
+    down = isinstance(eta, Rule) and eta.down
     if isinstance(eta, Rule):
-        down = eta.down
         eta = float(eta.eta) if type(eta) is Descent else AUTO_ETA
     elif isinstance(eta, str):
         eta = AUTO_ETA  # what Strict's steps will be is not known yet, and brings no more
