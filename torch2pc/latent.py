@@ -116,9 +116,7 @@ def PCInferLatent(
 
         if not compile:
             return relax()
-        call = Relaxing(network, "Latent", eta, n, precision=terms.precision)
-        if terms.between:
-            call.reason = "layers have energies of their own"
+        call = Relaxing(network, "Latent", eta, n, terms=terms)
         return compiled_or_plain(call, relax)
 
     X = Xinit.detach()

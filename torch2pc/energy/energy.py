@@ -10,7 +10,8 @@ and what arrives at an error comes all the way down from the output,
 
     dF/de_i = pi_i e_i - sum over children c of J_c^T (what arrives at c)
 
-where the loss's gradient arrives at the output.
+where the loss's gradient arrives at the output. A second prediction g_t of belief t (``Above``), whose error
+is a function of the beliefs here, sends pi_t e_t down to its parents and -pi_t e_t to t.
 
 Either way a sweep goes through the factors from the top down. A belief's children come before its own
 factor, so that its gradient is whole there.
@@ -18,7 +19,7 @@ factor, so that its gradient is whole there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
@@ -26,7 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2pc.energy.factors import Number, Output, Parts, Prediction, Prior
+from torch2pc.energy.factors import (
+    Above,
+    Multiplied,
+    Number,
+    Output,
+    Parts,
+    Prediction,
+    Prior,
+    is_one,
+)
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast
 
 # What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
@@ -49,6 +59,8 @@ class Energy:
     ) -> None:
         self.factors, self.vhat, self.free, self.start = list(factors), vhat, sorted(free), start
         self.x: list[Any] = [None] * len(vhat)
+        self.multiplied = [f for f in self.factors if isinstance(f, Multiplied)]
+        """The factors with multipliers. With them F is no function that is descended."""
         self.restart()
 
     @property
@@ -59,7 +71,13 @@ class Energy:
     @property
     def predictions(self) -> dict[int, Prediction]:
         """The factors of the hidden layers, by the beliefs that they predict."""
-        return {f.target: f for f in self.factors if isinstance(f, Prediction)}
+        own = [f for f in self.factors if isinstance(f, Prediction) and not isinstance(f, Above)]
+        return {f.target: f for f in own}
+
+    @property
+    def above(self) -> list[Above]:
+        """The factors of second predictions, which are made of other beliefs than the layers' are."""
+        return [f for f in self.factors if isinstance(f, Above)]
 
     @property
     def epsilon(self) -> list[Any]:
@@ -90,6 +108,11 @@ class Energy:
         """Go through the factors once, telling ``move`` of each variable's gradient."""
         raise NotImplementedError
 
+    def raise_multipliers(self) -> None:
+        """Before a sweep that moves the variables: by the errors that the one before has left."""
+        for factor in self.multiplied:
+            factor.raise_multiplier()
+
     @contextmanager
     def still(self) -> Iterator[None]:
         """The body sweeps without moving anything."""
@@ -112,7 +135,7 @@ class Energy:
     def aside(self) -> Iterator[None]:
         """The same, and afterwards the errors are as they were last taken before."""
         kept = [(factor, dict(vars(factor))) for factor in self.factors]
-        for factor in self.predictions.values():
+        for factor in [*self.predictions.values(), *self.above]:
             factor.error = factor.error.clone()
         try:
             with self.still():
@@ -196,7 +219,7 @@ class Beliefs(Energy):
             self.x[i] = torch.zeros_like(like)
             if self.start is not None:
                 torch.sub(self.start[i].detach(), self.vhat[i], out=self.x[i])
-        for factor in self.predictions.values():
+        for factor in [*self.predictions.values(), *self.above]:
             factor.rest()
         # The beliefs that are no more at their feed-forward values. A factor of none of which any has
         # moved has no error yet: it would be evaluated where it was before, to propagate zeros.
@@ -309,7 +332,7 @@ class Errors(Energy):
         for factor in reversed(self.factors):
             moved, saved = factor.displaced(self.delta)
             kept.append(saved)
-            if factor.target is None:
+            if factor.target is None or isinstance(factor, Above):
                 factor.take(moved, self.delta)
             elif moved is None:
                 torch.neg(factor.error, out=self.delta[factor.target])
@@ -317,23 +340,33 @@ class Errors(Energy):
                 torch.sub(moved, factor.error, out=self.delta[factor.target])
         return kept
 
-    def descend(self, error: Tensor | None = None) -> Iterator[tuple[Prediction, Tensor | None]]:
-        """For each prediction, from the top down, what arrives there of the output's error, or of another
-        one in its place; None if nothing does. It uses up what ``settle`` has saved."""
+    def descend(
+        self, sent: Mapping[Output | Above, Tensor] | None = None
+    ) -> Iterator[tuple[Prediction, Tensor | None]]:
+        """For each prediction, from the top down, what arrives there of the output's error and those of
+        second predictions, or of what is ``sent`` in their places; None if nothing does. It uses up what
+        ``settle`` has saved."""
         self.settle()
         arriving: dict[int, Tensor] = {}
         with self.outside_autocast():
             saved, self._saved = self._saved or self._climb(), None
+
+            def add(p: int, g: Tensor) -> None:
+                arriving[p] = arriving[p] + g if p in arriving else g
+
             for factor in self.factors:
                 kept = saved.pop()
-                if factor.target is None:
-                    arrived: Tensor | None = factor.error if error is None else error
+                if isinstance(factor, Output | Above):
+                    arrived: Tensor | None = factor.weighted() if sent is None else sent[factor]
+                    if isinstance(factor, Above) and factor.target in self.free:
+                        assert arrived is not None
+                        add(factor.target, -arrived)
                 else:
                     arrived = arriving.pop(factor.target, None)
                     yield factor, arrived
                 if arrived is not None:
                     for p, g in factor.arriving(kept, arrived).items():
-                        arriving[p] = arriving[p] + g if p in arriving else g
+                        add(p, g)
 
     @torch.no_grad()
     def sweep(self, move: Move, down: bool = False) -> None:
@@ -374,8 +407,7 @@ class Errors(Energy):
 def _add_parts(to: Parts, parts: Parts) -> None:
     """Add to a gradient in parts. A belief of many children does not hold as many tensors."""
     for part in parts:
-        is_plain = type(part[1]) is float and part[1] == 1.0
-        if len(to) < 2 or not is_plain:
+        if len(to) < 2 or not (is_one(part[1]) and is_one(to[1][1])):
             to.append(part)
         else:  # the third and those that follow are added to the second
             to[1] = (to[1][0] + part[0], 1.0)

@@ -20,6 +20,13 @@ from torch2pc.graph.network import Network
 
 # A number, or in a compiled call a tensor without dimensions.
 Number = Any
+
+
+def is_one(c: Number) -> bool:
+    """Whether a factor need not be multiplied by. (A tensor's value is not looked at.)"""
+    return type(c) is float and c == 1.0
+
+
 # A gradient as a sum of coefficient times tensor. They are never copied, so nobody may write into them.
 Parts = list[tuple[Tensor, Number]]
 
@@ -141,12 +148,94 @@ class Prediction(_OfLayer):
 
     def weighted(self) -> Tensor:
         """pi e, which goes down, and which the layer's update is made of."""
-        is_one = isinstance(self.precision, float) and self.precision == 1
-        return self.error if is_one else self.error * self.precision
+        return self.error if is_one(self.precision) else self.error * self.precision
+
+    @property
+    def difference(self) -> Tensor:
+        """Prediction minus belief."""
+        return self.error
 
     def energy(self, x: Sequence[Any]) -> Tensor:
         """pi/2 ||e||^2"""
-        return 0.5 * self.precision * torch.linalg.vector_norm(self.error).square()
+        return 0.5 * self.precision * torch.linalg.vector_norm(self.difference).square()
+
+
+class Multiplied(Prediction):
+    """pi/2 ||e||^2 + pi lambda . e: a prediction that is held to its belief, by a Lagrange multiplier.
+
+    Its error is ``e + lambda``, which is what pulls, goes down and makes the update. From sweep to sweep
+    lambda grows by ``alpha e``, e as it was last taken, for as long as prediction and belief differ.
+    """
+
+    def __init__(
+        self,
+        d: Displaced | None,
+        parents: tuple[int, ...],
+        target: int,
+        vhat: Tensor,
+        precision: Number,
+        is_awake: bool,
+        alpha: float,
+    ) -> None:
+        super().__init__(d, parents, target, vhat, precision, is_awake)
+        self.alpha, self.multiplier = alpha, torch.zeros_like(self.error)
+
+    def rest(self) -> None:
+        """Nothing has moved yet."""
+        super().rest()
+        self.multiplier.zero_()
+
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take e + lambda."""
+        super().take(moved, x)
+        self.error.add_(self.multiplier)
+
+    @property
+    def difference(self) -> Tensor:
+        """e"""
+        return self.error - self.multiplier
+
+    def raise_multiplier(self) -> None:
+        """lambda <- lambda + alpha e"""
+        self.multiplier.lerp_(self.error, self.alpha)
+
+
+class Above(Prediction):
+    """pi/2 ||e||^2 with e = e0 + d(delta_parents) - delta_target: a second prediction of a belief.
+
+    The first error ``e0`` is taken once; what moves is small beside it or not, and subtracted from nothing.
+    """
+
+    def __init__(
+        self,
+        d: Displaced | None,
+        parents: tuple[int, ...],
+        target: int,
+        first: Tensor,
+        precision: Number = 1.0,
+        is_clamped: bool = False,
+    ) -> None:
+        super().__init__(d, parents, target, first, precision, is_awake=True)
+        if is_clamped:
+            self.beliefs = frozenset(parents)
+        self.first = first
+        self.rest()
+
+    def rest(self) -> None:
+        """Nothing has moved yet."""
+        self.error.copy_(self.first)
+
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take the error of a prediction that has moved so far."""
+        self.rest()
+        if x[self.target] is not None:
+            self.error.sub_(x[self.target])
+        if moved is not None:
+            self.error.add_(moved)
+
+    def energy_at_first(self) -> Tensor:
+        """pi/2 ||e0||^2"""
+        return 0.5 * self.precision * torch.linalg.vector_norm(self.first).square()
 
 
 class Between(Prediction):
@@ -209,7 +298,7 @@ class Output(_OfLayer):
         Loss: Tensor,
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
-        beta: float = 1.0,
+        beta: Number = 1.0,
         loss_gradient: Gradient | None = None,
     ) -> None:
         super().__init__(d, parents)
@@ -247,7 +336,7 @@ class Output(_OfLayer):
 
     def _times_beta(self, Loss: Tensor | None, error: Tensor) -> tuple[Tensor | None, Tensor]:
         # After the gradient is taken, which half precision may limit.
-        if self.beta == 1:
+        if is_one(self.beta):
             return Loss, error
         return None if Loss is None else self.beta * Loss, self.beta * error
 
@@ -309,11 +398,13 @@ class Terms(NamedTuple):
     """What the terms of the energy are, where they are not the usual ones."""
 
     precision: Sequence[Number] | None = None
-    """One number for each hidden layer, in their order; 1 if not given."""
-    beta: float = 1.0
+    """One number for each hidden layer, in their order, then for each prediction from above; 1 if None."""
+    beta: Number = 1.0
     """What the loss is multiplied by."""
     between: Mapping[int, LayerEnergy] = {}
     """By their places, the energies of layers that have another one than half the squared difference."""
+    alpha: float | None = None
+    """How fast each hidden layer's multiplier grows; None where they have none."""
 
 
 USUAL = Terms()
@@ -325,6 +416,11 @@ def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
     if network.prior is not None:
         found.append(Prior(network.prior_at, network.vhat))
     L = len(network.layers)
+    for k, part in enumerate(network.from_above):
+        d = part.layer.displacement if part.moving else None
+        pi = 1.0 if terms.precision is None else terms.precision[L - 1 + k]
+        is_clamped = part.target not in network.free
+        found.append(Above(d, part.moving, part.target, part.first, pi, is_clamped))
     for l in range(L, 0, -1):
         parents, vhat = network.moving(l), network.vhat[l]
         d = network.layers[l - 1].displacement if parents else None
@@ -336,7 +432,9 @@ def factors_of(network: Network, terms: Terms = USUAL) -> list[Factor]:
             # A way back that is not linear may hand down something although the error is 0.
             is_awake = not network.layers[l - 1].is_linear and bool(parents)
             between = terms.between.get(l)
-            if between is None:
+            if terms.alpha is not None:
+                found.append(Multiplied(d, parents, l, vhat, pi, is_awake, terms.alpha))
+            elif between is None:
                 found.append(Prediction(d, parents, l, vhat, pi, is_awake))
             else:
                 is_awake |= not between.is_at_rest
