@@ -58,7 +58,7 @@ class Gradient(NamedTuple):
         else:
             dim = self.constants[0]
             p = torch.log_softmax(x, dim)
-            e = aten._log_softmax_backward_data.default(self.g, p, dim, x.dtype)
+            e = torch._log_softmax_backward_data(self.g, p, dim, x.dtype)
         for dtype in self.dtypes[-2::-1]:
             e = e.to(dtype)
         return e.to(y.dtype)
