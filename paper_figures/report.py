@@ -130,7 +130,7 @@ def save(
     write_atomically(options.out / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
     # Panels are placed once; without a creation date the same run writes the same bytes.
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)
     for ending, metadata in ("png", {}), ("pdf", {"CreationDate": None}):
         write_atomically(
             options.out / f"{name}.{ending}",

@@ -537,18 +537,6 @@ def test_latent_energies_fall(case: Case, weight: float | None) -> None:
         assert result.v[0].norm() < case.X.norm()
 
 
-# Compiled.
-
-
-def test_compiled_it_runs_plainly_and_says_so() -> None:
-    case = steep_case()
-    plain, gradients = case.infer("Strict", eta="auto", n=5), case.gradients()
-    with pytest.warns(UserWarning, match='eta="auto" finds its step size as it runs'):
-        found = case.infer("Strict", eta="auto", n=5, compile=True)
-    assert_close(list(found), list(plain))
-    assert_close(case.gradients(), gradients)
-
-
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1.0, 1e6])
 def test_a_difference_is_taken_as_far_away_however_long_the_direction(scale: float) -> None:
     at, u = [torch.randn(4).double(), torch.randn(2, 3).double()], [torch.ones(4).double()]

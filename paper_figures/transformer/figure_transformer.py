@@ -67,11 +67,11 @@ METHODS = {
     BACKPROP: Method("Exact"),
     "FixedPred": Method("FixedPred", 0.5, 6),
     "Strict, weight 1": Method("Strict", 0.1, 12),
-    "Strict": Method("Strict", 0.2, 6, 0.1),
+    "Strict": Method("Strict", 0.1, 8, 0.1),
     "Strict, down": Method("Strict", steps.Descent(0.5, sweep="down"), 3, 0.1),
     "Multipliers": Method("Multipliers", 0.5, 4, 0.01),
     "ErrorBased": Method("ErrorBased", 0.1, 5, 0.1),
-    "Equilibrium": Method("Equilibrium", n=6, weight=0.1),
+    "Equilibrium": Method("Equilibrium", n=4, weight=0.1),
 }
 BETWEEN, INSIDE, SCORES = "between blocks", "inside", "inside, with scores"
 DIVERGENCE = ", divergence"

@@ -249,16 +249,10 @@ class Relaxing:
         network, asked, n = self.network, program.asked, self.n
         rule, like = rule_of(self.eta), in_belief_dtype(vhat[-1])
         reached = _reached_layers(asked, like.device)
-        alpha = self.terms.alpha
-        terms = [*(self.terms.precision or []), *[x for x in (beta, alpha) if x is not None]]
-        # Filled where they are: to copy numbers to a GPU waits for it.
-        of_terms = [like.new_full((), number) for number in terms]
+        numbers = _numbers(rule, self.terms, beta, like)
 
         def given(k: int) -> list[Any]:
-            # A rule that finds a number itself has none yet.
-            numbers = [getattr(rule, name) for name in rule.numbers]
-            of_rule = [like.new_full((), x) if isinstance(x, float) else like for x in numbers]
-            return [*known, *of_rule, *of_terms, *reached[k]]
+            return [*known, *numbers, *reached[k]]
 
         def noise(places: list[int], times: int = 1) -> list[Tensor]:
             return [rule.noise(x[k]) for _ in range(times) for k in places]
@@ -275,6 +269,7 @@ class Relaxing:
         )
         program.tell(rule, start)
         rule.choose()
+        numbers = _numbers(rule, self.terms, beta, like)
         first = len(program.reach) - 1 if self.vinit is not None else program.first
         ends_alone = self.update_at == "before"
         while True:
@@ -374,6 +369,14 @@ def run_plainly(model: nn.Module, reason: object) -> None:
         warn_caller(
             f"compile=True: {type(model).__name__} runs without compilation, because {first_line}"
         )
+
+
+def _numbers(rule: Rule, terms: Terms, beta: float | None, like: Tensor) -> list[Tensor]:
+    """The rule's, the precisions, the factor of the loss, and how fast multipliers grow."""
+    numbers = [getattr(rule, name) for name in rule.numbers]
+    numbers += [*(terms.precision or []), *[x for x in (beta, terms.alpha) if x is not None]]
+    # Filled where they are: to copy numbers to a GPU waits for it. (A rule may have to find one first.)
+    return [like.new_full((), x) if isinstance(x, float) else like for x in numbers]
 
 
 @lru_cache(maxsize=32)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch2pc.displacement.recorder import Exits, Kind, Watch
+from torch2pc.displacement.recorder import Kind, Watch
 from torch2pc.displacement.rules.core import aten, tensors_in
 from torch2pc.displacement.vjp import vjp
 
@@ -76,11 +76,11 @@ class Gradient(NamedTuple):
         return e.to(y.dtype)
 
 
-class LossWatch(Watch):
+class LossWatch(Watch):  # type: ignore[no-untyped-call]
     """Notes besides whether what its body computes of ``y`` is affine in one operation on it."""
 
     def __init__(self, y: Tensor) -> None:
-        super().__init__()
+        super().__init__(sees_exits=True)
         self._y, self._tensors = y, [y]
         self._dtypes = [y.dtype]
         self._moving = {id(y)}
@@ -124,17 +124,6 @@ class LossWatch(Watch):
         is_second = func in _AFFINE_IN_BOTH and x is args[1]
         is_affine = func in _AFFINE and bool(args) and (x is args[0] or is_second)
         return is_affine and (x is not self._y or func is aten.detach.default)
-
-    def __enter__(self) -> LossWatch:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._exits = Exits(self)
-        self._exits.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._exits.__exit__(*exception)
-        del self._exits
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def gradient(self, Loss: Tensor, nodes: Sequence[Any]) -> Gradient | None:
         """That of ``Loss``, of whose graph ``nodes`` are; None where it has no such form."""

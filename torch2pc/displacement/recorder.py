@@ -86,8 +86,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, sees_exits: bool = False) -> None:
+        """``sees_exits``: tensors that are read outside PyTorch are noticed, which takes a while."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._exits: Any = Exits(self) if sees_exits else None
         self.draws = False
         self.written: set[int] = set()
         self._tensors: list[Tensor] = []  # what was computed, so that no id is used twice
@@ -126,17 +128,30 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tensors += tensors_in(output)
         return output
 
+    def is_read(self, tensor: Tensor) -> None:
+        """The numbers of a tensor go where no operation is seen."""
 
-class Recorder(Watch):
+    def __enter__(self) -> Any:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        if self._exits is not None:
+            self._exits.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._exits is not None:
+            self._exits.__exit__(*exception)
+            self._exits = None
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+
+class Recorder(Watch):  # type: ignore[no-untyped-call]
     """Notes the operations that turn the inputs into a layer's output, while the layer runs.
 
     ``displacement(output)`` puts them together afterwards, or raises Uncovered.
     """
 
     def __init__(self, *inputs: Tensor, sees_exits: bool = False) -> None:
-        """``sees_exits``: tensors that are read outside PyTorch are noticed, which takes a while."""
-        super().__init__()
-        self._exits: Any = Exits(self) if sees_exits else None
+        super().__init__(sees_exits)
         self.lines: list[Recorded] = []
         # Where the value of a tensor stands: the inputs come first, then what each line computes.
         self.place: dict[int, int] = {id(x): k for k, x in enumerate(inputs)}
@@ -312,19 +327,13 @@ class Recorder(Watch):
         self._tensors.append(tensor)
         self._storages.add(storage(tensor))
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Any:
         self._outer, _local.recorder = getattr(_local, "recorder", None), self
-        super().__enter__()  # type: ignore[no-untyped-call]
-        if self._exits is not None:
-            self._exits.__enter__()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        if self._exits is not None:
-            self._exits.__exit__(*exception)
-            self._exits = None
         _local.recorder = self._outer
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -524,9 +533,9 @@ _OF_TRACKERS = torch.autograd.graph.__file__
 
 
 class Exits(TorchFunctionMode):
-    """Tells a recorder of the tensors whose numbers are read without an operation."""
+    """Tells what watches of the tensors whose numbers are read without an operation."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Watch) -> None:
         super().__init__()
         self._recorder = recorder
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torch2pc.displacement.closed import Gradient
 from torch2pc.energy.divergences import LayerEnergy
 from torch2pc.graph.autograd import gradient, in_belief_dtype
 from torch2pc.graph.network import Network
@@ -293,7 +294,7 @@ class Output(_OfLayer):
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
         beta: Number = 1.0,
-        loss_gradient: Callable[[Tensor], Tensor] | None = None,
+        loss_gradient: Gradient | None = None,
     ) -> None:
         super().__init__(d, parents)
         self.beliefs = frozenset(parents)

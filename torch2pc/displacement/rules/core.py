@@ -100,12 +100,15 @@ def belief_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
-def unit_of(d: Tensor) -> Tensor:
-    """The power of two next above the largest entry; 1 for zeros. To divide by it rounds nothing."""
+def unit_of(d: Tensor, largest: int = 120) -> Tensor:
+    """The power of two next above the largest entry; 1 for zeros. To divide by it rounds nothing.
+
+    It is at most 2 to the power of ``largest``.
+    """
     if d.numel() == 0:
         return d.new_ones(())
     _, exponent = torch.frexp(torch.linalg.vector_norm(d, torch.inf))
-    return torch.pow(2.0, exponent.clamp(-120, 120))
+    return torch.pow(2.0, exponent.clamp(-120, largest))
 
 
 def storage(tensor: Tensor) -> int:

@@ -51,6 +51,7 @@ GENERIC = {
     LINEAR,
     axes.NORMALISED,
     linear.SAME,
+    linear.JOINED,
     linear.AS_DTYPE,
     linear.RESHAPED,
     linear.PERMUTED,
