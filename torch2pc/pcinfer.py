@@ -71,7 +71,7 @@ class PCResult(NamedTuple):
         """``||epsilon_l||^2 / 2`` of the hidden layers l = 1..L-1, ``(L-1,)``, computed when read.
 
         What the output adds to the energy is the loss. Precisions, and other energies that layers were
-        given, are not in it.
+        given, are not in it; and Multipliers' errors are no differences of prediction and belief alone.
 
         >>> from torch import nn
         >>> from torch2pc import PCInfer
