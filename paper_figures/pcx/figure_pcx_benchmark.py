@@ -19,9 +19,9 @@ Predictive Coding Networks -- Made Simple, arXiv:2407.01163 (2024). The accuraci
 are quoted from memory of its table 1 and not verified.
 
 By default it learns the 10 000 embedded digits, for 10 epochs, from one seed (from three with
-``--full``), in a few minutes on one core. With ``--data`` it takes all of MNIST, and Fashion-MNIST too if its files are in the folder's
-``fashion-mnist``: about an hour for each seed and data set. Finished trainings are
-kept in ``figure_pcx_benchmark_runs.json`` beside the figure.
+``--full``), in a few minutes on one core. With ``--data`` it takes all of MNIST, and Fashion-MNIST too
+if its files are in the folder's ``fashion-mnist``: about an hour for each seed and data set. Finished
+trainings are kept in ``figure_pcx_benchmark_runs.json`` beside the figure.
 """
 
 from __future__ import annotations
