@@ -261,10 +261,10 @@ class Relaxing:
         )
         program.tell(rule, start)
         rule.choose()
-        numbers = _numbers(rule, self.terms, beta, like)
         first = len(program.reach) - 1 if self.vinit is not None else program.first
         ends_alone = self.update_at == "before"
         while True:
+            numbers = _numbers(rule, self.terms, beta, like)
             state, of_k = list(start), {}
             for k, step in program.schedule(first, n, ends_alone):
                 if k not in of_k:
