@@ -1,10 +1,10 @@
 """How the site is built: ``python -m sphinx -W -n docs build``.
 
 With ``TORCH2PC_EXAMPLES=short`` in the environment the examples run in their short versions, with
-``none`` they are shown and not run. Building needs no network; in the browser, equations are set by
-MathJax, which comes from a content delivery network.
+``none`` they are shown and not run. Neither building nor reading needs a network.
 """
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -47,6 +47,16 @@ nitpick_ignore = [
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "code"  # PCRNN's docstrings write `name` as Markdown does
+
+# Equations are set by MathJax. This file of it has all that it needs, fonts too: a browser may not
+# load fonts for pages that it opens from the disk.
+mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
+assert mathjax is not None and mathjax.origin is not None, "install the extra [docs]"
+mathjax_path = "tex-svg-full.js"
+html_static_path = [
+    "_static",
+    str(Path(mathjax.origin).with_name("static") / "mathjax" / mathjax_path),
+]
 
 # The API.
 autodoc_typehints = "description"
@@ -98,7 +108,6 @@ suppress_warnings = ["config.cache"]
 # The theme.
 html_theme = "furo"
 html_title = "torch2pc"
-html_static_path = ["_static"]
 html_css_files = ["torch2pc.css"]
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0072B2", "color-brand-content": "#0072B2"},

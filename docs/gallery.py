@@ -14,6 +14,7 @@ ORDER = [
     "transformer",
     "deep",
     "graph",
+    "bidirectional",
     "follow",
     "side_by_side",
     "incremental",

@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 
 import torch2pc
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -28,7 +30,8 @@ class Options:
 
     data: the folder with the full data sets, or None for the embedded digits.
     out: the folder that receives the files.
-    quick: run a shortened version that shows that everything works, not the paper's numbers.
+    full: run as long as the paper does; else a figure takes a minute or less, where it can.
+    quick: run a version of seconds that shows that everything works, and no more.
     """
 
     data: Path | None
@@ -36,6 +39,11 @@ class Options:
     device: torch.device
     seed: int = 0
     quick: bool = False
+    full: bool = False
+
+    def pick(self, quick: T, default: T, full: T) -> T:
+        """What the asked length of the run needs of three."""
+        return full if self.full else quick if self.quick else default
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def save(
         "settings": settings,
         "data": data,
         "seed": options.seed,
-        "quick": options.quick,
+        "run": options.pick("quick", "default", "full"),
         "device": str(options.device),
         "versions": {
             "python": platform.python_version(),
@@ -120,7 +128,9 @@ def save(
     }
     text = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
     write_atomically(options.out / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
-    # Without a creation date the same run writes the same bytes.
+    # Panels are placed once; without a creation date the same run writes the same bytes.
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)
     for ending, metadata in ("png", {}), ("pdf", {"CreationDate": None}):
         write_atomically(
             options.out / f"{name}.{ending}",

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 import torch2pc
 from tests import reference
 
-ERR_TYPES = ["Exact", "FixedPred", "Strict", "ErrorBased", "Equilibrium"]
+ERR_TYPES = ["Exact", "FixedPred", "Strict", "Multipliers", "ErrorBased", "Equilibrium"]
 # Those that relax something, at points that move.
 RELAXED = ERR_TYPES[2:]
+# The plain iterations, each called as ``(*case, eta, n, vinit, update_at)``.
+ITERATIONS: dict[str, Callable[..., reference.Reference]] = {
+    "Strict": reference.strict,
+    "Multipliers": reference.multipliers,
+    "ErrorBased": reference.error_based,
+}
 
 
 class Case(NamedTuple):
@@ -252,7 +258,7 @@ def check_against_reference(case: Case, ErrType: str, seed: int = 1, **options: 
     elif ErrType == "Equilibrium":
         return _check_equilibrium(case, of_frozen, twin, seed, options)
     else:
-        relax = {"Strict": reference.strict, "ErrorBased": reference.error_based}[ErrType]
+        relax = ITERATIONS[ErrType]
         update_at = options.get("update_at", "v")
         expected = relax(*of_frozen, 0.1, options.get("n", 20), update_at=update_at)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import datetime
 import faulthandler
+import itertools
 import os
 import pickle
 import subprocess
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 import torch2pc
 from tests.cases import Join
-from torch2pc import distributed
+from torch2pc import distributed, steps
+from torch2pc.checks import OF_BOTH_SIDES
 from torch2pc.distributed import exchange
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +119,19 @@ def graph(width: int = 7, skip: str = "stem") -> torch2pc.PCGraph:
         b=(join, "a", skip),
         c=(join, "b", "a"),
         out=(nn.Linear(width, 3), "c"),
+    ).double()
+
+
+def two_sided(width: int = 7, of_input: str = "a") -> torch2pc.PCGraph:
+    """Predictions from above, of the input and from the target too."""
+    return torch2pc.PCGraph(
+        a=(nn.Linear(5, width), "x"),
+        b=(nn.Sequential(nn.Tanh(), nn.Linear(width, width)), "a"),
+        out=(nn.Linear(width, 3), "b"),
+        above={
+            "x": (nn.Sequential(nn.Tanh(), nn.Linear(width, 5)), of_input),
+            "b": (nn.Linear(3, width), "out"),
+        },
     ).double()
 
 
@@ -248,6 +263,11 @@ def same_as_one_process() -> dict[str, float]:
             torch.manual_seed(0)
             name = f"{ErrType}, {build.__name__}"
             found[name] = compare(build(), nn.MSELoss(), False, "unequal", ErrType)
+        if ErrType in OF_BOTH_SIDES:
+            torch.manual_seed(0)
+            found[f"{ErrType}, two-sided"] = compare(
+                two_sided(), nn.MSELoss(), False, "unequal", ErrType, input_grad=True
+            )
         for option in ("accumulate", "input_grad"):
             torch.manual_seed(0)
             chosen = {option: True}
@@ -263,6 +283,26 @@ def same_as_one_process() -> dict[str, float]:
         torch.manual_seed(0)
         name = f"Strict, {', '.join(more)}"
         found[name] = compare(network(), nn.MSELoss(), False, "unequal", "Strict", **more)
+    return found
+
+
+def noise() -> dict[str, bool]:
+    """Langevin's is another one on each rank, and the same again from the same state."""
+    found = {}
+    torch.manual_seed(0)
+    model, X, Y = network(), torch.ones(1, 5).double(), torch.zeros(1, 3).double()
+    for name, generator in [("default", None), ("own", torch.Generator())]:
+        beliefs = []
+        for _ in range(2):
+            (generator or torch.random.default_generator).manual_seed(5)
+            rule = steps.Langevin(0.1, 1.0, generator)
+            LossFun = nn.MSELoss(reduction="sum")
+            beliefs.append(distributed.PCInfer(model, LossFun, X, Y, "Strict", rule, 3).v[2])
+        gathered = [torch.empty_like(beliefs[0]) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, beliefs[0])
+        alike = [torch.allclose(a, b) for a, b in itertools.combinations(gathered, 2)]
+        found[f"{name}: the same again"] = torch.equal(*beliefs)
+        found[f"{name}: another on each rank"] = not any(alike)
     return found
 
 
@@ -361,6 +401,8 @@ def errors() -> dict[str, Any]:
     told("raises in its backward", model=failing("backward"))
     told("bad argument", eta="big" if rank == 1 else 0.1, ErrType="Strict")
     told("step found", eta="auto", ErrType="Strict")
+    told("step halved", eta=steps.Halving(0.1), ErrType="Strict")
+    told("above", model=lambda: two_sided(of_input="b" if rank == 1 else "a"), ErrType="Strict")
     told("ErrType", ErrType="Strict" if rank == 1 else "Exact")
     told("n", ErrType="Strict", n=4 + (rank == 1))
     told("width", model=lambda: network(7 + (rank == 1)))
@@ -524,7 +566,7 @@ def hangs() -> Any:
 
 # The last leaves the group broken.
 WORK: dict[str, list[Callable[[], Any]]] = {
-    "two": [same_as_one_process, parameters_that_some_ranks_reach, errors, train, dies],
+    "two": [same_as_one_process, parameters_that_some_ranks_reach, noise, errors, train, dies],
     "three": [same_as_one_process, parameters_that_some_ranks_reach, errors, other_ranks, hangs],
 }
 

@@ -171,6 +171,50 @@ def strict(
     return Reference(vhat, Loss, dLdy, v, epsilon, updates)
 
 
+def multipliers(
+    model: nn.Module,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    eta: float,
+    n: int,
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+    alpha: float = 1.0,
+    pi: Sequence[float] | None = None,
+    down: bool = True,
+) -> Reference:
+    """Sweeps from the top, in each of which belief i moves once all its children have told what they pull;
+    or, not ``down``, all at once"""
+    vhat = feed_forward(model, X)
+    Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
+    L = len(vhat) - 1
+    v = list(vhat) if vinit is None else [X, *vinit[1:L], vhat[L]]
+    difference = [torch.zeros_like(x) for x in v]  # f_i(v_parents) - v_i
+    multiplier = [torch.zeros_like(x) for x in v]
+    error: list[Any] = [None] * (L + 1)
+    weight = [1.0, *([1.0] * (L - 1) if pi is None else pi), 1.0]
+    for _ in range(n):
+        before, above = list(v), [torch.zeros_like(x) for x in v]
+        for i, node in reversed(list(enumerate(nodes(model), start=1))):
+            prediction = node(v).detach()
+            if i == L:
+                _, error[L] = loss_gradient(LossFun, prediction, Y)
+            else:
+                multiplier[i] = multiplier[i] + alpha * difference[i]
+                v[i] = v[i] + eta * (weight[i] * (prediction - v[i] + multiplier[i]) - above[i])
+                difference[i] = prediction - (v if down else before)[i]
+                error[i] = difference[i] + multiplier[i]
+            vjps = input_vjps(node.layer, [v[p] for p in node.parents], weight[i] * error[i])
+            for p, vjp in zip(node.parents, vjps, strict=True):
+                above[p] = above[p] + vjp
+    places = {"v": v, "vhat": vhat, "before": before}
+    weighted = [None, *(w * e for w, e in zip(weight[1:], error[1:], strict=True))]
+    updates = parameter_updates(model, places[update_at], weighted)
+    error[0] = input_error(model, places[update_at], weighted)
+    return Reference(vhat, Loss, dLdy, v, error, updates)
+
+
 def perturbed_pass(
     model: nn.Module, X: Tensor, epsilon: Sequence[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
@@ -403,6 +447,93 @@ def error_based_by(
         epsilon = [None, *moved]
         step.end(F(epsilon).detach())
     return at_errors(model, LossFun, X, Y, epsilon)
+
+
+# Bidirectional models: belief t has a second prediction g_t(v_parents), where the last place is Y's.
+
+
+def from_above(model: PCGraph) -> list[tuple[str, int, Node]]:
+    """For each second prediction its name among the precisions, its place, and what it is made by."""
+    return [
+        (
+            f"above.{name}",
+            model.names.index(name),
+            Node(model.above.get_submodule(name), parents),
+        )
+        for name, parents in model.above_parents.items()
+    ]
+
+
+def two_sided_energy(
+    model: PCGraph, LossFun: Loss, Y: Any, v: Sequence[Tensor], pi: Mapping[str, float]
+) -> Tensor:
+    """LossFun + 1/2 sum_i pi_i ||f_i(v_parents) - v_i||^2 + 1/2 sum_t pi_t ||g_t(v_parents) - v_t||^2"""
+    own = [pi.get(name, 1.0) for name in model.names[1:-1]]
+    F = latent_energy(model, LossFun, Y, v, own, None)
+    for name, t, node in from_above(model):
+        F = F + 0.5 * pi.get(name, 1.0) * (node([*v[:-1], Y]) - v[t]).square().sum()
+    return F
+
+
+def two_sided(
+    model: PCGraph,
+    LossFun: Loss,
+    X: Tensor,
+    Y: Any,
+    eta: float,
+    n: int,
+    pi: Mapping[str, float],
+    vinit: Sequence[Any] | None = None,
+    update_at: str = "v",
+    in_errors: bool = False,
+    free_input: bool = False,
+) -> Reference:
+    """Strict, ErrorBased (``in_errors``) or PCInferLatent (``free_input``), by autograd on F."""
+    vhat = feed_forward(model, X)
+    Loss, dLdy = loss_gradient(LossFun, vhat[-1], Y)
+    L, first = len(vhat) - 1, 0 if free_input else 1
+    *hidden, last = nodes(model)
+    v = list(vhat) if vinit is None else [X, *vinit[1:L], vhat[L]]
+
+    def beliefs(x: list[Tensor]) -> list[Tensor]:
+        """Those that the variables stand for."""
+        if in_errors:
+            return [*perturbed_pass(model, X, [None, *x])[0], vhat[L]]  # type: ignore[list-item]
+        return [*([] if free_input else [X]), *x, vhat[L]]
+
+    def errors(v: list[Tensor]) -> list[Any]:
+        y = last(v).detach()
+        own = [(node(v) - v[l]).detach() for l, node in enumerate(hidden, start=1)]
+        return [None, *own, loss_gradient(LossFun, y, Y)[1]]
+
+    def errors_from_above(v: list[Tensor]) -> list[Tensor]:
+        return [(node([*v[:-1], Y]) - v[t]).detach() for _, t, node in from_above(model)]
+
+    x = errors(v)[1:L] if in_errors else v[first:L]
+    for _ in range(n):
+        before = v
+        epsilon, above = errors(v), errors_from_above(v)
+        free = [x_i.detach().requires_grad_() for x_i in x]
+        F = two_sided_energy(model, LossFun, Y, beliefs(free), pi)
+        gradients = torch.autograd.grad(F, free, allow_unused=True, materialize_grads=True)
+        x = [x_i.detach() - eta * g for x_i, g in zip(free, gradients, strict=True)]
+        v = [v_i.detach() for v_i in beliefs(x)]
+    if in_errors or free_input:
+        epsilon, above, before = errors(v), errors_from_above(v), v
+    at = [a.detach() for a in {"v": v, "vhat": vhat, "before": before}[update_at]]
+    at[0] = at[0].clone().requires_grad_()
+    # What each layer predicts times its weighted error, whose derivatives are the updates.
+    sum_of_products = (last(at) * epsilon[L]).sum()
+    for name, e, node in zip(model.names[1:], epsilon[1:], hidden, strict=False):
+        sum_of_products = sum_of_products + pi.get(name, 1.0) * (node(at) * e).sum()
+    for e, (name, t, node) in zip(above, from_above(model), strict=True):
+        product = (node([*at[:-1], Y]) - (at[0] if t == 0 else 0)) * e
+        sum_of_products = sum_of_products + pi.get(name, 1.0) * product.sum()
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(sum_of_products, [at[0], *parameters], materialize_grads=True)
+    epsilon[0] = found[0]
+    updates = dict(zip(parameters, found[1:], strict=True))
+    return Reference(vhat, Loss, dLdy, v, epsilon, updates)
 
 
 class Frozen(nn.Module):

@@ -61,6 +61,11 @@ def test_parameters_that_some_ranks_reach(found: Found, count: str) -> None:
         assert [name for name, is_right in reached.items() if not is_right] == []
 
 
+def test_noise_is_each_ranks_own(found: Found) -> None:
+    for of_rank in found("two"):
+        assert [name for name, is_right in of_rank["noise"].items() if not is_right] == []
+
+
 def test_ranks_stay_equal_in_training(found: Found) -> None:
     one, other = (of_rank["train"] for of_rank in found("two"))
     assert one == other
@@ -98,12 +103,14 @@ TOLD: dict[str, tuple[Any, Any]] = {
                 "ErrType must be .* got Exact on rank 0 and Strict on rank 1",
             ),
             "step found": ("ValueError", "eta must be a number here, got 'auto'"),
+            "step halved": ("ValueError", "eta must have one size on all ranks, got Halving"),
+            "above": ("ValueError", "connections must be the same .*above.x <- a; .* on rank 0"),
             "n": ("ValueError", "n must be the same on all ranks, got 4 on rank 0 and 5 on rank 1"),
             "width": (
                 "ValueError",
                 r"model\.0\.weight must .* got \(7, 5\), .* on rank 0 and \(8, 5\)",
             ),
-            "connections": ("ValueError", "connections must be the same .*'stem'.*on rank 0"),
+            "connections": ("ValueError", "connections must be the same .*c <- b, a; .* on rank 0"),
             "frozen": ("ValueError", r"model\.0\.weight must .* on rank 0 and none on rank 1"),
             "values": ("ValueError", r"values must be the same .*broadcast\(p\.data, 0\)"),
             "reduction": ("ValueError", "reduction must be .* mean on rank 0 and sum on rank 1"),

@@ -16,7 +16,7 @@ from paper_figures import training
 from paper_figures.data import FASHION_FILES, Batch, fashion_folder, load_digits
 from paper_figures.pcx import figure_pcx_benchmark as benchmark
 from paper_figures.report import Options
-from torch2pc import PCInfer
+from torch2pc import PCInfer, steps
 
 CPU = torch.device("cpu")
 
@@ -48,24 +48,17 @@ def test_the_learning_rate_climbs_for_a_tenth_of_the_steps_and_then_goes_down() 
     assert shares[10:] == sorted(shares[10:], reverse=True)
 
 
-def test_long_rows_go_as_far_as_momentum_would() -> None:
-    """A constant slope: many steps with momentum m are as long as steps of eta / (1-m) without."""
-    for rows in benchmark.ROWS.values():
-        for name in "PC-SE", "PC-CE":
-            row, velocity = rows[name], 0.0
-            for _ in range(200):
-                velocity = row.momentum * velocity + row.eta
-            assert rows[name + benchmark.LONG].eta == pytest.approx(velocity)
-
-
-def test_incremental_steps_without_steps_of_the_weights_are_those_of_strict() -> None:
+@pytest.mark.parametrize("mu", [0.0, 0.4])
+def test_incremental_steps_without_steps_of_the_weights_are_those_of_strict(mu: float) -> None:
+    """With momentum too, which goes on from one to the next."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 3))).double()
     batch = Batch(torch.randn(6, 5).double(), torch.arange(6) % 3)
     together = copy.deepcopy(model)
-    arguments = training.cross_entropy, *vars(batch).values(), "Strict", 0.2, 7
+    arguments = training.cross_entropy, *vars(batch).values(), "Strict", steps.Momentum(0.2, mu), 7
     expected = PCInfer(together, *arguments, update_at="before")
-    *_, last = training.incremental_steps(model, training.cross_entropy, batch, 0.2, 7)
+    rule = benchmark.Kept(0.2, mu)
+    *_, last = training.incremental_steps(model, training.cross_entropy, batch, rule, 7)
     for ours, theirs in zip(last.v, expected.v, strict=True):
         torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip(model.parameters(), together.parameters(), strict=True):

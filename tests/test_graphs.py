@@ -26,6 +26,7 @@ from benchmarks.nets import make_case
 from tests import reference
 from tests.cases import (
     ERR_TYPES,
+    ITERATIONS,
     Add,
     Attend,
     Case,
@@ -220,7 +221,7 @@ def test_a_divergent_eta_gives_infinities(dtype: torch.dtype) -> None:
         assert result.epsilon[-1].isfinite().all()
 
 
-@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+@pytest.mark.parametrize("ErrType", ITERATIONS)
 @given(
     case=graphs(),
     eta=st.floats(0, 0.3),
@@ -233,8 +234,7 @@ def test_relaxations_equal_the_iteration(
     ErrType: str, case: Case, eta: float, n: int, vinit: bool, dX: bool, update_at: str
 ) -> None:
     beliefs = random_beliefs(case) if vinit else None
-    plain = {"Strict": reference.strict, "ErrorBased": reference.error_based}[ErrType]
-    expected = plain(*case, eta, n, beliefs, update_at)
+    expected = ITERATIONS[ErrType](*case, eta, n, beliefs, update_at)
     case.X.requires_grad_(dX)
     result = case.infer(ErrType, eta=eta, n=n, vinit=beliefs, update_at=update_at)
     assert_close(result.v, expected.v)

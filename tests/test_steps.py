@@ -46,6 +46,20 @@ RULES: dict[str, tuple[Callable[[str], steps.Rule], Callable[[], reference.Step]
 TOLERANCE = {"halving": 1e-6, "adam": 1e-5}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Descent(eta=0.5)",
+        'Descent(eta=0.5, sweep="down")',
+        'Momentum(eta=0.1, mu=0.9, nesterov=True, sweep="down")',
+        "Halving(eta=1.0, factor=0.5)",
+        "Langevin(eta=0.1, temperature=2.0)",
+    ],
+)
+def test_a_rule_shows_how_it_was_made(text: str) -> None:
+    assert repr(eval(text, vars(steps))) == text
+
+
 @pytest.mark.parametrize("name", RULES)
 @given(case=cases(max_layers=4, smooth=True), n=st.integers(1, 6), down=st.booleans())
 def test_strict_equals_the_naive_rule(name: str, case: Case, n: int, down: bool) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch2pc.energy.divergences import LayerEnergy, OfCallable
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import modules_in
-from torch2pc.inference.steps import AUTO, Langevin, Rule, is_plain, number
+from torch2pc.inference.multipliers import ALPHA
+from torch2pc.inference.steps import AUTO, Halving, Langevin, Rule, is_plain, number
 
 
 def check_model(model: object) -> None:
@@ -39,8 +40,9 @@ def check_model(model: object) -> None:
         )
     if isinstance(model, PCGraph):
         model.check_layers()
-    if (check_origin := getattr(model, "check_origin", None)) is not None:
-        check_origin()  # layers that group_layers has made
+    # (Of the class: a module without the attribute would take a slow way to say so.)
+    if (check_origin := getattr(type(model), "check_origin", None)) is not None:
+        check_origin(model)  # layers that group_layers has made
 
 
 def _runs_its_items(model: nn.Sequential | PCGraph) -> bool:
@@ -172,6 +174,11 @@ def check_rule(eta: float | str | Rule, ErrType: str) -> None:
     """``eta`` is a rule that the algorithm can follow."""
     if not isinstance(eta, Rule):
         return
+    if ErrType == "Multipliers" and isinstance(eta, Halving):
+        raise ValueError(
+            "eta must be a rule that looks at no energy for Multipliers, whose multipliers raise it as they "
+            f"grow, got {eta}"
+        )
     if ErrType == "FixedPred":
         raise ValueError(
             'eta must be a finite number or "auto" for FixedPred, whose closed form is that of plain '
@@ -182,6 +189,27 @@ def check_rule(eta: float | str | Rule, ErrType: str) -> None:
             'eta must have sweep="together" for ErrorBased, whose errors all follow from one pass down '
             f"and have no order, got {eta}"
         )
+
+
+def check_from_above(model: nn.Sequential | PCGraph, ErrType: str, nudge: object = None) -> None:
+    """Where beliefs have second predictions, the algorithm descends an energy that has them."""
+    if not isinstance(model, PCGraph) or not model.above_parents:
+        return
+    if ErrType not in OF_BOTH_SIDES:
+        raise ValueError(
+            f"model must have no predictions from above for {ErrType}, whose errors are those of the loss "
+            "alone, so that what predicts from above would never learn: they belong to "
+            f"{', '.join(OF_BOTH_SIDES)} and PCInferLatent"
+        )
+    if nudge is not None:
+        raise ValueError(
+            "nudge must be None where beliefs are predicted from above: these errors are there without the "
+            "loss, and would leave nothing but round-off of the difference of two relaxations"
+        )
+
+
+# The algorithms that descend the energy of whatever predicts a belief.
+OF_BOTH_SIDES = ("Strict", "ErrorBased", "Equilibrium")
 
 
 def check_n(n: object) -> int:
@@ -237,17 +265,22 @@ def check_nudge(nudge: object, eta: object, vinit: object) -> float:
     return beta
 
 
-def check_names(name: str, given: Mapping[Any, Any], model: nn.Sequential | PCGraph) -> list[str]:
-    """The names of the hidden layers of a graph, which the keys of ``given`` are among."""
+def check_names(
+    name: str,
+    given: Mapping[Any, Any],
+    model: nn.Sequential | PCGraph,
+    others: Sequence[str] = (),
+) -> list[str]:
+    """The names of the hidden layers of a graph, and others, which the keys of ``given`` are among."""
     if not isinstance(model, PCGraph):
         raise TypeError(
             f"{name} must be no dict for an nn.Sequential, whose layers have no names: give a list"
         )
-    hidden = model.names[1:-1]
+    accepted = [*model.names[1:-1], *others]
     for key in given:
-        if key not in hidden:
-            raise ValueError(f"{name} must have hidden layers as keys, {hidden}, got {key!r}")
-    return hidden
+        if key not in accepted:
+            raise ValueError(f"{name} must have hidden layers as keys, {accepted}, got {key!r}")
+    return accepted
 
 
 def check_prior(prior: object) -> None:
@@ -257,6 +290,16 @@ def check_prior(prior: object) -> None:
             "prior must be a callable from the list of beliefs to a scalar tensor, "
             f"got {type(prior).__name__}"
         )
+
+
+def check_alpha(alpha: object, ErrType: str) -> float | None:
+    """How fast multipliers grow, a finite number >= 0; None for algorithms that have none."""
+    if ErrType == "Multipliers":
+        accepted = "None or a finite number >= 0"
+        return ALPHA if alpha is None else number("alpha", alpha, accepted, lambda x: x >= 0)
+    if alpha is not None:
+        raise ValueError(f"alpha must be None for {ErrType}, which has no multipliers, got {alpha}")
+    return None
 
 
 def check_callback(callback: object, compile: bool, has_iterations: bool = True) -> None:
@@ -312,25 +355,28 @@ def check_has_energy(name: str, reason: str, ErrType: str, has_iterations: bool)
 
 
 def check_precision(precision: object, model: nn.Sequential | PCGraph) -> list[float]:
-    """``precision`` as a list of numbers, one for each hidden layer."""
-    length = len(model) - 1
+    """``precision`` as a list of numbers, one for each hidden layer, then for each prediction from above."""
+    length, above = len(model) - 1, []
+    if isinstance(model, PCGraph):
+        above = [f"above.{name}" for name in model.above_parents]
     if precision is None:
-        return [1.0] * length
+        return [1.0] * (length + len(above))
     if isinstance(precision, Real):
-        values: Sequence[Any] = [precision] * length
+        values: Sequence[Any] = [precision] * (length + len(above))
     elif isinstance(precision, Mapping):
-        values = [precision.get(name, 1.0) for name in check_names("precision", precision, model)]
+        names = check_names("precision", precision, model, above)
+        values = [precision.get(name, 1.0) for name in names]
     elif isinstance(precision, Sequence) and not isinstance(precision, str):
-        values = precision
+        values = [*precision, *[1.0] * len(above)]
     else:
         raise TypeError(
             "precision must be a number or a list of numbers, or for a PCGraph a dict, "
             f"got {type(precision).__name__}"
         )
-    if len(values) != length:
+    if len(values) != length + len(above):
         raise ValueError(
             f"precision must have len(model) - 1 = {length} entries, one for each hidden belief, "
-            f"got {len(values)}"
+            f"got {len(values) - len(above)}"
         )
     for l, value in enumerate(values, start=1):
         if isinstance(value, bool) or not isinstance(value, Real):

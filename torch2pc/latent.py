@@ -116,7 +116,8 @@ def PCInferLatent(
 
         if not compile:
             return relax()
-        return compiled_or_plain(Relaxing(network, "Latent", eta, n, terms=terms), relax)
+        call = Relaxing(network, "Latent", eta, n, terms=terms)
+        return compiled_or_plain(call, relax)
 
     X = Xinit.detach()
     return infer(algorithm, model, LossFun, X, Y, accumulate, free_input=True, prior=prior)

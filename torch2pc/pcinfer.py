@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.checks import (
+    check_alpha,
     check_callback,
     check_energies,
     check_eta,
+    check_from_above,
     check_has_energy,
     check_LossFun,
     check_model,
@@ -42,7 +44,7 @@ from torch2pc.inference.fixed_pred import (
 )
 from torch2pc.inference.nudge import nudged
 from torch2pc.inference.relax import Callback, Relaxation, infer_by, warn_of_flat_items
-from torch2pc.inference.steps import Rule
+from torch2pc.inference.steps import Rule, rule_of
 
 ErrTypes = ("Exact", "FixedPred", *RELAXATIONS)
 
@@ -69,7 +71,7 @@ class PCResult(NamedTuple):
         """``||epsilon_l||^2 / 2`` of the hidden layers l = 1..L-1, ``(L-1,)``, computed when read.
 
         What the output adds to the energy is the loss. Precisions, and other energies that layers were
-        given, are not in it.
+        given, are not in it; and Multipliers' errors are no differences of prediction and belief alone.
 
         >>> from torch import nn
         >>> from torch2pc import PCInfer
@@ -123,6 +125,7 @@ def PCInfer(
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
     nudge: float | None = None,
+    alpha: float | None = None,
     energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     precise: bool = True,
 ) -> PCResult:
@@ -149,6 +152,13 @@ def PCInfer(
       says so, with the ``epsilon`` of the last iteration. What is iterated is
       ``v_l - vhat_l``, by a rule for each operation of the layers, so that no round-off is taken for
       an error: in float32, errors are right to about 1e-6 of their size, however small they are.
+    - ``"Multipliers"``: Strict with a Lagrange multiplier for each hidden layer (an augmented
+      Lagrangian). In each of n sweeps from the top down
+      ``v_l += eta (e_l + lambda_l - J_{l+1}(v_l)^T epsilon_{l+1})`` with ``e_l = f_l(v_{l-1}) - v_l``,
+      taken anew once v_l has moved, and ``epsilon_l = e_l + lambda_l``, which goes down and makes the
+      updates; between the sweeps ``lambda_l += alpha e_l``. It comes to rest where every e_l is 0, v is
+      ``vhat`` and ``epsilon_l`` is Exact's, however small ``eta`` is. Each step is local, but a sweep has an
+      order, from the top. ``eta=0.5``, ``n=10`` serve deep networks with a mean loss.
     - ``"ErrorBased"``: the errors relax instead of the beliefs, which follow from them by
       ``v_l = f_l(v_{l-1}) - epsilon_l``. From 0 (or the errors of ``vinit``), n times
       ``epsilon_l += eta ((J_L ... J_{l+1})^T e_L - epsilon_l)`` with ``e_L`` the loss's gradient at the
@@ -163,13 +173,13 @@ def PCInfer(
       example's gradient is below ``sqrt(eps)`` of its errors (1.5e-8 in float64, 3e-4 in float32); F
       never rises. The result says how far it came: ``result.distance`` and ``result.evaluations``.
 
-    The updates of the last two are those of Strict, at the returned ``v``, with errors that belong to it.
+    The updates of the last three are those of Strict, at the returned ``v``, with errors that belong to it.
 
     The errors climb down one layer an iteration, so that with ``n < L`` nothing arrives at layer 1, and
     with eta .1 and n 20 a share of 2e-3 of the gradient at 8 layers and 7e-11 at 15. FixedPred brings
     at least half of it everywhere from ``n = 1 + (L-1)/eta`` on; Strict takes somewhat longer. A warning
     says so, once for each model, where less than 1e-6 arrives at a layer that could learn. To train deep
-    networks, take ErrorBased or Equilibrium, or an ``eta`` near Strict's stable limit.
+    networks, take Multipliers, which stays local, ErrorBased or Equilibrium.
 
     Incremental predictive coding (a step of the beliefs and one of the weights at a time) is Strict with
     ``n=1`` that goes on from the last beliefs: from ``v = None``, for each of T steps on a batch,
@@ -204,15 +214,18 @@ def PCInfer(
             embedding. If it requires grad, ``epsilon[0] = J_1^T epsilon_1`` is returned, and put into
             ``X.grad`` where X is a leaf; otherwise ``X.backward(epsilon[0])`` carries on.
         Y: the targets, handed to ``LossFun`` as they are.
-        ErrType: ``"Exact"``, ``"FixedPred"``, ``"Strict"``, ``"ErrorBased"`` or ``"Equilibrium"``.
+        ErrType: ``"Exact"``, ``"FixedPred"``, ``"Strict"``, ``"Multipliers"``, ``"ErrorBased"`` or
+            ``"Equilibrium"``.
         eta: the step size of the beliefs, or of ErrorBased's errors: a number, a tensor without
-            dimensions, ``"auto"``, or for Strict and ErrorBased a rule of ``torch2pc.steps`` (momentum,
-            a step that shrinks, any optimizer, noise; sweeps from the top down, Strict only), which a call
-            uses as it is and leaves as it is. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
+            dimensions, ``"auto"``, or for Strict, Multipliers and ErrorBased a rule of ``torch2pc.steps``
+            (momentum, a step that shrinks, any optimizer, noise; sweeps from the top down, not for
+            ErrorBased), which a call uses as it is and leaves as it is. A number for Multipliers is that of
+            sweeps from the top. Not used by Exact and Equilibrium. With ``"auto"`` Strict and
             ErrorBased take 1/lambda, where lambda is the largest eigenvalue of the energy's Hessian (in
             the beliefs, or in the errors), estimated anew in each call from 4 products with it at the
             start (Gauss-Newton, Lanczos), and a quarter of that, and so on, if the energy is
-            higher after n iterations than before: it ends no higher than it started. The
+            higher after n iterations than before: it ends no higher than it started (Multipliers, which end
+            where F began: not twice as high). The
             result depends on the arguments alone, and is that of the number that was found. It costs
             as much as 4 to 5 iterations of all layers, and waits twice for the device. For
             FixedPred it is 1, which brings the whole gradient everywhere from ``n = L`` on (any eta
@@ -263,6 +276,9 @@ def PCInfer(
             always, and side effects those of one forward pass. Twice the work. The steps of rules that are
             not proportional to the gradient (Adam) do not shrink with beta. None for Exact and FixedPred,
             which are linear in the loss.
+        alpha: for Multipliers, how fast they grow, a number of at least 0; None for 1, the rate of the method
+            of multipliers. With less they lag behind the errors and swing about them; with 0 it is Strict in
+            sweeps from the top. None for the others.
         energies: for Strict, a dict from places of hidden layers (1..L-1 as in ``v``, or names in a
             ``PCGraph``) to other energies between prediction and belief than half the squared difference:
             those of ``torch2pc.energies`` (Huber, Laplace, a divergence of categorical beliefs), one of your
@@ -310,7 +326,8 @@ def PCInfer(
     Source: R. Rosenbaum, On the relationship between predictive coding and backpropagation,
     PLOS ONE 17(3): e0266102 (2022). Strict is the algorithm of Whittington and Bogacz, Neural
     Computation 29(5) (2017); FixedPred that of Millidge, Tschantz and Buckley, arXiv:2006.04182
-    (2020); ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
+    (2020); Multipliers that of J. Seely and J. Gould, arXiv:2605.31022 (2026), in sweeps from the top;
+    ErrorBased that of Goemaere, Oliviers, Bogacz and Demeester, arXiv:2505.20137 (2025);
     the incremental scheme that of Salvatori et al., arXiv:2212.00720 (2022); centred nudging that of
     A. Laborieux et al., Frontiers in Neuroscience 15 (2021), on predictive coding of Pinchetti et al.,
     arXiv:2407.01163 (2024).
@@ -328,6 +345,7 @@ def PCInfer(
         callback,
         precision,
         nudge,
+        alpha,
         energies,
     )
     check_precise(precise, compile)
@@ -354,7 +372,8 @@ class Asked(NamedTuple):
         """Say if the errors will hardly reach some layers."""
         # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
         is_long = self.vinit is None and self.n > 1
-        if self.ErrType == "FixedPred" or (self.ErrType == "Strict" and is_long):
+        is_local = self.ErrType in ("Strict", "Multipliers")
+        if self.ErrType == "FixedPred" or (is_local and is_long):
             warn_of_short_inference(model, self.eta, self.n)
 
     def algorithm(self, network: Network) -> Inference:
@@ -371,7 +390,7 @@ class Asked(NamedTuple):
                 return by_lengths_of_paths(network, eta, n)
             return weighted_backpropagation(network, factors)
 
-        for layer in network.layers:
+        for layer in [*network.layers, *[part.layer for part in network.from_above]]:
             layer.is_precise = precise
 
         def relaxation_of(terms: Terms) -> Relaxation:
@@ -403,6 +422,7 @@ def check_arguments(
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
     nudge: float | None = None,
+    alpha: float | None = None,
     energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Asked:
     """Check what describes an inference; eta and n are 1 for Exact, which uses neither."""
@@ -412,6 +432,7 @@ def check_arguments(
     if not isinstance(ErrType, str) or ErrType not in ErrTypes:
         accepted = ", ".join(f'"{name}"' for name in ErrTypes)
         raise ValueError(f"ErrType must be one of {accepted}, got {ErrType!r}")
+    check_from_above(model, ErrType, nudge)
     has_iterations = ErrType in RELAXATIONS
     size: float | str | Rule = 1.0
     if has_iterations:
@@ -421,15 +442,18 @@ def check_arguments(
         n = 1
     else:
         size, n = check_eta(eta), depth(model) if n is None else check_n(n)
+        if ErrType == "Multipliers":  # where a number is that of sweeps from the top
+            size = eta if isinstance(eta, Rule) else rule_of(size, "down")
         check_rule(size, ErrType)
     check_callback(callback, compile, has_iterations)
     terms = USUAL
     if precision is not None:
         check_has_energy("precision", _NO_PRECISION, ErrType, has_iterations)
-        terms = Terms(check_precision(precision, model))
+        terms = terms._replace(precision=check_precision(precision, model))
     if nudge is not None:
         check_has_energy("nudge", _NO_NUDGE, ErrType, has_iterations)
         nudge = check_nudge(nudge, size, vinit)
+    terms = terms._replace(alpha=check_alpha(alpha, ErrType))
     if energies is not None:
         check_has_energy("energies", _NO_ENERGIES, ErrType, ErrType == "Strict")
         terms = terms._replace(between=check_energies(energies, model))

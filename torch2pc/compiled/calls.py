@@ -102,7 +102,12 @@ class _Captured:
 class Relaxing:
     """A call that relaxes beliefs (``"Strict"``, ``"Latent"``) or errors (``"ErrorBased"``)."""
 
-    KINDS = {"Strict": "beliefs", "Latent": "beliefs", "ErrorBased": "errors"}  # noqa: RUF012
+    KINDS = {  # noqa: RUF012
+        "Strict": "beliefs",
+        "Multipliers": "beliefs",
+        "Latent": "beliefs",
+        "ErrorBased": "errors",
+    }
 
     def __init__(
         self,
@@ -128,6 +133,8 @@ class Relaxing:
         self.nudge = nudge
         if ErrType not in self.KINDS:
             self.reason = f"{ErrType} is not compiled"
+        elif network.from_above:
+            self.reason = "beliefs are predicted from above"
 
     def infer(self) -> Inference | None:
         """The result; None if the call is to be run plainly, and nothing has happened yet."""
@@ -210,6 +217,7 @@ class Relaxing:
             update_at=self.update_at,
             is_weighted=self.terms.precision is not None,
             is_nudged=self.nudge is not None,
+            is_multiplied=self.terms.alpha is not None,
             energies=tuple([own_energy(*of_layer) for of_layer in self._energies.items()]),
             has_prior=network.prior is not None,
             takes_errors=self.ErrType == "Latent",
@@ -364,9 +372,9 @@ def run_plainly(model: nn.Module, reason: object) -> None:
 
 
 def _numbers(rule: Rule, terms: Terms, beta: float | None, like: Tensor) -> list[Tensor]:
-    """The rule's, the precisions and the factor of the loss."""
+    """The rule's, the precisions, the factor of the loss, and how fast multipliers grow."""
     numbers = [getattr(rule, name) for name in rule.numbers]
-    numbers += [*(terms.precision or []), *([] if beta is None else [beta])]
+    numbers += [*(terms.precision or []), *[x for x in (beta, terms.alpha) if x is not None]]
     # Filled where they are: to copy numbers to a GPU waits for it. (A rule may have to find one first.)
     return [like.new_full((), x) if isinstance(x, float) else like for x in numbers]
 

@@ -98,6 +98,8 @@ class Asked(NamedTuple):
     """Whether the layers' errors have precisions."""
     is_nudged: bool = False
     """Whether the loss is multiplied by a number."""
+    is_multiplied: bool = False
+    """Whether the layers have multipliers."""
     energies: tuple[OwnEnergy, ...] = ()
     """The layers' own energies."""
     has_prior: bool = False
@@ -250,11 +252,9 @@ class Traced(Network):
             of.place: _TracedEnergy(self._replay, of.is_at_rest, *program.parts.of_energy[of.place])
             for of in asked.energies
         }
-        self.terms = Terms(
-            rest[: L - 1] if asked.is_weighted else None,
-            rest[-1] if asked.is_nudged else 1.0,
-            between,
-        )
+        alpha = rest.pop() if asked.is_multiplied else None
+        beta = rest.pop() if asked.is_nudged else 1.0
+        self.terms = Terms(rest if asked.is_weighted else None, beta, between, alpha)
         self.nodes = [
             Node(_no_function, *pair) for pair in zip(asked.parents, asked.names, strict=True)
         ]
@@ -468,7 +468,9 @@ class Program:
 
     def _compile_relaxation(self, like: list[Tensor]) -> None:
         asked, L = self.asked, self.asked.L
-        self._count_of_numbers = len(asked.rule.kind.numbers) + asked.is_nudged
+        self._count_of_numbers = (
+            len(asked.rule.kind.numbers) + asked.is_nudged + asked.is_multiplied
+        )
         self._count_of_numbers += L - 1 if asked.is_weighted else 0
         # One tensor for each, and not one for all: what is done in two layers is one kernel then.
         given = [

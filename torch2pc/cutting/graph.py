@@ -125,7 +125,8 @@ def pc_graph(model: nn.Module, X: Tensor, beliefs: Beliefs | None = None) -> PCG
             cutter = _Cutter(forward, X)
             places = _places(forward, chosen, cutter.nodes, by_default=beliefs is None)
             layers = cutter.layers(places, by_default=beliefs is None)
-            graph = GraphOfModel(**_named(layers))
+            named: dict[str, Any] = _named(layers)
+            graph = GraphOfModel(**named)
             for module, name in _idle(layers):
                 forward.origin.watch(module, name)
         graph.belong_to(model, forward.origin, "pc_graph", "Follow it anew, graph = ")
@@ -496,7 +497,7 @@ def _idle(layers: Iterable[_Layer]) -> Iterator[tuple[nn.Module, str]]:
 def _named(layers: Sequence[_Layer]) -> dict[str, tuple[Any, ...]]:
     """What makes a ``PCGraph`` of the layers."""
     names: dict[fx.Node, str] = {}
-    taken = {"x", "names", "parents", *vars(nn.Module())}
+    taken = {"x", "names", "parents", "above", "above_parents", *vars(nn.Module())}
     for layer in layers:
         base = name = "output" if layer.name is None else layer.name.replace(".", "_")
         count = 0

@@ -49,12 +49,19 @@ class Displacement:
     ) -> None:
         self.lines, self.result, self.like = _overwriting(lines, result, count), result, like
         self.count = count
-        # The values that no line after this one uses.
+        # For each line what is called, on the way up and down, with which values and constants, and the
+        # values that no line after it uses.
         used: set[int | None] = {result}
-        self._last_used: list[list[int]] = []
-        for line in reversed(lines):
-            self._last_used.insert(0, [i for i in line.inputs if i not in used])
-            used.update(line.inputs)
+        self._run: list[tuple[Any, Any, tuple[int, ...], tuple[Any, ...], list[int]]] = []
+        for rule, inputs, tensors, static, has_gradient in reversed(self.lines):
+            up, back = rule.forward, rule.backward
+            if back is None:
+                up, back = functools.partial(_with_graph, up, len(inputs)), _through_graph
+            constants = (*tensors, *static)
+            last = [i for i in inputs if i not in used]
+            self._run.append((up, back if has_gradient else None, inputs, constants, last))
+            used.update(inputs)
+        self._run.reverse()
 
     @functools.cached_property
     def key(self) -> tuple[Any, ...]:
@@ -66,16 +73,11 @@ class Displacement:
         """The displacement of the output, and what ``backward`` needs."""
         values: list[Any] = list(deltas)
         saved: list[Any] = []
-        for (rule, inputs, tensors, static, _), last in zip(
-            self.lines, self._last_used, strict=True
-        ):
+        for up, _, inputs, constants, last in self._run:
             given = [values[i] for i in inputs]
             for i in last:
                 values[i] = None
-            if rule.backward is not None:
-                value, kept = rule.forward(*given, *tensors, *static)
-            else:
-                value, kept = _with_graph(rule, given, tensors, static)
+            value, kept = up(*given, *constants)
             values.append(value)
             saved.append(kept)
             del given, value, kept
@@ -91,16 +93,11 @@ class Displacement:
             return errors
         errors[self.result] = e
         del e
-        for k in range(len(self.lines) - 1, -1, -1):
-            rule, inputs, tensors, static, has_gradient = self.lines[k]
-            error, kept = errors[k + count], saved.pop()
-            errors[k + count] = None
-            if error is None or not has_gradient:
+        for _, back, inputs, constants, _ in reversed(self._run):
+            error, kept = errors.pop(), saved.pop()
+            if error is None or back is None:
                 continue
-            if rule.backward is None:
-                found = _through_graph(kept, error)
-            else:
-                found = rule.backward(error, kept, *tensors, *static)
+            found = back(error, kept, *constants)
             del error, kept
             if len(inputs) == 1 and not isinstance(found, tuple):
                 found = (found,)
@@ -108,7 +105,7 @@ class Displacement:
                 if of_input is not None:
                     errors[i] = of_input if errors[i] is None else errors[i] + of_input
             del found, of_input
-        return errors[:count]
+        return errors
 
 
 def _overwriting(lines: Sequence[Line], result: int | None, count: int) -> list[Line]:
@@ -171,7 +168,7 @@ class Reevaluation:
         if not output.requires_grad:
             return [None] * len(x)
         with self._buffers_kept():
-            found = vjp(output, x, e.to(output.dtype))
+            found = vjp([output], x, [e.to(output.dtype)])
         return [None if g is None else g.to(belief_dtype(g.dtype)) for g in found]
 
 
@@ -195,13 +192,15 @@ class OwnBackward:
         return self._layer.backward((saved, self._layer.graph_at(saved)), e)
 
 
-def _with_graph(
-    rule: Rule, given: list[Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
-) -> tuple[Tensor, Any]:
-    """The value of a rule that autograd differentiates, and what ``_through_graph`` needs."""
+def _with_graph(forward: Callable[..., Tensor], count: int, *given: Any) -> tuple[Tensor, Any]:
+    """The value of a rule that autograd differentiates, and what ``_through_graph`` needs.
+
+    ``given``: the ``count`` displacements of its inputs, and constants.
+    """
+    given, constants = given[:count], given[count:]
 
     def function(*moving: Tensor) -> Tensor:
-        return rule.forward(*moving, *tensors, *static)
+        return forward(*moving, *constants)
 
     if torch.compiler.is_compiling():
         return torch.func.vjp(function, *given)  # type: ignore[return-value]
@@ -211,7 +210,7 @@ def _with_graph(
     return value.detach(), (moving, value)
 
 
-def _through_graph(kept: Any, error: Tensor) -> tuple[Tensor | None, ...]:
+def _through_graph(error: Tensor, kept: Any, *constants: Any) -> tuple[Tensor | None, ...]:
     if not isinstance(kept, tuple):
         return kept(error)
     moving, value = kept

@@ -45,6 +45,7 @@ def PCInfer(
     callback: Callback | None = None,
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
     nudge: float | None = None,
+    alpha: float | None = None,
     energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     group: dist.ProcessGroup | None = None,
     reduction: str | None = None,
@@ -106,9 +107,11 @@ def PCInfer(
 
     Args:
         model, LossFun, ErrType, eta, n, accumulate, compile, update_at: as for ``torch2pc.PCInfer``,
-            the same on all ranks; ``eta`` a number.
+            the same on all ranks; ``eta`` a number or a rule, but not ``"auto"`` or ``Halving``, whose sizes
+            depend on all of the batch. ``Langevin`` has other noise on each rank, also where their
+            generators were seeded alike.
         callback: as there, called with this rank's beliefs and errors.
-        precision, nudge, energies: as there, the same on all ranks.
+        precision, nudge, alpha, energies: as there, the same on all ranks.
         X, Y, vinit: as there, of this rank's shard, of at least one example.
         group: the processes; None for all.
         reduction: ``"mean"`` or ``"sum"``, what LossFun does over the batch; None to read it from
@@ -160,10 +163,11 @@ def PCInfer(
             callback,
             precision,
             nudge,
+            alpha,
             energies,
         )
         asked.warn(model)
-        if isinstance(eta, str) and ErrType in ("Strict", "ErrorBased"):
+        if isinstance(eta, str) and ErrType in ("Strict", "Multipliers", "ErrorBased"):
             raise ValueError(
                 f"eta must be a number here, got {eta!r}, which would find another one on each rank"
             )
@@ -171,11 +175,8 @@ def PCInfer(
             raise ValueError(
                 f"eta must have one size on all ranks, got {eta}, of which each has its own"
             )
-        if isinstance(eta, Langevin) and eta.generator is None:
-            raise ValueError(
-                f"eta must have a generator, of another seed on each rank, got {eta} without one: ranks "
-                "that were seeded alike would have the same noise"
-            )
+        if isinstance(eta, Langevin):
+            asked = asked._replace(eta=eta.of_stream(peers.rank))
         check_no_transform()
         modules = modules_in(model, LossFun)
         check_modules(modules)
@@ -186,11 +187,11 @@ def PCInfer(
         parameters = _parameters(modules)
         chosen = dict(ErrType=ErrType, n=n, eta=_number(eta), update_at=update_at)
         chosen.update(accumulate=accumulate, compile=compile, reduction=reduction)
-        chosen.update(precision=asked.terms.precision, nudge=asked.nudge)
+        chosen.update(precision=asked.terms.precision, nudge=asked.nudge, alpha=asked.terms.alpha)
         chosen.update(energies=sorted(asked.terms.between))
         chosen.update(vinit="None" if vinit is None else "given", layers=len(model))
         if isinstance(model, PCGraph):
-            chosen.update(connections=[[model.names[p] for p in ps] for ps in model.parents])
+            chosen.update(connections=model.extra_repr().replace("\n", "; "))
         description = {name: str(value) for name, value in chosen.items()}
         description |= _described(model, LossFun, parameters)
     except Exception as error:

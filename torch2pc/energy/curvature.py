@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torch2pc.energy.energy import Beliefs, Energy
-from torch2pc.energy.factors import Between, Displaced, Factor, Output, Prediction, Prior
+from torch2pc.energy.factors import Above, Between, Displaced, Factor, Output, Prediction, Prior
 from torch2pc.graph.autograd import in_belief_dtype
 
 # Products with the Hessian, each of which costs as much as an iteration.
@@ -69,6 +69,9 @@ def _linear(factor: Factor, energy: Energy) -> Any:
         d = _LinearDisplacement(factor.d, at, before, own.dtype)
     if isinstance(factor, Between):
         return _LinearBetween(factor, d, before, energy.delta[factor.target])
+    if isinstance(factor, Above):
+        zero, is_clamped = torch.zeros_like(factor.first), factor.target not in energy.free
+        return Above(d, factor.parents, factor.target, zero, factor.precision, is_clamped)
     if isinstance(factor, Prediction):
         vhat = energy.vhat[factor.target]
         return Prediction(d, factor.parents, factor.target, vhat, factor.precision)
@@ -127,7 +130,7 @@ class _LinearOutput(Output):
         super().__init__(d, parents, zero, zero, zero, of_loss)  # type: ignore[arg-type]
         self._of_loss = of_loss
 
-    def loss_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_gradient(self, y: Tensor) -> tuple[Tensor | None, Tensor]:
         """H u as the error."""
         return self.Loss, self._of_loss([y])[0]
 

@@ -10,7 +10,8 @@ and what arrives at an error comes all the way down from the output,
 
     dF/de_i = pi_i e_i - sum over children c of J_c^T (what arrives at c)
 
-where the loss's gradient arrives at the output.
+where the loss's gradient arrives at the output. A second prediction g_t of belief t (``Above``), whose error
+is a function of the beliefs here, sends pi_t e_t down to its parents and -pi_t e_t to t.
 
 Either way a sweep goes through the factors from the top down. A belief's children come before its own
 factor, so that its gradient is whole there.
@@ -18,14 +19,24 @@ factor, so that its gradient is whole there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch2pc.energy.factors import Number, Output, Parts, Prediction, Prior, is_one
+from torch2pc.energy.factors import (
+    Above,
+    Multiplied,
+    Number,
+    Output,
+    Parts,
+    Prediction,
+    Prior,
+    is_one,
+)
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast
 
 # What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
@@ -34,15 +45,23 @@ Move = Callable[[int, Parts], object]
 
 
 class Energy:
-    """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none."""
+    """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none.
+
+    ``start``: the beliefs to start from, if they are others than the feed-forward values.
+    """
 
     def __init__(
-        self, factors: Sequence[Any], vhat: Sequence[Tensor], free: Collection[int]
+        self,
+        factors: Sequence[Any],
+        vhat: Sequence[Tensor],
+        free: Collection[int],
+        start: Sequence[Any] | None = None,
     ) -> None:
-        self.factors, self.vhat, self.free = list(factors), vhat, sorted(free)
+        self.factors, self.vhat, self.free, self.start = list(factors), vhat, sorted(free), start
         self.x: list[Any] = [None] * len(vhat)
-        self.start: Sequence[Any] | None = None
-        """The beliefs that it started from, if they were others than the feed-forward values."""
+        self.multiplied = [f for f in self.factors if isinstance(f, Multiplied)]
+        """The factors with multipliers. With them F is no function that is descended."""
+        self.restart()
 
     @property
     def output(self) -> Output:
@@ -52,7 +71,13 @@ class Energy:
     @property
     def predictions(self) -> dict[int, Prediction]:
         """The factors of the hidden layers, by the beliefs that they predict."""
-        return {f.target: f for f in self.factors if isinstance(f, Prediction)}
+        own = [f for f in self.factors if isinstance(f, Prediction) and not isinstance(f, Above)]
+        return {f.target: f for f in own}
+
+    @property
+    def above(self) -> list[Above]:
+        """The factors of second predictions, which are made of other beliefs than the layers' are."""
+        return [f for f in self.factors if isinstance(f, Above)]
 
     @property
     def epsilon(self) -> list[Any]:
@@ -83,6 +108,11 @@ class Energy:
         """Go through the factors once, telling ``move`` of each variable's gradient."""
         raise NotImplementedError
 
+    def raise_multipliers(self) -> None:
+        """Before a sweep that moves the variables: by the errors that the one before has left."""
+        for factor in self.multiplied:
+            factor.raise_multiplier()
+
     @contextmanager
     def still(self) -> Iterator[None]:
         """The body sweeps without moving anything."""
@@ -105,7 +135,7 @@ class Energy:
     def aside(self) -> Iterator[None]:
         """The same, and afterwards the errors are as they were last taken before."""
         kept = [(factor, dict(vars(factor))) for factor in self.factors]
-        for factor in self.predictions.values():
+        for factor in [*self.predictions.values(), *self.above]:
             factor.error = factor.error.clone()
         try:
             with self.still():
@@ -168,24 +198,13 @@ class Energy:
 
 
 class Beliefs(Energy):
-    """F in the beliefs: ``x[i]`` is how far belief i has moved.
+    """F in the beliefs: ``x[i]`` is how far belief i has moved."""
 
-    ``start``: beliefs to start from; at their feed-forward values otherwise.
-    """
-
-    def __init__(
-        self,
-        factors: Sequence[Any],
-        vhat: Sequence[Tensor],
-        free: Collection[int],
-        start: Sequence[Any] | None = None,
-    ) -> None:
-        super().__init__(factors, vhat, free)
-        self.start = start
-        # For each factor, the beliefs that no later one pulls at.
+    @cached_property
+    def _order(self) -> list[tuple[Any, list[int]]]:
+        """Each factor, with the beliefs that no later one pulls at."""
         last = {i: k for k, factor in enumerate(self.factors) for i in factor.beliefs}
-        self._order = [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
-        self.restart()
+        return [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
 
     @property
     def delta(self) -> list[Any]:  # type: ignore[override]
@@ -200,7 +219,7 @@ class Beliefs(Energy):
             self.x[i] = torch.zeros_like(like)
             if self.start is not None:
                 torch.sub(self.start[i].detach(), self.vhat[i], out=self.x[i])
-        for factor in self.predictions.values():
+        for factor in [*self.predictions.values(), *self.above]:
             factor.rest()
         # The beliefs that are no more at their feed-forward values. A factor of none of which any has
         # moved has no error yet: it would be evaluated where it was before, to propagate zeros.
@@ -271,27 +290,12 @@ class Beliefs(Energy):
 
 
 class Errors(Energy):
-    """F in the errors, from which the beliefs follow: ``x[i]`` is the error at place i.
-
-    It is its factor's own. ``start``: beliefs whose errors to start from; from 0 otherwise.
-    """
-
-    def __init__(
-        self,
-        factors: Sequence[Any],
-        vhat: Sequence[Tensor],
-        free: Collection[int],
-        start: Sequence[Any] | None = None,
-    ) -> None:
-        super().__init__(factors, vhat, free)
-        self.start = start
-        self.delta = [None] * len(vhat)
-        self.restart()
+    """F in the errors, from which the beliefs follow: ``x[i]`` is the error at place i, its factor's own."""
 
     @torch.no_grad()
     def restart(self) -> None:
         """Put the errors where they start."""
-        of = self.predictions
+        of, self.delta = self.predictions, [None] * len(self.vhat)
         for i in self.free:
             of[i].rest()
             self.delta[i] = torch.zeros_like(of[i].error)
@@ -328,32 +332,41 @@ class Errors(Energy):
         for factor in reversed(self.factors):
             moved, saved = factor.displaced(self.delta)
             kept.append(saved)
-            if factor.target is None:
-                factor.take(moved)
+            if factor.target is None or isinstance(factor, Above):
+                factor.take(moved, self.delta)
             elif moved is None:
                 torch.neg(factor.error, out=self.delta[factor.target])
             else:
                 torch.sub(moved, factor.error, out=self.delta[factor.target])
         return kept
 
-    def descend(self, error: Tensor | None = None) -> Iterator[tuple[Prediction, Tensor | None]]:
-        """For each prediction, from the top down, what arrives there of the output's error, or of another
-        one in its place; None if nothing does. It uses up what ``settle`` has saved."""
+    def descend(
+        self, sent: Mapping[Output | Above, Tensor] | None = None
+    ) -> Iterator[tuple[Prediction, Tensor | None]]:
+        """For each prediction, from the top down, what arrives there of the output's error and those of
+        second predictions, or of what is ``sent`` in their places; None if nothing does. It uses up what
+        ``settle`` has saved."""
         self.settle()
+        arriving: dict[int, Tensor] = {}
         with self.outside_autocast():
             saved, self._saved = self._saved or self._climb(), None
-        arriving: dict[int, Tensor] = {}
-        for factor in self.factors:
-            kept = saved.pop()
-            if factor.target is None:
-                arrived: Tensor | None = factor.error if error is None else error
-            else:
-                arrived = arriving.pop(factor.target, None)
-                yield factor, arrived
-            if arrived is not None:
-                with self.outside_autocast():
-                    for p, [(g, _)] in factor.arriving(kept, arrived):
-                        arriving[p] = arriving[p] + g if p in arriving else g
+
+            def add(p: int, g: Tensor) -> None:
+                arriving[p] = arriving[p] + g if p in arriving else g
+
+            for factor in self.factors:
+                kept = saved.pop()
+                if isinstance(factor, Output | Above):
+                    arrived: Tensor | None = factor.weighted() if sent is None else sent[factor]
+                    if isinstance(factor, Above) and factor.target in self.free:
+                        assert arrived is not None
+                        add(factor.target, -arrived)
+                else:
+                    arrived = arriving.pop(factor.target, None)
+                    yield factor, arrived
+                if arrived is not None:
+                    for p, g in factor.arriving(kept, arrived).items():
+                        add(p, g)
 
     @torch.no_grad()
     def sweep(self, move: Move, down: bool = False) -> None:
@@ -394,7 +407,7 @@ class Errors(Energy):
 def _add_parts(to: Parts, parts: Parts) -> None:
     """Add to a gradient in parts. A belief of many children does not hold as many tensors."""
     for part in parts:
-        if len(to) < 2 or not is_one(part[1]):
+        if len(to) < 2 or not (is_one(part[1]) and is_one(to[1][1])):
             to.append(part)
         else:  # the third and those that follow are added to the second
             to[1] = (to[1][0] + part[0], 1.0)

@@ -54,6 +54,7 @@ def follow(
     *,
     update_at: str = "v",
     precision: float | Sequence[float] | Mapping[str, float] | None = None,
+    alpha: float | None = None,
     energies: Mapping[int | str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Record:
     r"""Run the inference of ``PCInfer`` and return a record of it, without any other effect.
@@ -91,13 +92,16 @@ def follow(
     What the rows are for each ``ErrType``:
 
     - ``"Strict"``, ``"ErrorBased"``: the iterations. For ErrorBased the Hessian is that in epsilon.
+    - ``"Multipliers"``: the sweeps. Errors are those with their multipliers, which the distance is about, and
+      energies those of the differences alone. F falls, and rises to the loss as these vanish.
     - ``"Equilibrium"``: the evaluations of F; there is no step size.
     - ``"FixedPred"``: the iterations that its closed form stands for. They descend no energy,
       converge to the gradients, and are stable for ``eta`` up to 2 whatever the weights are.
     - ``"Exact"``: a single row after the start, at which the errors are the gradients.
 
     Args:
-        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at, precision, energies: as in ``PCInfer``.
+        model, LossFun, X, Y, ErrType, eta, n, vinit, update_at, precision, alpha, energies: as in
+            ``PCInfer``.
 
     Returns:
         A ``Record``: print it, ``plot()`` it, or log its ``to_dict()``.
@@ -119,7 +123,17 @@ def follow(
         torch.Size([61, 3])
     """
     asked = check_arguments(
-        model, LossFun, X, ErrType, eta, n, vinit, update_at, precision=precision, energies=energies
+        model,
+        LossFun,
+        X,
+        ErrType,
+        eta,
+        n,
+        vinit,
+        update_at,
+        precision=precision,
+        alpha=alpha,
+        energies=energies,
     )
 
     def walk(network: Network) -> Record:
@@ -245,7 +259,8 @@ def _follow(relaxation: Relaxation, ErrType: str, n: int) -> Record:
         relaxation.after_step = None
         resolved = _resolved(looking.errors, relaxation.v)
         rule = relaxation.rule
-        has_steps = ErrType != "Equilibrium" and is_plain(rule)
+        is_descent = ErrType != "Multipliers" and is_plain(rule)
+        has_steps = ErrType != "Equilibrium" and is_descent
         stability, outlook = None, None
         if energy.free and has_steps:
             landscape, lowest = Landscape(energy), looking.lowest
@@ -257,7 +272,7 @@ def _follow(relaxation: Relaxation, ErrType: str, n: int) -> Record:
         ErrType,
         looking.rows_on_host(),
         eta=float(rule.eta) if has_steps else None,
-        rule=None if is_plain(rule) else asked_rule,
+        rule=None if is_descent else asked_rule,
         stability=stability,
         outlook=outlook,
         resolved=resolved,
@@ -436,7 +451,7 @@ def _follow_closed_form(network: Network, ErrType: str, eta: float | str, n: int
         ways = _ways_down(network, apart=True)
     step = AUTO_ETA if isinstance(eta, str) else eta
     is_stepping = ErrType == "FixedPred"
-    longest = steps_above([node.parents for node in network.nodes], farthest=True)[0]
+    longest = steps_above(network.parents, farthest=True)[0]
     # The shares of the parts after k iterations, by the lengths of their ways, and the updates'.
     if ErrType == "Exact":
         found = [(1.0, *[0.0] * (longest - 1)), (1.0,) * longest]

@@ -19,8 +19,9 @@ class Here(NamedTuple):
     """None, epsilon_1..epsilon_L."""
     Loss: Tensor
     prior: Tensor | None
+    """That of the prior, and of what predicts the input from above."""
     energies: list[Tensor]
-    """Those of the hidden layers."""
+    """Those of the hidden beliefs: of what their layers predict, and of second predictions."""
     pulls: list[Tensor]
     """What pulls at each hidden layer's belief of its own error, weighted by its precision."""
     gradient: list[Tensor]
@@ -46,14 +47,26 @@ def look(energy: Energy) -> Here:
 
     with energy.aside():
         energy.sweep(note)
-        priors = [f.energy(energy.delta) for f in energy.factors if isinstance(f, Prior)]
+        first = [f.energy(energy.delta) for f in energy.factors if isinstance(f, Prior)]
         errors, Loss = energy.epsilon, energy.output.Loss
         hidden = [of[i] for i in sorted(of)]
-        energies = [_energy(factor, energy.delta) for factor in hidden]
+        energies = {i: _energy(of[i], energy.delta) for i in sorted(of)}
+        for factor in energy.above:
+            term = _energy(factor, energy.delta)
+            if factor.target == 0:
+                first.append(term)
+            else:
+                energies[factor.target] = energies[factor.target] + term
         pulls = [abs(c) * part for factor in hidden for part, c in factor.own()]
-    prior = priors[0] if priors else None
+    of_input = sum(first[1:], first[0]) if first else None
     return Here(
-        errors, Loss, prior, energies, pulls, list(gradient.values()), list(arriving.values())
+        errors,
+        Loss,
+        of_input,
+        [*energies.values()],
+        pulls,
+        list(gradient.values()),
+        list(arriving.values()),
     )
 
 
@@ -61,7 +74,7 @@ def _energy(factor: Prediction, x: Sequence[Any]) -> Tensor:
     """A hidden layer's term; squares are summed in a wider type, so that small ones are not 0."""
     if isinstance(factor, Between):
         return factor.energy(x)
-    length = torch.linalg.vector_norm(factor.error, dtype=wide(factor.error))
+    length = torch.linalg.vector_norm(factor.difference, dtype=wide(factor.error))
     return 0.5 * factor.precision * length.square()
 
 

@@ -113,8 +113,11 @@ class Record:
 
     @property
     def rises_at(self) -> int | None:
-        """The first iteration that raised F by more than round-off, or left it not finite."""
-        if not self.descends:
+        """The first iteration that raised F by more than round-off, or left it not finite.
+
+        None for Multipliers, which raise it as they grow.
+        """
+        if not self.descends or self.ErrType == "Multipliers":
             return None
         slack = self.slack * self.energies.abs().sum(1)[:-1]
         falls = self.F[1:] <= self.F[:-1] + slack

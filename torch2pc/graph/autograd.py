@@ -17,8 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules._functions import BackwardHookFunction
 
-from torch2pc.displacement.rules import belief_dtype
-from torch2pc.displacement.rules.core import storage, unit_of
+from torch2pc.displacement.rules.core import HALF, storage, unit_of
 from torch2pc.displacement.vjp import kept_tensor, node_of, nodes_below, reaches, vjp
 from torch2pc.graph.apart import APART, Habits, UnguardedError, held_elsewhere, unchanged
 
@@ -189,8 +188,8 @@ def gradient_of_small(
     small as they are. So they are divided by a power of two first, and what comes of them is multiplied
     by it: nothing is rounded.
     """
-    unit = unit_of(error).clamp(max=1)
-    found = gradient([prediction], leaves, [(error * unit.reciprocal()).to(prediction.dtype)])
+    unit = unit_of(error, largest=0)
+    found = gradient([prediction], leaves, [(error / unit).to(prediction.dtype)])
     # In place where no two share memory: they are as large as the weights.
     storages = [0 if x is None or x.is_sparse else storage(x) for x in found]
     return [
@@ -423,7 +422,7 @@ def independent_loss() -> ValueError:
 
 def in_belief_dtype(x: Tensor) -> Tensor:
     """``x`` in the type that beliefs and errors are held in."""
-    return x.to(belief_dtype(x.dtype))
+    return x.to(torch.float32) if x.dtype in HALF else x
 
 
 def own(tensors: list[Tensor]) -> list[Tensor]:

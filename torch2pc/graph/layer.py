@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from torch2pc.displacement.check import agrees, is_new
+from torch2pc.displacement.closed import Gradient, LossWatch
 from torch2pc.displacement.lines import Displacement, OwnBackward, Reevaluation
-from torch2pc.displacement.recorder import Recorder, Uncovered, Watch, uncompiled
+from torch2pc.displacement.recorder import Recorder, Uncovered, Watch
 from torch2pc.displacement.rules.core import storage, tensors_in
 from torch2pc.displacement.vjp import kept_tensor, nodes_below
 from torch2pc.graph.apart import Habits, UnguardedError, apart, copied, unchanged
@@ -70,6 +71,8 @@ class Layer:
     _walls = False
     # The memory of the output that it recorded, which no replay may write into.
     _recorded: int | None = None
+    # Of a loss: its gradient, where that has a closed form.
+    gradient: Gradient | None = None
 
     def __init__(
         self,
@@ -169,12 +172,8 @@ class Layer:
         compared, before = copied(x) if self._is_new else None, next_node()
         given = self._given(x)
         places = [next(k for k, a in enumerate(x) if a is b) for b in moving]
-        sees_exits = bool(places) and is_new(self.function)
-        moves = [given[k] for k in places]
-        recorder: Recorder | Watch = Watch()
-        if places and self.is_precise:
-            recorder = Recorder(*moves, sees_exits=sees_exits)
-        with uncompiled, recorder:
+        recorder = self._watch([given[k] for k in places])
+        with recorder:
             output = self._evaluated(given, x)
         if compared is not None:
             self._compare(x, compared)
@@ -204,11 +203,22 @@ class Layer:
         # Now, as the next evaluation may write where this output is.
         handed_out = self._handed_out(output)
         self._recorded = storage(handed_out) if self._is_item else None
-        if places:
+        if isinstance(recorder, LossWatch):
+            self.gradient = None if self._walls else recorder.gradient(output, graph.nodes)
+        elif places:
             self.is_linear = not graph.is_foreign and self.own_backward is None
             values = handed_out.detach()
             self._displace(recorder, x, places, output, values, graph.is_foreign)
         return handed_out
+
+    def _watch(self, moving: Sequence[Tensor]) -> Watch:
+        """What notes what the first evaluation does with the inputs that move."""
+        if not moving:
+            return Watch()
+        if not self._is_item:
+            return LossWatch(*moving)
+        sees_exits = is_new(self.function)
+        return Recorder(*moving, sees_exits=sees_exits) if self.is_precise else Watch()
 
     def _keep_apart(self, is_foreign: bool, given: Sequence[Any], written: set[int]) -> None:
         """What follows from the code that it ran, and from what it wrote into."""
@@ -220,7 +230,7 @@ class Layer:
 
     def _displace(
         self,
-        recorder: Recorder | Watch,
+        recorder: Watch,
         x: Sequence[Any],
         places: Sequence[int],
         output: Tensor,

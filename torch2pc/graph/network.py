@@ -8,7 +8,7 @@ beliefs, is up to ``inference``.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torch2pc.displacement.closed import Gradient
+from torch2pc.displacement.recorder import uncompiled
 from torch2pc.displacement.rules.core import tensors_in
 from torch2pc.displacement.vjp import node_of, nodes_below
 from torch2pc.graph.apart import UnguardedError, habits_of
@@ -29,7 +31,7 @@ from torch2pc.graph.autograd import (
     output_gradient,
 )
 from torch2pc.graph.layer import GLOBAL_HOOKS, HOOKS, Layer, cut_off_from_X, no_leaves, type_name
-from torch2pc.graph.nodes import any_in_place, may_write_input, nodes_of
+from torch2pc.graph.nodes import Node, any_in_place, may_write_input, nodes_from_above, nodes_of
 from torch2pc.graph.state import (
     devices_of,
     generators_kept,
@@ -50,6 +52,20 @@ class Inference(NamedTuple):
     evaluations: int | None = None
 
 
+class FromAbove:
+    """A layer that predicts a belief which has a layer of its own (``PCGraph(above=...)``)."""
+
+    first: Tensor
+    """Its error g(vhat_parents) - vhat_target, where no belief has moved; set when it is recorded."""
+    kept: tuple[list[Tensor], Tensor] | None = None
+    """Its inputs and its output, with the graph between them, where none of its parents moves."""
+
+    def __init__(
+        self, layer: Layer, target: int, parents: tuple[int, ...], moving: tuple[int, ...]
+    ) -> None:
+        self.layer, self.target, self.parents, self.moving = layer, target, parents, moving
+
+
 class Network:
     """The layers of a model, its loss, and the data: all that the algorithms work on.
 
@@ -61,6 +77,9 @@ class Network:
     """The feed-forward values, once they have been recorded."""
     Loss: Tensor
     dLdy: Tensor
+    loss_gradient: Gradient | None = None
+    """dLdy at any output, where the recorded loss has a closed form of it."""
+    from_above: Sequence[FromAbove] = ()
     _autocast: tuple[str, torch.dtype] | None
 
     def __init__(
@@ -84,21 +103,22 @@ class Network:
             self._autocast = kind, torch.get_autocast_dtype(kind)
         self.modules = modules
         self.nodes = nodes_of(model)
+        self.parents = tuple([node.parents for node in self.nodes])
         writes, self.habits = any_in_place(modules), habits_of(model)
-        self.layers = [
-            Layer(
-                node.function,
-                node.where,
-                devices,
-                writes and may_write_input(node.function),
-                habits=self.habits,
-            )
-            for node in self.nodes
-        ]
+
+        def layer_of(node: Node) -> Layer:
+            copies = writes and may_write_input(node.function)
+            return Layer(node.function, node.where, devices, copies, habits=self.habits)
+
+        self.layers = [layer_of(node) for node in self.nodes]
         self.loss = Layer(LossFun, "LossFun", devices, others=(Y,), habits=self.habits)
         self.prior = None if prior is None else Layer(prior, "prior", devices, habits=self.habits)
         self.free = set(range(0 if free_input else 1, len(self.nodes)))
         """The places whose beliefs move. The output's does not: the target has taken its place."""
+        self.from_above = [
+            FromAbove(layer_of(node), target, node.parents, self._that_move(node.parents))
+            for target, node in nodes_from_above(model).items()
+        ]
         self.kept: dict[int, tuple[list[Tensor], Tensor]] = {}
         """The inputs and the output, with the graph between them, of layers none of whose parents moves."""
         # Told of each parameter's update as soon as it is there, and once more if it changes.
@@ -108,7 +128,10 @@ class Network:
 
     def moving(self, l: int) -> tuple[int, ...]:
         """The parents of layer l whose beliefs move."""
-        return tuple([p for p in self.nodes[l - 1].parents if p in self.free])
+        return self._that_move(self.nodes[l - 1].parents)
+
+    def _that_move(self, places: Sequence[int]) -> tuple[int, ...]:
+        return tuple([p for p in places if p in self.free])
 
     def feed_forward(self, from_X: bool = False) -> Graph:
         """One forward pass, with its autograd graph; ``from_X``: which goes on into what made X."""
@@ -116,25 +139,26 @@ class Network:
         vhat = [self.X.clone() if from_X else _input_copy(self.X)]
 
         def walk(x: Tensor) -> Tensor:
-            values = [x]
-            for layer, node in zip(self.layers, self.nodes, strict=True):
-                x = layer(*[values[p] for p in node.parents])
+            values, seen = [x], {id(x)}
+            for layer, parents in zip(self.layers, self.parents, strict=True):
+                x = layer(*[values[p] for p in parents])
                 if not x.requires_grad:
                     # No parameters so far, or frozen ones, on an input that needs no gradient.
                     x = x.detach().requires_grad_()
-                elif any([x is before for before in values]):
+                elif id(x) in seen:
                     # The belief at a parent has other children's errors, too.
                     x = x.view_as(x)
                 values.append(x)
+                seen.add(id(x))
             vhat.extend(values[1:])
             return x
 
         vhat[-1] = self._through_hooks_of_model(walk, vhat[0])
         with nullcontext() if from_X else self._derivatives_refused():
             Loss = check_loss(self.loss(vhat[-1]))
-        graph = Graph(vhat, Loss, [node.parents for node in self.nodes], self.habits)
-        wheres = [node.where for node in self.nodes]
-        self.habits.apart.update([wheres[l - 1] for l in graph.foreign if l <= len(wheres)])
+        graph = Graph(vhat, Loss, self.parents, self.habits)
+        L = len(self.nodes)
+        self.habits.apart.update([self.nodes[l - 1].where for l in graph.foreign if l <= L])
         self._check_guarded()
         return graph
 
@@ -142,7 +166,8 @@ class Network:
         """No layer is at memory that it is to be kept from."""
         if not self.habits.apart:
             return
-        names = [layer.name for layer in self.layers if layer.is_unguarded]
+        layers = [*self.layers, *[part.layer for part in self.from_above]]
+        names = [layer.name for layer in layers if layer.is_unguarded]
         if names:
             raise UnguardedError(names)
 
@@ -166,18 +191,63 @@ class Network:
         if self._is_recorded:
             return
         self._is_recorded = True
+        with uncompiled:
+            self._record(evaluate)
+
+    def _record(self, evaluate: Callable[[int, list[Tensor]], Tensor]) -> None:
         vhat = self.vhat = self._layer_by_layer(evaluate)
         prediction = vhat[-1].detach().requires_grad_()
         with self._derivatives_refused():
-            Loss = check_loss(self.loss.record(prediction))
+            Loss = check_loss(self.loss.record(prediction, moving=[prediction]))
         self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_())
         # Copies, as the loss may write its next gradient where this one is.
-        self.Loss, self.dLdy = Loss.detach().clone(), output_gradient(Loss, prediction).clone()
+        self.Loss = Loss.detach().clone()
+        self.loss_gradient = closed = self.loss.gradient
+        if closed is None:
+            self.dLdy = output_gradient(Loss, prediction).clone()
+        else:
+            self.dLdy = closed(prediction.detach())
         if self.prior is not None:
             beliefs = self._beliefs_of_prior()
             energy = self.prior.record(beliefs)
             check_scalar("prior", energy)
             self.prior.is_replayable(energy.detach(), self._beliefs_of_prior())
+        for part in self.from_above:
+            self._record_from_above(part)
+        self._check_guarded()
+
+    def _record_from_above(self, part: FromAbove) -> None:
+        """The same of a second prediction of a belief: its error at the feed-forward values."""
+        name, vhat = part.layer.name, self.vhat[part.target]
+        given = self.given_at(part.parents, self.vhat)
+        moving = [a for p, a in zip(part.parents, given, strict=True) if p in part.moving]
+        output = part.layer.record(*given, moving=moving)
+        if output.shape != vhat.shape or not vhat.is_floating_point():
+            place = "the input" if part.target == 0 else self.nodes[part.target - 1].where
+            raise ValueError(
+                f"{name} must predict what {place} is, {tuple(vhat.shape)} of floating-point numbers, but it "
+                f"returns {tuple(output.shape)} for a tensor {tuple(vhat.shape)} of {vhat.dtype}"
+            )
+        if not moving and (part.layer.has_leaves or (self.asks_input and 0 in part.parents)):
+            part.kept = given, output
+        part.first = in_belief_dtype(output.detach()) - in_belief_dtype(vhat)
+
+    def given_at(self, places: Sequence[int], at: Sequence[Tensor]) -> list[Tensor]:
+        """What a layer of such parents is given, where the beliefs are ``at``, ready to be differentiated.
+
+        At the last place that is the target.
+        """
+        found = []
+        for p in places:
+            x: Any = at[p].to(self.vhat[p].dtype) if p < len(self.nodes) else self.Y
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    "Y must be a torch.Tensor where a layer of PCGraph(above=...) reads the last place, "
+                    f"got {type(x).__name__}"
+                )
+            x = x.detach()
+            found.append(x.requires_grad_(x.is_floating_point()))
+        return found
 
     def pieces(self) -> tuple[list[tuple[list[Tensor], Tensor]], tuple[Tensor, Tensor]]:
         """One forward pass whose graph ends at each layer, which sets vhat, Loss and dLdy, detached.
@@ -272,6 +342,7 @@ class Network:
         No others than those that a layer drew from: another thread may be drawing from the rest.
         """
         functions = [*self.layers, self.loss, *([] if self.prior is None else [self.prior])]
+        functions += [part.layer for part in self.from_above]
         return generators_kept({s for function in functions for s in function.drawn_sources})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Of a place: how wide and high it is, with what lies between; and the box in it.
 WIDE, HIGH = 110, 60
@@ -28,8 +28,15 @@ def centres(parents: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
     return found
 
 
-def drawn(names: Sequence[str], parents: Sequence[Sequence[int]]) -> str:
-    """An SVG picture of a graph: the input below, arrows from parents to their children."""
+def drawn(
+    names: Sequence[str],
+    parents: Sequence[Sequence[int]],
+    above: Mapping[str, Sequence[int]] | None = None,
+) -> str:
+    """An SVG picture of a graph: the input below, arrows from parents to their children.
+
+    ``above``: the parents of second predictions, by the names of their beliefs, with dashed arrows.
+    """
     places, lines, right = centres(parents), [], 0.0
     left, top = min(x for x, _ in places) - 0.5, max(y for _, y in places) + 0.5
     pixels = [((x - left) * WIDE, (top - y) * HIGH) for x, y in places]
@@ -52,6 +59,17 @@ def drawn(names: Sequence[str], parents: Sequence[Sequence[int]]) -> str:
             lines.append(
                 f'<path d="{path} {x1:.0f},{end:.0f}" fill="none" stroke="#888" '
                 'marker-end="url(#torch2pc-arrow)"/>'
+            )
+    for name, of_layer in (above or {}).items():
+        x1, y1 = pixels[names.index(name)]
+        for p in of_layer:
+            x0, y0 = pixels[p]
+            edge = (
+                BOX_HIGH / 2 if y0 < y1 else -BOX_HIGH / 2
+            )  # beside the arrow that goes the other way
+            lines.append(
+                f'<path d="M{x0 + 16:.0f},{y0 + edge:.0f} L{x1 + 16:.0f},{y1 - edge:.0f}" fill="none" '
+                'stroke="#888" stroke-dasharray="4 3" marker-end="url(#torch2pc-arrow)"/>'
             )
     for name, (x, y) in zip(names, pixels, strict=True):
         corner = f'x="{x - BOX_WIDE / 2:.0f}" y="{y - BOX_HIGH / 2:.0f}"'

@@ -367,13 +367,12 @@ def write_gradients(
             for parameter, update in updates:
                 _add_to_gradient(parameter, update, before)
         else:
-            others = _others(modules, updates)
-            before += [(parameter, parameter.grad, None) for parameter in others]
-            before += [(parameter, parameter.grad, None) for parameter, _ in updates]
-            for parameter in others:
-                parameter.grad = None
-            for parameter, update in updates:
-                parameter.grad = update
+            others: list[tuple[Tensor, Tensor | None]] = [
+                (parameter, None) for parameter in _others(modules, updates)
+            ]
+            before += [(parameter, parameter.grad, None) for parameter, _ in [*others, *updates]]
+            for parameter, new in [*others, *updates]:
+                parameter.grad = new
         for parameter, _ in updates:
             hooks: Any = parameter._post_accumulate_grad_hooks
             if hooks:

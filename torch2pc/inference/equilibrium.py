@@ -16,7 +16,8 @@ line from the old output to the new one. That takes a few evaluations of the los
 no two nearly equal numbers. Examples that are mixed are one problem, which all of this holds for as well.
 
 Where the errors have precisions, it is sqrt(pi_l) epsilon_l that it searches in: its squares are pi_l times
-the errors', so that nothing else changes.
+the errors', so that nothing else changes. Second predictions of beliefs (``PCGraph(above=...)``) add the
+squares of their errors, which are functions of the beliefs as the outputs are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from torch2pc.displacement.lines import Displacement
 from torch2pc.energy import Errors
-from torch2pc.energy.factors import USUAL, Terms
+from torch2pc.energy.factors import USUAL, Above, Output, Terms
 from torch2pc.graph.network import Inference, Network
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.error_based import errors_of, place_of
@@ -72,11 +73,15 @@ def equilibrium(
 
 
 class Point(NamedTuple):
-    """Where the examples stand, a row for each; ``y`` holds the outputs."""
+    """Where the examples stand, a row for each.
+
+    ``y`` holds the outputs, ``above`` the errors of second predictions, times the roots of their precisions.
+    """
 
     epsilon: Tensor
     gradient: Tensor
     y: Tensor
+    above: Tensor
 
     def where(self, chosen: Tensor, other: Point) -> Point:
         """Each example's row of this where it is chosen, and of ``other`` where it is not."""
@@ -101,7 +106,8 @@ class Search(Relaxation):
         self._dtype = max((e.dtype for e in errors), key=lambda dtype: dtype.itemsize)
         # In half precision that is what limits the gradient, whatever the errors are held in.
         self._eps = torch.finfo(self.vhat[-1].dtype).eps
-        sizes = {len(e) if e.dim() else 1 for e in errors}
+        of_all = [*errors, *[factor.error for factor in energy.above]]
+        sizes = {len(e) if e.dim() else 1 for e in of_all}
         self._rows = max(sizes.pop(), 1) if len(sizes) == 1 else 1
         self.distance: Tensor = errors[-1].new_zeros(self._rows)
         """For each row the gradient's size at the last evaluation, in units of the errors."""
@@ -219,14 +225,17 @@ class Search(Relaxation):
     def _layers_mix(self) -> bool:
         """Whether an error of the outputs of some examples arrives at others."""
         chosen, drawn = self._some()
-        found = self.energy.descend(torch.where(chosen, drawn, 0.0))
-        arriving = [g for _, g in found if g is not None]
+        sent: dict[Output | Above, Tensor] = {self.energy.output: torch.where(chosen, drawn, 0.0)}
+        for factor in self.energy.above:
+            rows, numbers = self._some(factor.error)
+            sent[factor] = torch.where(rows, numbers, 0.0)
+        arriving = [g for _, g in self.energy.descend(sent) if g is not None]
         return any([bool(g[~chosen.flatten()].any()) for g in arriving])
 
-    def _some(self) -> tuple[Tensor, Tensor]:
-        """Which half of the examples to try, shaped like the outputs, and numbers for each output."""
+    def _some(self, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Which half of the examples to try, shaped like the outputs or ``like``, and numbers for each."""
         generator = torch.Generator("cpu").manual_seed(0)
-        like = self.energy.output.y
+        like = self.energy.output.y if like is None else like
         order = torch.randperm(self._rows, generator=generator, device="cpu")
         chosen = (order < (self._rows + 1) // 2).reshape(-1, *[1] * (like.dim() - 1))
         drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu")
@@ -238,7 +247,8 @@ class Search(Relaxation):
         if with_gradient:
             found = zip(self.energy.gradient(), self._roots, strict=True)
             gradient = self._joined([g if root == 1 else g / root for g, root in found])
-        return Point(epsilon, gradient, y)
+        above = [factor.error * factor.precision**0.5 for factor in self.energy.above]
+        return Point(epsilon, gradient, y, self._joined(above))
 
     def _rise(self, at: Point, trial: Point, unit: Tensor) -> tuple[Tensor, Tensor]:
         """By how much F is higher at ``trial``, for each row, and the size of what that is a sum of.
@@ -254,12 +264,13 @@ class Search(Relaxation):
             e = e.reshape(self._rows, -1) / unit
             rise = rise + weight * dot(e, d / unit)
             terms = terms + weight * norm(e) * y  # as y is rounded, d is off by that of y
-        return rise, terms
+        step, mean = (trial.above - at.above) / unit, (trial.above + at.above) / (2 * unit)
+        return rise + dot(step, mean), terms + norm(mean) * norm(mean)
 
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
         like = self.epsilon[-1]
         parts = [e.reshape(self._rows, -1).to(like.device, self._dtype) for e in tensors]
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts or [like.new_zeros(self._rows, 0)], dim=1)
 
     def _move_to(self, epsilon: Tensor) -> None:
         """Let the errors, times the roots, be these, and the beliefs follow."""

@@ -17,7 +17,7 @@ from torch2pc.energy import Energy
 from torch2pc.graph.autograd import own
 from torch2pc.graph.network import Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
-from torch2pc.inference.steps import Langevin, Rule, round_off
+from torch2pc.inference.steps import Langevin, Rule, most_rise
 from torch2pc.inference.updates import updates
 
 # What PCInfer calls after each iteration, with its number, v and epsilon.
@@ -48,7 +48,8 @@ def relax(
 
 
 def take_step(energy: Energy, rule: Rule) -> None:
-    """One sweep, in which the rule moves all variables."""
+    """One sweep, in which the rule moves all variables, and what changes from one to the next."""
+    energy.raise_multipliers()
     energy.sweep(rule.move, rule.down)
     rule.end()
 
@@ -150,13 +151,14 @@ class Relaxation:
             moved = zip(self.vhat, self._before, strict=True)
             at = [vhat if d is None else vhat + d for vhat, d in moved]
         beta = self.energy.output.beta
-        return updates(self.network, at, self.energy.weighted, v, beta=beta)
+        of_above = [factor.weighted() for factor in self.energy.above]
+        return updates(self.network, at, self.energy.weighted, v, beta=beta, of_above=of_above)
 
     def result(self) -> Inference:
         """What was inferred, in tensors that share no memory; no step can follow."""
         network = self.network
         v = self.energy.finish()
-        for layer in network.layers:
+        for layer in [*network.layers, *[part.layer for part in network.from_above]]:
             layer.forget()
         input_error, of_parameters = self._updates(v)
         L = len(network.layers)
@@ -203,11 +205,13 @@ def _warn_if_risen(relaxation: Relaxation, n: int, name: str) -> None:
     if call not in _LOOKS or model in _risen:
         return
     F = energy.last()
-    # From the feed-forward pass on, where no layer has an error.
+    # From the feed-forward pass on, where no layer has an error but those that predict from above.
     knows_start = energy.start is None and network.prior is None
     # (Samples of Langevin's are about a minimum, not at it.)
     start = network.Loss if knows_start and not isinstance(relaxation.rule, Langevin) else None
-    is_higher = start is not None and bool(start + round_off(start.dtype) * start.abs() < F)
+    if start is not None:
+        start = sum([factor.energy_at_first() for factor in energy.above], start)
+    is_higher = start is not None and bool(start + most_rise(energy, start.dtype) * start.abs() < F)
     if bool(F.isfinite()) and not is_higher:
         return
     if start is not None and not bool(start.isfinite()):
@@ -238,7 +242,7 @@ def warn_of_flat_items(network: Network, ErrType: str, update_at: str) -> None:
     if update_at == "vhat" or network.model in _warned:
         return
     # The places from which a layer that trains is reached.
-    feeds: set[int] = set()
+    feeds = {p for part in network.from_above if part.layer.has_leaves for p in part.parents}
     for l in range(len(network.layers), 0, -1):
         if l in feeds or network.layers[l - 1].has_leaves:
             feeds.update(network.nodes[l - 1].parents)

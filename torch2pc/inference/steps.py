@@ -406,7 +406,13 @@ class Langevin(Descent):
         found = copy.copy(self)
         device = "cpu" if self.generator is None else self.generator.device
         drawn = torch.randint(2**62, (), generator=self.generator, device=device)
-        found._seed, found._drawing = int(drawn), {}
+        found._seed, found._drawing = int(drawn) + self._stream, {}
+        return found
+
+    def of_stream(self, number: int) -> Langevin:
+        """A copy whose noise is another one than that of other numbers, from the same generator's state."""
+        found = copy.copy(self)
+        found._stream = number
         return found
 
     def begin(self, energy: Energy) -> None:
@@ -427,6 +433,7 @@ class Langevin(Descent):
         return torch.empty_like(like).normal_(generator=self._drawing[device])
 
     _seed: int
+    _stream = 0
     _drawing: dict[torch.device, torch.Generator]
 
 
@@ -438,8 +445,9 @@ class Safe(Descent):
     It waits for the device once for the step size, and once each time that it has come to the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sweep: str = "together") -> None:
         self.eta: Any = AUTO
+        self.down = is_down(sweep)
         self._tries = 0
 
     def begin(self, energy: Energy) -> None:
@@ -451,7 +459,7 @@ class Safe(Descent):
                 self._entries = lanczos(hessian(energy), list(map(self.noise, x)), PASSES)
             terms = energy.terms()
             self._before = terms.sum()
-            self._slack = round_off(energy.vhat[-1].dtype) * terms.abs().sum()
+            self._slack = most_rise(energy, energy.vhat[-1].dtype) * terms.abs().sum()
 
     def noise(self, like: Tensor) -> Tensor:
         """The vector that the curvature is looked for from."""
@@ -476,11 +484,11 @@ class Safe(Descent):
         return False
 
 
-def rule_of(eta: Any) -> Rule:
-    """The rule that a call's ``eta`` asks for, for this call alone."""
+def rule_of(eta: Any, sweep: str = "together") -> Rule:
+    """The rule that a call's ``eta`` asks for, for this call alone; ``sweep``: of one that is none."""
     if isinstance(eta, Rule):
         return eta.fresh()
-    return Safe() if isinstance(eta, str) else Descent(eta)
+    return Safe(sweep) if isinstance(eta, str) else Descent(eta, sweep)
 
 
 def is_plain(rule: Rule) -> bool:
@@ -509,6 +517,14 @@ def number(
     if not (math.isfinite(given) and holds(float(given))):
         raise ValueError(f"{name} must be {accepted}, got {given}")
     return float(given)
+
+
+def most_rise(energy: Energy, dtype: torch.dtype) -> float:
+    """By which share of itself F may end higher than it started, if the loss is computed in ``dtype``.
+
+    Multipliers let it fall and rise again, to the loss of the feed-forward pass, around which it may swing.
+    """
+    return 1.0 if energy.multiplied else round_off(dtype)
 
 
 def round_off(dtype: torch.dtype) -> float:
