@@ -14,7 +14,7 @@ from tests.cases import Case
 from tests.test_compiled import infer_compiled, needs_compiler
 
 pytest.importorskip("torch._inductor.custom_graph_pass", reason="this PyTorch has no compiler")
-from torch2pc.compiled import products  # noqa: E402
+from torch2pc.compiled import products
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
