@@ -40,6 +40,7 @@ from torch2pc.graph.autograd import (
     gradient_of_small,
     in_belief_dtype,
     output_gradient,
+    outside_autocast,
 )
 from torch2pc.graph.layer import own_output
 from torch2pc.graph.network import Network
@@ -260,7 +261,7 @@ class Traced(Network):
         ]
         self.free = set(asked.free)
         self.asks_input, self.kept, self.arrived = program.asks_input, {}, None
-        self._autocast = None
+        self._autocast = program.autocast
         self.vhat = list(map(self.found, program.vhat))
         self.Loss, self.dLdy = self.found(program.Loss), self.found(program.dLdy)
         self.own = program.with_leaves(list(map(self.found, program.inputs)))
@@ -402,6 +403,12 @@ class Program:
         self._is_foreign: dict[int, bool] = {}
         inputs = [node.meta["example_value"] for node in self.parts.placeholders]
         values = [mark.meta["example_value"] for mark in self.parts.marks[: L + 1]]
+        self._device = values[0].device
+        # As it is when the call is made: another one is captured anew.
+        self.autocast: tuple[str, torch.dtype] | None = None
+        kind = self._device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            self.autocast = kind, torch.get_autocast_dtype(kind)
         with torch.no_grad(), tracing(None), values[0].fake_mode, enable_python_dispatcher():
             like = [torch.empty_like(x.detach()) for x in values]
             self._compile_feed_forward(inputs, like)
@@ -598,9 +605,11 @@ class Program:
         called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
         if _CREATES.issuperset(called):
             return Graphed(graph, used)
-        function: Any = compile_fx(
-            graph, [given[k] for k in used], config_patches=dict(self._options)
-        )
+        # What was traced has chosen its types, and would be given others when it is traced again.
+        with outside_autocast(self._device):
+            function: Any = compile_fx(
+                graph, [given[k] for k in used], config_patches=dict(self._options)
+            )
         return Graphed(function, used)
 
     # What is traced.
