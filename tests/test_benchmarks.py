@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks import memory, nets, peers, scaling, speed, steps, timing
 from benchmarks.__main__ import main
 from benchmarks.report import Options, Row, rows_table
+from tests.cases import calls_of
 from torch2pc import PCInfer
 from torch2pc.displacement.lines import Displacement
 
@@ -99,21 +100,14 @@ def test_infer_is_one_call_of_PCInfer(case: nets.Case, ErrType: str) -> None:
 def test_strict_from_vinit_infers_the_same_and_skips_nothing(
     case: nets.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widths: list[int] = []
-    forward = Displacement.forward
-
-    def counted(self: Displacement, delta: torch.Tensor) -> object:
-        widths.append(delta.shape[1])
-        return forward(self, delta)
-
-    monkeypatch.setattr(Displacement, "forward", counted)
+    evaluated = calls_of(Displacement, "forward", monkeypatch)
     runs, found = [], []
     for from_vinit in False, True:
         step = steps.infer(case, "Strict", from_vinit=from_vinit, eta=0.1, n=1)
         step()
-        widths.clear()
+        evaluated.clear()
         step()
-        runs.append(list(widths))
+        runs.append([delta.shape[1] for _, delta in evaluated])
         found.append(gradients(case))
     torch.testing.assert_close(*found)
     # The inputs of layers 2 and 3 are 5 and 6 wide.

@@ -239,8 +239,8 @@ def PCInfer(
         compile: run a relaxation as compiled graphs, from the feed-forward pass to the updates, through
             ``torch.compile``, which takes 10 to 60 s at the first call for a model. Other
             weights, batches, ``eta``, ``n``, ``vinit``, precisions and nudges compile nothing anew; another
-            mode of a module, ``update_at``, kind of rule or of ``energies`` does, and so does the second batch
-            size. Where it cannot be done (a layer whose operations cannot be followed, hooks,
+            mode of a module, ``update_at``, kind of rule or of ``energies`` does, and so does the second
+            batch size. Where it cannot be done (a layer whose operations cannot be followed, hooks,
             ``steps.Optim`` or a rule that branches on values, Equilibrium and what the page on semantics
             lists) a warning says so once; also with Exact and FixedPred, a single backward pass, which
             would gain nothing.

@@ -125,7 +125,7 @@ def train(training: Training, text: Text, options: Options) -> dict[str, Any]:
 
 
 def run(options: Options) -> list[Number]:
-    updates, seeds = options.pick((2, 1), (40, 1), (100, SEEDS))
+    updates, seeds = options.pick((2, 1), (20, 1), (60, SEEDS))
     texts = [load_text(name) for name in options.pick(TEXTS[:1], TEXTS[:1], TEXTS)]
     rates = RATES if options.full else RATES[-1:]
     runs = {text.name: Runs("figure_transformer", train, text, options) for text in texts}

@@ -58,7 +58,7 @@ class Gradient(NamedTuple):
         else:
             dim = self.constants[0]
             p = torch.log_softmax(x, dim)
-            e = aten._log_softmax_backward_data.default(self.g, p, dim, x.dtype)
+            e = torch._log_softmax_backward_data(self.g, p, dim, x.dtype)
         for dtype in self.dtypes[-2::-1]:
             e = e.to(dtype)
         return e.to(y.dtype)
@@ -69,9 +69,9 @@ class LossWatch(Watch):  # type: ignore[no-untyped-call]
 
     def __init__(self, y: Tensor) -> None:
         super().__init__(sees_exits=True)
-        self._y, self._tensors = y, [y]
-        self._dtypes = [y.dtype]
-        self._moving = {id(y)}
+        self._tensors = [y]
+        # y, converted to one type after the other, and all that depends on it.
+        self._y, self._moving = [y], {id(y)}
         self._is_affine = True
         self._head: tuple[Any, tuple[Any, ...]] | None = None
 
@@ -95,10 +95,9 @@ class LossWatch(Watch):  # type: ignore[no-untyped-call]
     ) -> bool:
         """Whether it still is after this operation."""
         x, *others = moving
-        if x is self._y and not others and self._head is None:
+        if x is self._y[-1] and not others and self._head is None:
             if func is aten._to_copy.default and [*kwargs] == ["dtype"]:
-                self._y = output
-                self._dtypes.append(output.dtype)
+                self._y.append(output)
                 return True
             if func is _SQUARED:
                 target = args[1] if x is args[0] else args[0]
@@ -107,11 +106,12 @@ class LossWatch(Watch):  # type: ignore[no-untyped-call]
             if func is _LOG_SOFTMAX and not args[2]:
                 self._head = func, args[1:2]
                 return True
+        if not {id(a) for a in moving}.isdisjoint(map(id, self._y)):
+            return func is aten.detach.default
         if others:
-            return func is aten.add.Tensor and all([a is not self._y for a in moving])
+            return func is aten.add.Tensor
         is_second = func in _AFFINE_IN_BOTH and x is args[1]
-        is_affine = func in _AFFINE and bool(args) and (x is args[0] or is_second)
-        return is_affine and (x is not self._y or func is aten.detach.default)
+        return func in _AFFINE and bool(args) and (x is args[0] or is_second)
 
     def gradient(self, Loss: Tensor, nodes: Sequence[Any]) -> Gradient | None:
         """That of ``Loss``, of whose graph ``nodes`` are; None where it has no such form."""
@@ -122,4 +122,6 @@ class LossWatch(Watch):  # type: ignore[no-untyped-call]
         if len(heads) != 1:
             return None
         (g,) = vjp([Loss], [GradientEdge(heads[0], 0)])
-        return None if g is None else Gradient(func, constants, g, tuple(self._dtypes))
+        return (
+            None if g is None else Gradient(func, constants, g, tuple([y.dtype for y in self._y]))
+        )

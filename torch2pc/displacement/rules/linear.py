@@ -328,7 +328,7 @@ def _by_float_matrix(d: Tensor, w: Tensor) -> tuple[Tensor, None]:
 
 
 def _by_float_matrix_back(e: Tensor, saved: None, w: Tensor) -> Tensor:
-    return torch.mm(e, w.t())
+    return torch.nn.functional.linear(e, w)  # e w^T, without a view made in Python
 
 
 # Entries of a matrix below which a processor's product in half precision takes longer to set up (20 us, where
