@@ -75,9 +75,9 @@ RUNS = {
         "Strict",
         dict(eta=steps.Descent(0.5, sweep="down"), n=3),
     ),
-    "Multipliers": ("between blocks", 0.01, "Multipliers", dict(eta=0.5, n=4)),
+    "Multipliers": ("between blocks", 0.01, "Multipliers", dict(eta=0.2, n=6)),
     "Strict, inside": ("inside", 1.0, "Strict", dict(eta=0.1, n=8)),
-    "Multipliers, inside": ("inside", 0.01, "Multipliers", dict(eta=0.5, n=4)),
+    "Multipliers, inside": ("inside", 0.01, "Multipliers", dict(eta=0.2, n=6)),
 }
 trained, ends = {}, {}
 figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")

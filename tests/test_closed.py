@@ -76,6 +76,10 @@ def with_hook(y: Tensor, t: Tensor) -> Tensor:
 # Each depends on y in another way besides, or hands down something else.
 OPEN: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     "more of y": (Shifted(), LABELS),
+    "a conversion to a narrower type, and more of y": (
+        lambda y, t: F.cross_entropy(y.float(), t) + y.sum(),
+        LABELS,
+    ),
     "targets that follow y": (lambda y, t: F.cross_entropy(y, y.argmax(1)), LABELS),
     "a detached y": (lambda y, t: F.mse_loss(y, 0.5 * y.detach()), NUMBERS),
     "weights that follow y": (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, cases, random_beliefs
+from tests.cases import Case, assert_close, calls_of, cases, random_beliefs
 from torch2pc.displacement.lines import Displacement
 from torch2pc.energy.curvature import hessian as product_with_hessian
 from torch2pc.energy.curvature import largest_eigenvalue, safe_step
@@ -133,23 +133,15 @@ def test_it_does_not_evaluate_more_than_one_pass_up_and_one_down_an_iteration(
 ) -> None:
     case = linear_case()
     case.infer("ErrorBased")  # what is recorded is checked the first time
-    passes = {"forward": 0, "backward": 0}
-    for name in passes:
-        method = getattr(Displacement, name)
-
-        def counted(self: Displacement, *given: Tensor, name: str = name, method=method) -> object:
-            passes[name] += 1
-            return method(self, *given)
-
-        monkeypatch.setattr(Displacement, name, counted)
+    up, down = [calls_of(Displacement, name, monkeypatch) for name in ("forward", "backward")]
     calls = [0]
     case.model[1].register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     n, moving = 20, len(case.model) - 1
     case.infer("ErrorBased", n=n)
     # One pass more at the end, where the returned beliefs and the output's error are taken; the
     # layer itself runs in the feed-forward pass and for its update, and once as it has a hook now.
-    assert passes["backward"] - n * moving in (0, 1)
-    assert passes["forward"] - (n + 1) * moving in (0, 1)
+    assert len(down) - n * moving in (0, 1)
+    assert len(up) - (n + 1) * moving in (0, 1)
     assert calls[0] <= 3
 
 

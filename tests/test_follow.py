@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 import torch2pc.steps
 from tests import reference
-from tests.cases import ERR_TYPES, Case, assert_close, cases, random_beliefs, squared_error
+from tests.cases import (
+    ERR_TYPES,
+    Case,
+    assert_close,
+    calls_of,
+    cases,
+    random_beliefs,
+    squared_error,
+)
 from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
 from torch2pc.displacement.lines import Displacement
 from torch2pc.follow.outlook import Spectrum, _first
@@ -557,19 +565,12 @@ def test_where_auto_starts_anew_the_record_does_too(monkeypatch: pytest.MonkeyPa
 def test_the_cost_is_linear_in_n(monkeypatch: pytest.MonkeyPatch) -> None:
     case = network("tanh", 0)
     follow_case(case, "Strict", n=1)  # a layer's displacement is checked the first time
-    evaluated = [0]
-    forward = Displacement.forward
-
-    def counted(self: Displacement, delta: Tensor) -> object:
-        evaluated[0] += 1
-        return forward(self, delta)
-
-    monkeypatch.setattr(Displacement, "forward", counted)
+    evaluated = calls_of(Displacement, "forward", monkeypatch)
     counts = []
     for n in (0, 10, 20, 30):
-        evaluated[0] = 0
+        evaluated.clear()
         follow_case(case, "Strict", eta=0.05, n=n + 10)
-        counts.append(evaluated[0])
+        counts.append(len(evaluated))
     assert counts[3] - counts[2] == counts[2] - counts[1] == counts[1] - counts[0] <= 10 * 3 * 2
 
 

@@ -34,6 +34,7 @@ from tests.cases import (
     Join,
     Readout,
     assert_close,
+    calls_of,
     cases,
     check_against_reference,
     graphs,
@@ -321,19 +322,12 @@ def test_layers_that_no_error_has_reached_are_not_evaluated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An error takes the shortest way: in step k it has come through k layers."""
-    case, counts = residual(3), []
+    case = residual(3)
     case.infer("Strict")  # the first call holds the layers against their rules
-    forward = Displacement.forward
-
-    def counted(self: Displacement, *deltas: Tensor) -> Any:
-        counts.append(self)
-        return forward(self, *deltas)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Displacement, "forward", counted)
-        case.infer("Strict", n=4)
+    evaluated = calls_of(Displacement, "forward", monkeypatch)
+    case.infer("Strict", n=4)
     # out; then b2; then a2 and b1, whose beliefs b2 has moved; then a1 and b0.
-    assert len(counts) == 1 + 2 + 4 + 6
+    assert len(evaluated) == 1 + 2 + 4 + 6
 
 
 @given(case=graphs())

@@ -237,14 +237,14 @@ def PCInfer(
             Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches; parameters
             that the call does not reach keep theirs.
-        compile: run the call as compiled graphs, from the feed-forward pass to the updates, through
+        compile: run a relaxation as compiled graphs, from the feed-forward pass to the updates, through
             ``torch.compile``, which takes 10 to 60 s at the first call for a model. Other
-            weights, batches, ``eta``, ``n`` and ``vinit`` compile nothing anew; another mode of a module or
-            ``update_at`` does, and so does the second batch size. Where it cannot be done (a layer
-            whose operations cannot be followed, hooks, ``eta="auto"`` or a rule, Equilibrium and what the
-            page on semantics lists) a warning says so once. Exact and FixedPred are one graph, for every
-            ``n`` and ``eta`` (``"auto"`` too) and operations that no rule covers; it equals backpropagation
-            to round-off.
+            weights, batches, ``eta``, ``n``, ``vinit``, precisions and nudges compile nothing anew; another
+            mode of a module, ``update_at``, kind of rule or of ``energies`` does, and so does the second
+            batch size. Where it cannot be done (a layer whose operations cannot be followed, hooks,
+            ``steps.Optim`` or a rule that branches on values, Equilibrium and what the page on semantics
+            lists) a warning says so once; also with Exact and FixedPred, a single backward pass, which
+            would gain nothing.
         update_at: where the updates of the relaxations are taken, ``"v"``, ``"vhat"`` or ``"before"``. At
             v they descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken
             as when the paper appeared, and as by FixedPred. Where an item ends in ReLU or its like,

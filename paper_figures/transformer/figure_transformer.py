@@ -66,12 +66,11 @@ class Method(NamedTuple):
 METHODS = {
     BACKPROP: Method("Exact"),
     "FixedPred": Method("FixedPred", 0.5, 6),
-    "Strict, weight 1": Method("Strict", 0.1, 12),
+    "Strict, weight 1": Method("Strict", 0.1, 8),
     "Strict": Method("Strict", 0.1, 8, 0.1),
     "Strict, down": Method("Strict", steps.Descent(0.5, sweep="down"), 3, 0.1),
-    "Multipliers": Method("Multipliers", 0.5, 4, 0.01),
+    "Multipliers": Method("Multipliers", 0.2, 6, 0.01),
     "ErrorBased": Method("ErrorBased", 0.1, 5, 0.1),
-    "Equilibrium": Method("Equilibrium", n=4, weight=0.1),
 }
 BETWEEN, INSIDE, SCORES = "between blocks", "inside", "inside, with scores"
 DIVERGENCE = ", divergence"
@@ -96,7 +95,8 @@ class Training:
     updates: int
 
     def key(self, data: str) -> str:
-        return json.dumps([*asdict(self).values(), data, torch2pc.__version__])
+        settings = str(METHODS[self.method.removesuffix(DIVERGENCE)])
+        return json.dumps([*asdict(self).values(), settings, data, torch2pc.__version__])
 
 
 def train(training: Training, text: Text, options: Options) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def train(training: Training, text: Text, options: Options) -> dict[str, Any]:
 
 
 def run(options: Options) -> list[Number]:
-    updates, seeds = options.pick((2, 1), (40, 1), (100, SEEDS))
+    updates, seeds = options.pick((2, 1), (20, 1), (60, SEEDS))
     texts = [load_text(name) for name in options.pick(TEXTS[:1], TEXTS[:1], TEXTS)]
     rates = RATES if options.full else RATES[-1:]
     runs = {text.name: Runs("figure_transformer", train, text, options) for text in texts}

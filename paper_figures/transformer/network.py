@@ -70,14 +70,15 @@ class Scores(nn.Module):
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        later = torch.ones(CONTEXT, CONTEXT).triu(1)
-        self.register_buffer("later", HIDDEN * later, persistent=False)
+        is_later = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1)
+        self.register_buffer("is_later", is_later, persistent=False)
 
-    later: Tensor
+    is_later: Tensor
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         q, k = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k))
-        return q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) * (self.later == 0) + self.later
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+        return scores.masked_fill(self.is_later[: q.shape[2], : q.shape[2]], HIDDEN)
 
 
 class Mix(nn.Module):

@@ -263,31 +263,33 @@ class Relaxing:
                 torch.sub(self.vinit[i].detach(), vhat[i], out=x_i)
             if asked.kind == "errors":
                 x = list(program.start([*given(-1), *x]))
-        before, start = x, [None] * len(program.state)
+        before, start = x, [like] * program.size
         program.begin.put(
             start, program.begin.graph([*given(-1), *x, *noise(program.noise_of_begin)])
         )
         program.tell(rule, start)
         rule.choose()
-        numbers = _numbers(rule, self.terms, beta, like)
         first = len(program.reach) - 1 if self.vinit is not None else program.first
         ends_alone = self.update_at == "before"
         while True:
+            numbers = _numbers(rule, self.terms, beta, like)
             state, of_k = list(start), {}
             for k, step in program.schedule(first, n, ends_alone):
                 if k not in of_k:
                     of_k = {k: given(k)}
                 before = state[: len(x)]
-                drawn = noise(program.noise_of_step, step.count)
+                drawn = noise(program.noise_of_step, step.steps)
                 step.put(state, step.graph([*of_k[k], *state, *drawn]))
             judge = program.judge
             if rule.accepts(None if judge is None else judge([*given(-1), *state])[0]):
                 break
         found = list(program.updates([*given(-1), *state, *(before if ends_alone else [])]))
-        v = [found.pop(0) for _ in range(len(asked.free) + 1)]
+        v: list[Tensor] = [found.pop(0) for _ in range(len(asked.free) + 1)]
         if 0 not in network.free:
             v.insert(0, detached(network.X))
-        epsilon = [found.pop(0) if program.retakes else state[k] for k in program.errors]
+        epsilon: list[Tensor] = [
+            found.pop(0) if program.retakes else state[k] for k in program.errors
+        ]
         of_input = found.pop(0) if program.asks_input else None
         return v, epsilon, of_input, found
 

@@ -6,7 +6,7 @@ graph. ``Parts`` runs the parts of it on any tensors; ``Held`` knows what one gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -99,7 +99,7 @@ class Parts:
         for of in energies:
             k = len(self._given)
             self._given += [(), (), (), (k + 1, k + 2)]
-            own = [None, None]
+            own: list[int | None] = [None, None]
             for j, has in enumerate(of[2:]):
                 if has:
                     own[j] = len(self._given)
@@ -191,7 +191,7 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
-def find(held: Sequence[Any], place: Place) -> Any:
+def find(held: Sequence[Any] | Mapping[int, Any], place: Place) -> Any:
     """The tensor at this place."""
     tensor = held[place.k]
     if place.view is None:

@@ -350,7 +350,7 @@ class Step(NamedTuple):
 
     graph: Graphed
     changed: list[int]
-    count: int = 1
+    steps: int = 1
 
     def put(self, state: list[Any], found: Sequence[Tensor]) -> None:
         """Put what it gives into the state."""
@@ -377,6 +377,13 @@ class Program:
     ``reach[j]`` have moved, ``block`` several steps once all have, ``judge`` what the rule decides by in
     the end, ``updates`` the end of the call. Where errors are relaxed, ``start`` takes those of beliefs.
     """
+
+    slots: list[Slot]
+    """Where the state is kept, but for the variables, which come first."""
+    size: int
+    """The number of tensors that the state is."""
+    errors: list[int]
+    """Where in it the errors of the layers are."""
 
     def __init__(self, captured: fx.GraphModule, asked: Asked, options: dict[str, Any]) -> None:
         self.parts = Parts(captured, asked.parents, asked.has_prior, asked.energies)
@@ -418,17 +425,17 @@ class Program:
             while rest > 0:
                 k = min(k, last)
                 step = self.steps[min([j for j in self.steps if j >= k])]
-                if k == last and self.block is not None and rest - ends_alone >= self.block.count:
+                if k == last and self.block is not None and rest - ends_alone >= self.block.steps:
                     step = self.block
                 found.append((k, step))
-                k, rest = k + step.count, rest - step.count
+                k, rest = k + step.steps, rest - step.steps
             self._schedules[key] = found
         return self._schedules[key]
 
     def divided(self, given: Sequence[Any], size: int | None = None) -> list[Sequence[Any]]:
         """What is known, the numbers, which layers are reached, the state, and what else there is."""
         found, start = [], 0
-        size = len(self.state) if size is None else size
+        size = self.size if size is None else size
         for count in (len(self.places), self._count_of_numbers, self.asked.L, size):
             found.append(given[start : start + count])
             start += count
@@ -479,7 +486,7 @@ class Program:
             *[like[L].new_empty((), dtype=torch.bool) for _ in range(L)],
         ]
         x = [like[i] for i in asked.free]
-        self._find_state(given, x)
+        state = self._find_state(given, x)
 
         last = len(self.reach) - 1
         levels_of = [last] if self.starts_awake else levels(last + 1, L)
@@ -494,40 +501,40 @@ class Program:
         count, noise = most_steps(L), [x[k] for k in self.noise_of_step]
         begin = self._traced(self._begin, given, x, [x[k] for k in self.noise_of_begin])
         steps = {
-            j: self._traced(partial(self._step, j, 1, skips), given, self.state, noise)
+            j: self._traced(partial(self._step, j, 1, skips), given, state, noise)
             for j in levels_of
         }
         block = None
         if count > 1:
             of_block = partial(self._step, last, count, False)
-            block = self._traced(of_block, given, self.state, noise * count)
+            block = self._traced(of_block, given, state, noise * count)
         before = x if asked.update_at == "before" else []
-        end = self._traced(self._updates, given, self.state, before)
+        end = self._traced(self._updates, given, state, before)
         readers = [*steps.values(), end]
         judge = None
         if asked.rule.kind.judge is not Rule.judge:
-            judge = self._traced(self._judge, given, self.state)
+            judge = self._traced(self._judge, given, state)
             readers.append(judge)
         # What nothing reads does not go on.
         start = len(given)
         live = set(self.errors) | {
             k
             for trace in readers
-            for k, node in enumerate(inputs_of(trace.graph)[start : start + len(self.state)])
+            for k, node in enumerate(inputs_of(trace.graph)[start : start + len(state)])
             if node.users
         }
         kept_by_rule = {len(x) + k for k, slot in enumerate(self.slots) if slot.owner == 0}
         self.begin = self._step_of(begin, live | kept_by_rule)
         self.steps = {j: self._step_of(step, live) for j, step in steps.items()}
-        self.block = None if block is None else self._step_of(block, live)._replace(count=count)
+        self.block = None if block is None else self._step_of(block, live)._replace(steps=count)
         self.judge = None if judge is None else self._compiled(judge.graph, judge.given)
         self.updates = self._compiled(end.graph, end.given)
         if asked.kind == "errors":
             start_of = self._traced(self._errors_of, given, x)
             self.start = self._compiled(start_of.graph, start_of.given)
 
-    def _find_state(self, given: list[Any], x: list[Tensor]) -> None:
-        """Take a step, to see what it changes."""
+    def _find_state(self, given: list[Any], x: list[Tensor]) -> list[Tensor]:
+        """Take a step, to see what it changes; returns tensors like those of the state."""
         asked = self.asked
         network = Traced(self, [*given, *x], size=len(x))
         energy = network.energy()
@@ -555,8 +562,10 @@ class Program:
             for slot, x in after.items()
             if (slot.owner == 0 and id(x) not in numbers) or _is_new(x, before.get(slot))
         ]
-        self.state = [*energy.variables, *[after[slot] for slot in self.slots]]
-        self.errors = [list(map(id, self.state)).index(id(e)) for e in energy.epsilon[1:]]
+        state = [*energy.variables, *[after[slot] for slot in self.slots]]
+        self.size = len(state)
+        self.errors = [list(map(id, state)).index(id(e)) for e in energy.epsilon[1:]]
+        return state
 
     def _traced(
         self, function: Callable[..., list[Tensor]], given: list[Any], *others: Sequence[Tensor]
@@ -674,7 +683,7 @@ class Program:
         energy.stand_at([x.clone() for x in network.state])
         rule = network.begun(energy)
         kept = slots(energy, [rule, *energy.factors])
-        self._changed = list(range(len(self.state)))
+        self._changed = list(range(self.size))
         return [*energy.variables, *[kept[slot] for slot in self.slots]]
 
     def _step(self, j: int, count: int, is_masked: bool, *given: Any) -> list[Tensor]:
@@ -839,7 +848,7 @@ def reach(asked: Asked) -> list[frozenset[int]]:
         found.append(frozenset(energy.moved))
 
 
-def reached(asked: Asked, moved: Collection[int]) -> list[bool]:
+def reached(asked: Asked, moved: frozenset[int]) -> list[bool]:
     """Whether each layer has an error where these beliefs have moved."""
     awake = {asked.L, *[of.place for of in asked.energies if not of.is_at_rest]}
     layers = range(1, asked.L + 1)
@@ -855,18 +864,6 @@ def levels(count: int, L: int) -> list[int]:
     apart = max(1, min(round(L * L / 80), count // 2))
     last = count - 1
     return [last, *range(last - 1 - apart, -1, -apart)]
-
-
-def _captured(output: Tensor, inputs: Sequence[Tensor], name: str) -> Below:
-    """What the graph of ``output`` is made of, if its backward pass can be captured.
-
-    That of an ``autograd.Function`` was, with guards for what it uses. That of a custom operation would
-    be traced as it is now, whatever it uses.
-    """
-    graph = below(output, inputs)
-    if any([type(node).__name__.startswith("GeneratedBackward") for node in graph.foreign]):
-        raise Uncovered(f"{name}: a custom operation has a backward of its own")
-    return graph
 
 
 def _is_new(x: Tensor, before: tuple[Tensor, int] | None) -> bool:

@@ -10,7 +10,6 @@ two names, draws numbers from its input) is ``Uncovered``.
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from torch2pc.displacement.rules import (
     pooled_before_relu,
     storage,
 )
-from torch2pc.displacement.rules.core import DIFFERENCE, WRITES_ASIDE, tensors_in
+from torch2pc.displacement.rules.core import DIFFERENCE, WRITES_ASIDE, operations, tensors_in
 from torch2pc.displacement.rules.decisions import (
     GENERIC,
     JUMP,
@@ -51,15 +50,12 @@ from torch2pc.displacement.rules.kinks import RELU
 from torch2pc.displacement.vjp import reaches
 
 # What these return depends on the shape of a tensor, not on its values.
-_NEW_TENSORS = """
-    empty_like zeros_like ones_like full_like rand_like randn_like randint_like
-    new_empty new_zeros new_ones new_full new_empty_strided sym_size sym_numel sym_stride
-"""
-_OF_SHAPE_ALONE = {
-    getattr(getattr(aten, name), overload)
-    for name in re.findall(r"\w+", _NEW_TENSORS)
-    for overload in getattr(aten, name).overloads()
-}
+_OF_SHAPE_ALONE = operations(
+    """
+    empty_like.* zeros_like.* ones_like.* full_like.* rand_like.* randn_like.* randint_like.*
+    new_empty.* new_zeros.* new_ones.* new_full.* new_empty_strided.* sym_size.* sym_numel.* sym_stride.*
+    """
+)
 # Those that update running statistics, and the place of the argument that says whether they do. Not
 # all say that they write, and none counts it.
 _STATISTICS = {
@@ -213,7 +209,7 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
                 if not tensor.is_leaf:
                     self._strange.append(tensor)
                     self._tensors.append(tensor)
-                is_parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf
+                is_parameter = tensor.is_leaf and isinstance(tensor, nn.Parameter)
                 if not is_parameter and storage(tensor) in self._storages:
                     raise Uncovered(f"{func} uses a tensor of the layer's under another name")
             elif tensor._version != expected:
@@ -260,7 +256,7 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
         place = {id(x): self.place[id(x)] for x in given if id(x) in self.place}
         versions = [x._version for x in given if id(x) not in place]
         call = Call(func, tuple(args), kwargs, output, self.place)
-        noted = Noted(call._replace(place=place), None, versions)
+        noted = Noted(Call(*call[:-1], place), None, versions)
         if isinstance(output, Tensor):
             self._append(self._step(call), entered, noted)
         else:
@@ -570,14 +566,9 @@ def _check_shape(call: Call) -> None:
         raise Uncovered(f"the shape of what {call.func} returns depends on the input")
 
 
-_COPIES = (aten.clone.default, aten.alias.default, aten.lift_fresh.default)
+_COPIES = operations("clone alias lift_fresh")
 # Linear in their input, as views are, with several outputs.
-_SPLITS = {
-    getattr(getattr(aten, name), overload)
-    for name in ("split", "split_with_sizes", "unbind", "chunk", "unsafe_split", "unsafe_chunk")
-    for overload in getattr(aten, name).overloads()
-    if overload != "out"
-}
+_SPLITS = operations("split.* split_with_sizes.* unbind.* chunk.* unsafe_split.* unsafe_chunk.*")
 
 
 class Kind(NamedTuple):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,17 +45,23 @@ Move = Callable[[int, Parts], object]
 
 
 class Energy:
-    """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none."""
+    """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none.
+
+    ``start``: the beliefs to start from, if they are others than the feed-forward values.
+    """
 
     def __init__(
-        self, factors: Sequence[Any], vhat: Sequence[Tensor], free: Collection[int]
+        self,
+        factors: Sequence[Any],
+        vhat: Sequence[Tensor],
+        free: Collection[int],
+        start: Sequence[Any] | None = None,
     ) -> None:
-        self.factors, self.vhat, self.free = list(factors), vhat, sorted(free)
+        self.factors, self.vhat, self.free, self.start = list(factors), vhat, sorted(free), start
         self.x: list[Any] = [None] * len(vhat)
-        self.start: Sequence[Any] | None = None
-        """The beliefs that it started from, if they were others than the feed-forward values."""
         self.multiplied = [f for f in self.factors if isinstance(f, Multiplied)]
         """The factors with multipliers. With them F is no function that is descended."""
+        self.restart()
 
     @property
     def output(self) -> Output:
@@ -191,24 +198,13 @@ class Energy:
 
 
 class Beliefs(Energy):
-    """F in the beliefs: ``x[i]`` is how far belief i has moved.
+    """F in the beliefs: ``x[i]`` is how far belief i has moved."""
 
-    ``start``: beliefs to start from; at their feed-forward values otherwise.
-    """
-
-    def __init__(
-        self,
-        factors: Sequence[Any],
-        vhat: Sequence[Tensor],
-        free: Collection[int],
-        start: Sequence[Any] | None = None,
-    ) -> None:
-        super().__init__(factors, vhat, free)
-        self.start = start
-        # For each factor, the beliefs that no later one pulls at.
+    @cached_property
+    def _order(self) -> list[tuple[Any, list[int]]]:
+        """Each factor, with the beliefs that no later one pulls at."""
         last = {i: k for k, factor in enumerate(self.factors) for i in factor.beliefs}
-        self._order = [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
-        self.restart()
+        return [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
 
     @property
     def delta(self) -> list[Any]:  # type: ignore[override]
@@ -294,27 +290,12 @@ class Beliefs(Energy):
 
 
 class Errors(Energy):
-    """F in the errors, from which the beliefs follow: ``x[i]`` is the error at place i.
-
-    It is its factor's own. ``start``: beliefs whose errors to start from; from 0 otherwise.
-    """
-
-    def __init__(
-        self,
-        factors: Sequence[Any],
-        vhat: Sequence[Tensor],
-        free: Collection[int],
-        start: Sequence[Any] | None = None,
-    ) -> None:
-        super().__init__(factors, vhat, free)
-        self.start = start
-        self.delta = [None] * len(vhat)
-        self.restart()
+    """F in the errors, from which the beliefs follow: ``x[i]`` is the error at place i, its factor's own."""
 
     @torch.no_grad()
     def restart(self) -> None:
         """Put the errors where they start."""
-        of = self.predictions
+        of, self.delta = self.predictions, [None] * len(self.vhat)
         for i in self.free:
             of[i].rest()
             self.delta[i] = torch.zeros_like(of[i].error)
@@ -351,10 +332,8 @@ class Errors(Energy):
         for factor in reversed(self.factors):
             moved, saved = factor.displaced(self.delta)
             kept.append(saved)
-            if factor.target is None:
-                factor.take(moved)
-            elif isinstance(factor, Above):
-                factor.take(moved, self.delta[factor.target])
+            if factor.target is None or isinstance(factor, Above):
+                factor.take(moved, self.delta)
             elif moved is None:
                 torch.neg(factor.error, out=self.delta[factor.target])
             else:
@@ -378,7 +357,7 @@ class Errors(Energy):
             for factor in self.factors:
                 kept = saved.pop()
                 if isinstance(factor, Output | Above):
-                    arrived = factor.weighted() if sent is None else sent[factor]
+                    arrived: Tensor | None = factor.weighted() if sent is None else sent[factor]
                     if isinstance(factor, Above) and factor.target in self.free:
                         assert arrived is not None
                         add(factor.target, -arrived)

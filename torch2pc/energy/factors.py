@@ -85,6 +85,14 @@ class _OfLayer:
         """How far the prediction has moved, None if it does not, and what its way back needs."""
         return (None, None) if self.d is None else self.d.forward(*[x[p] for p in self.parents])
 
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take the error of a prediction that has moved so far."""
+        raise NotImplementedError
+
+    def retake(self, x: Sequence[Any]) -> None:
+        """Take the error anew."""
+        self.take(self.displaced(x)[0], x)
+
     def arriving(self, saved: Any, error: Tensor) -> dict[int, Tensor]:
         """J^T error at each parent where anything arrives."""
         found: dict[int, Tensor] = {}
@@ -117,20 +125,20 @@ class Prediction(_OfLayer):
         """Nothing has moved yet."""
         self.error.zero_()
 
-    def take(self, moved: Tensor | None, own: Any) -> None:
-        """Take the error of a prediction and a belief that have moved so far."""
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take the error of a prediction that has moved so far."""
         if moved is None:
-            torch.neg(own, out=self.error)
+            torch.neg(x[self.target], out=self.error)
         else:
-            torch.sub(moved, own, out=self.error)
+            torch.sub(moved, x[self.target], out=self.error)
 
     def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
         """-pi e at the target, and pi J^T e at the parents."""
         moved, saved = self.displaced(x)
-        self.take(moved, x[self.target])
+        self.take(moved, x)
         yield self.target, self.own()
         if down:
-            self.take(moved, x[self.target])
+            self.take(moved, x)
         del moved
         yield from _plain(self.arriving(saved, self.weighted()))
 
@@ -141,10 +149,6 @@ class Prediction(_OfLayer):
     def weighted(self) -> Tensor:
         """pi e, which goes down, and which the layer's update is made of."""
         return self.error if is_one(self.precision) else self.error * self.precision
-
-    def retake(self, x: Sequence[Any]) -> None:
-        """Take the error anew."""
-        self.take(self.displaced(x)[0], x[self.target])
 
     @property
     def difference(self) -> Tensor:
@@ -181,9 +185,9 @@ class Multiplied(Prediction):
         super().rest()
         self.multiplier.zero_()
 
-    def take(self, moved: Tensor | None, own: Tensor) -> None:
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
         """Take e + lambda."""
-        super().take(moved, own)
+        super().take(moved, x)
         self.error.add_(self.multiplier)
 
     @property
@@ -221,11 +225,11 @@ class Above(Prediction):
         """Nothing has moved yet."""
         self.error.copy_(self.first)
 
-    def take(self, moved: Tensor | None, own: Any) -> None:
-        """Take the error of a prediction and a belief that have moved so far."""
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take the error of a prediction that has moved so far."""
         self.rest()
-        if own is not None:
-            self.error.sub_(own)
+        if x[self.target] is not None:
+            self.error.sub_(x[self.target])
         if moved is not None:
             self.error.add_(moved)
 
@@ -264,8 +268,9 @@ class Between(Prediction):
         """dE/df and dE/dv, where the two have moved so far."""
         return self.between.slopes(self.vhat, df, dv)
 
-    def take(self, moved: Tensor | None, own: Any) -> None:
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
         """Take both slopes."""
+        own = x[self.target]
         df = torch.zeros_like(own) if moved is None else moved.to(own.dtype)
         self.error, self.of_belief = self.slopes(df, own)
 
@@ -312,8 +317,8 @@ class Output(_OfLayer):
                 self._Loss = self.beta * self.loss(self.y)
         return self._Loss
 
-    def take(self, moved: Tensor | None) -> None:
-        """Take the loss, and its gradient as the error, of a prediction that has moved so far."""
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take the loss's gradient as the error, and the loss with it where it comes by the way."""
         if moved is not None:
             self.y = self.vhat.to(moved.dtype) + moved
             self._Loss, self.error = self.loss_gradient(self.y)
@@ -338,17 +343,13 @@ class Output(_OfLayer):
     def pulls(self, x: Sequence[Any], down: bool) -> list[tuple[int, Parts]]:
         """J^T e at the parents."""
         moved, saved = self.displaced(x)
-        self.take(moved)
+        self.take(moved, x)
         del moved
         return _plain(self.arriving(saved, self.error))
 
     def weighted(self) -> Tensor:
         """What goes down, and what the layer's update is made of."""
         return self.error
-
-    def retake(self, x: Sequence[Any]) -> None:
-        """Take the loss and the error anew."""
-        self.take(self.displaced(x)[0])
 
     def energy(self, x: Sequence[Any]) -> Tensor:
         """beta times the loss."""

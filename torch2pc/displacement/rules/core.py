@@ -14,14 +14,26 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-# Operations that write into an argument that is no part of what they return.
-WRITES_ASIDE = {
-    aten.native_batch_norm.default,
-    aten._native_batch_norm_legit.default,
-    aten._batch_norm_with_update.default,
-    aten.cudnn_batch_norm.default,
-    aten.rrelu_with_noise.default,
-}
+
+def operations(names: str) -> frozenset[Any]:
+    """PyTorch's operations of these names; of ``add.Tensor`` that overload, of ``neg`` the default one.
+
+    ``sum.*`` are all.
+    """
+    found: list[Any] = []
+    for name in names.split():
+        name, _, overload = name.partition(".")
+        packet = getattr(aten, name)
+        overloads = packet.overloads() if overload == "*" else [overload or "default"]
+        found += [getattr(packet, overload) for overload in overloads]
+    return frozenset(found)
+
+
+# Those that write into an argument that is no part of what they return.
+WRITES_ASIDE = operations(
+    """native_batch_norm _native_batch_norm_legit _batch_norm_with_update cudnn_batch_norm
+    rrelu_with_noise"""
+)
 
 
 class Rule(NamedTuple):

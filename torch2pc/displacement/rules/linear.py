@@ -20,66 +20,25 @@ from torch2pc.displacement.rules.core import (
     if_finite,
     linear_step,
     only_first_moves,
+    operations,
     prepares,
     tensors_in,
     unit_of,
 )
 from torch2pc.displacement.rules.kinks import masked_step
 
-LINEAR_OPERATIONS = {
-    getattr(getattr(aten, name), overload)
-    for name, overloads in {
-        "neg": "default",
-        "mv": "default",
-        "sum": "default dim_IntList",
-        "mean": "default dim",
-        "cumsum": "default",
-        "flip": "default",
-        "roll": "default",
-        "rot90": "default",
-        "index_select": "default",
-        "gather": "default",
-        "index": "Tensor",
-        "stack": "default",
-        "repeat": "default",
-        "tril": "default",
-        "triu": "default",
-        "avg_pool1d": "default",
-        "avg_pool2d": "default",
-        "avg_pool3d": "default",
-        "_adaptive_avg_pool2d": "default",
-        "_adaptive_avg_pool3d": "default",
-        "reflection_pad1d": "default",
-        "reflection_pad2d": "default",
-        "reflection_pad3d": "default",
-        "replication_pad1d": "default",
-        "replication_pad2d": "default",
-        "replication_pad3d": "default",
-        "upsample_nearest1d": "default",
-        "upsample_nearest2d": "default",
-        "upsample_nearest3d": "default",
-        "upsample_linear1d": "default",
-        "upsample_bilinear2d": "default",
-        "upsample_bicubic2d": "default",
-        "upsample_trilinear3d": "default",
-        "_upsample_nearest_exact1d": "default",
-        "_upsample_nearest_exact2d": "default",
-        "_upsample_nearest_exact3d": "default",
-        "pixel_shuffle": "default",
-        "pixel_unshuffle": "default",
-        "channel_shuffle": "default",
-        "native_channel_shuffle": "default",
-        "im2col": "default",
-        "col2im": "default",
-        "constant_pad_nd": "default",
-        "max_unpool2d": "default",
-        "max_unpool3d": "default",
-        "_fft_r2c": "default",
-        "_fft_c2c": "default",
-        "_fft_c2r": "default",
-    }.items()
-    for overload in overloads.split()
-}
+LINEAR_OPERATIONS = operations(
+    """
+    neg mv sum sum.dim_IntList mean mean.dim cumsum flip roll rot90 index_select gather
+    index.Tensor stack repeat tril triu avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+    replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d pixel_shuffle
+    pixel_unshuffle channel_shuffle native_channel_shuffle im2col col2im constant_pad_nd
+    max_unpool2d max_unpool3d _fft_r2c _fft_c2c _fft_c2r
+    """
+)
 
 
 @prepares(*LINEAR_OPERATIONS)
@@ -153,14 +112,9 @@ RESHAPED = Rule(_reshaped, lambda e, before, *static: e.reshape(before))
 
 
 @prepares(
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten._reshape_alias.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
+    *operations(
+        """view _unsafe_view reshape _reshape_alias unsqueeze squeeze squeeze.dim squeeze.dims"""
+    )
 )
 def _(call: Call) -> Step:
     before, after = call.args[0].shape, call.output.shape
@@ -374,7 +328,7 @@ def _by_float_matrix(d: Tensor, w: Tensor) -> tuple[Tensor, None]:
 
 
 def _by_float_matrix_back(e: Tensor, saved: None, w: Tensor) -> Tensor:
-    return torch.mm(e, w.t())
+    return torch.nn.functional.linear(e, w)  # e w^T, without a view made in Python
 
 
 # Entries of a matrix below which a processor's product in half precision takes longer to set up (20 us, where
