@@ -177,4 +177,8 @@ for row, (name, pictures) in zip(all_axes, rows.items(), strict=True):
 plt.show()
 
 # %%
-# **Conclusion.** CONCLUSION
+# **Conclusion.** One set of layers, trained once by errors in both directions, classifies (83% by inference
+# and by a pass up alike), draws the classes' means, and answers what it was not trained for: of the upper
+# half alone it infers 66% of the digits, where a pass up through the same layers names 54%. The lower
+# half that it infers is nearer than the mean image, by an error of 0.245 against 0.259. It is a small
+# network after a few steps; none of this is the best that such networks can do.
