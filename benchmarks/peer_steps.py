@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 N, ETA, LEARNING_RATE, BATCH = 20, 0.1, 1e-5, 64
 
@@ -140,6 +141,53 @@ def pcx(sizes: list[int]) -> Run:
     return run
 
 
+def jpc(sizes: list[int]) -> Run:
+    """Its updates of activities and of parameters; a step of training is jitted as a whole."""
+    import equinox
+    import jax
+    import optax
+
+    version = importlib.metadata.version
+    # A checkout that is not installed has no version, which it asks for when it is imported.
+    with mock.patch("importlib.metadata.version", lambda of: "" if of == "jpc" else version(of)):
+        import jpc
+
+    # Its energy is a mean over the batch where the others' are sums.
+    of_beliefs, of_weights = (optax.sgd(rate * BATCH) for rate in (ETA, LEARNING_RATE))
+    model = jpc.make_mlp(
+        jax.random.PRNGKey(0),
+        input_dim=sizes[0],
+        width=sizes[1],
+        depth=len(sizes) - 1,
+        output_dim=sizes[-1],
+        act_fn="relu",
+        use_bias=True,
+    )
+    X, Y = jax_batch(sizes)
+    state = of_weights.init((equinox.filter(model, equinox.is_array), None))
+
+    @equinox.filter_jit
+    def train(model: Any, state: Any) -> Any:
+        given: dict[str, Any] = dict(params=(model, None), output=Y, input=X)
+        beliefs = jpc.init_activities_with_ffwd(model=model, input=X)
+        of_step = of_beliefs.init(beliefs)
+        for _ in range(N):
+            found = jpc.update_pc_activities(
+                activities=beliefs, optim=of_beliefs, opt_state=of_step, **given
+            )
+            beliefs, of_step = found["activities"], found["opt_state"]
+        found = jpc.update_pc_params(activities=beliefs, optim=of_weights, opt_state=state, **given)
+        return found["model"], found["opt_state"]
+
+    def run(steps: int) -> None:
+        nonlocal model, state
+        for _ in range(steps):
+            model, state = train(model, state)
+        jax.block_until_ready(equinox.filter(model, equinox.is_array))
+
+    return run
+
+
 def fabricpc(sizes: list[int]) -> Run:
     """A graph of Linear nodes and its jitted training step."""
     import jax
@@ -236,6 +284,7 @@ PACKAGES: dict[str, tuple[str, str, Callable[[list[int]], Run]]] = {
     "torch2pc": ("torch2pc", "torch", torch2pc),
     "torch2pc, compile=True": ("torch2pc", "torch", torch2pc_compiled),
     "pcx": ("pcx", "jax", pcx),
+    "jpc": ("jpc", "jax", jpc),
     "fabricpc": ("fabricpc", "jax", fabricpc),
     "pcn-torch": ("pcn-torch", "torch", pcn_torch),
     "torch-pc": ("torch-pc", "torch", torch_pc),

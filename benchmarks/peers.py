@@ -11,10 +11,11 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ METHOD = (
     "has a process of its own, bound to as many cores as it may use threads; the processes take "
     "turns, and a number is the median of the ratios to torch2pc's time (PCInfer with Strict, not "
     "compiled) within the rounds. The first step, in which the JAX packages and compile=True "
-    "compile, is reported apart. pcx and fabricpc (JAX, jitted) start from the feed-forward pass, "
+    "compile, is reported apart. pcx, jpc and fabricpc (JAX, jitted) start from the feed-forward pass, "
     "as Strict does; pcn-torch and torch-pc predict the input from latents that start at random, "
     "with layers of the same sizes, and compute the energy in every step of inference. All of them "
     "subtract predictions from beliefs; torch2pc iterates displacements, whose errors have no such "
@@ -52,6 +53,7 @@ COMPUTES = {
     "torch2pc": "displacements from the feed-forward pass; errors and updates right in every layer",
     "torch2pc, compile=True": "the same, as one compiled call",
     "pcx": "beliefs from the feed-forward pass, gradients of the energy; jitted and unrolled",
+    "jpc": "beliefs from the feed-forward pass, gradients of the energy; jitted and unrolled",
     "fabricpc": "beliefs from the feed-forward pass, on a graph of nodes; jitted",
     "pcn-torch": "beliefs from random ones, which predict the input; no biases",
     "torch-pc": "beliefs from random ones, which predict the input",
@@ -81,14 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and save the ratios of all packages that are installed."""
     asked = parse(arguments)
     interpreters = [sys.executable, *asked.python]
-    found, missing = find(interpreters)
+    checkouts = {} if asked.jpc is None else {"jpc": asked.jpc}
+    found, missing = find(interpreters, checkouts)
     options = Options(
         asked.out, list(MLPS), asked.threads, 3.0 if asked.quick else 15.0, asked.quick
     )
     rows: list[dict[str, Any]] = []
     work = [(network, count) for count in options.threads for network in MLPS]
     for network, count in tqdm(work, "peers"):
-        rows += measure(network, count, found, options.seconds)
+        rows += measure(network, count, found, options.seconds, checkouts)
     lines = [f"{name} is skipped: {reason}." for name, reason in missing.items()]
     text = "\n\n".join([rows_table(rows), *lines])
     print(text)
@@ -110,20 +113,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="interpreters to look for packages in, after this one (pcx and fabricpc need "
         "different versions of JAX, so that one environment cannot hold both)",
     )
+    parser.add_argument(
+        "--jpc",
+        type=Path,
+        metavar="PATH",
+        help="a checkout of github.com/thebuckleylab/jpc, for an interpreter with jax 0.4.38, equinox, "
+        "diffrax and optax (pcx runs there too)",
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="a shorter, less precise run")
     return parser.parse_args(arguments)
 
 
-def find(interpreters: Sequence[str]) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """The interpreter and version of each package that is installed; why the others are not run."""
-    code = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
-    found, missing = {}, {}
+def find(
+    interpreters: Sequence[str], checkouts: Mapping[str, Path] | None = None
+) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """The interpreter and version of each package that is installed; why the others are not run.
+
+    ``checkouts``: where packages are that need not be installed.
+    """
+    installed = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    found, missing, checkouts = {}, {}, checkouts or {}
     for name, (distribution, _, _) in PACKAGES.items():
         if distribution == "torch2pc":
             found[name] = (sys.executable, torch2pc.__version__)
             continue
+        code = installed
+        if name in checkouts:
+            code = f"import diffrax, equinox, jax, optax; print({version_in(checkouts[name])!r})"
         for interpreter in interpreters:
             tried = subprocess.run(
                 [interpreter, "-c", code, distribution], capture_output=True, text=True
@@ -136,14 +154,28 @@ def find(interpreters: Sequence[str]) -> tuple[dict[str, tuple[str, str]], dict[
     return found, missing
 
 
+def version_in(checkout: Path) -> str:
+    """What a checkout says of its version."""
+    project = checkout / "pyproject.toml"
+    found = re.search(r'^version = "(.*)"', project.read_text() if project.exists() else "", re.M)
+    if found is None:
+        raise SystemExit(f"--jpc: {checkout} is no checkout of jpc, which has a pyproject.toml")
+    return found[1]
+
+
 def measure(
-    network: str, threads: int, found: dict[str, tuple[str, str]], seconds: float
+    network: str,
+    threads: int,
+    found: dict[str, tuple[str, str]],
+    seconds: float,
+    checkouts: Mapping[str, Path] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each package: its median time, its ratio to ours, and the first step's seconds."""
     with ExitStack() as stack:
         peers, rows = {}, {}
         for name, (interpreter, version) in found.items():
-            peer = stack.enter_context(started(name, interpreter, threads))
+            path = (checkouts or {}).get(name)
+            peer = stack.enter_context(started(name, interpreter, threads, path))
             row = {
                 "network": network,
                 "device": device_name(torch.device("cpu"), threads),
@@ -182,7 +214,9 @@ def take_turns(peers: dict[str, Peer], seconds: float, description: str) -> Time
 
 
 @contextmanager
-def started(name: str, interpreter: str, threads: int) -> Iterator[Peer]:
+def started(
+    name: str, interpreter: str, threads: int, checkout: Path | None = None
+) -> Iterator[Peer]:
     """The process that runs the package's steps; it is ended after the body."""
     with tempfile.TemporaryDirectory() as nothing_compiled_yet:
         environment = {
@@ -190,6 +224,8 @@ def started(name: str, interpreter: str, threads: int) -> Iterator[Peer]:
             "TQDM_DISABLE": "1",
             "TORCHINDUCTOR_CACHE_DIR": nothing_compiled_yet,
         }
+        if checkout is not None:
+            environment["PYTHONPATH"] = str(checkout.resolve())
         process = subprocess.Popen(
             [interpreter, "-m", "benchmarks.peer_steps", name, str(threads)],
             stdin=subprocess.PIPE,

@@ -68,10 +68,6 @@ def measure_case(
         "Exact": infer(case, "Exact"),
         **{f"FixedPred, n={n}": infer(case, "FixedPred", eta=ETA, n=n) for n in (5, N, 1000)},
     }
-    compiled_cheap = [f"{name}, compile=True" for name in ("Exact", f"FixedPred, n={N}")]
-    if case.name in COMPILED:
-        cheap[compiled_cheap[0]] = infer(case, "Exact", compile=True)
-        cheap[compiled_cheap[1]] = infer(case, "FixedPred", eta=ETA, n=N, compile=True)
     costly: dict[str, Step] = {
         "BP": cheap["BP"],
         "floor": floor(case, N),
@@ -102,8 +98,6 @@ def measure_case(
         ratio(times, f"FixedPred, n={N}", "BP", 1.12 if deep else 1.08),
         ratio(times, "FixedPred, n=1000", "FixedPred, n=5", 1.03),
     ]
-    if measures_compiled:
-        rows += [ratio(times, name, "BP") for name in compiled_cheap]
     strict_times = alternate(costly, device, seconds, case.name)
     rows += [
         ratio(strict_times, f"Strict, n={N}", "floor", 1.35 if case.kind == "conv" else 1.5),
@@ -129,13 +123,15 @@ def measure_case(
 
 
 def launch_rows(steps: dict[str, Step], times: Times) -> list[dict[str, object]]:
-    """How many kernels each step launches, and its time in units of the sum of theirs."""
+    """What each step starts on the GPU, how often it waits, and its time in units of its kernels' sum."""
     rows: list[dict[str, object]] = []
     for name, step in steps.items():
-        count, seconds = launches(step)
+        started = launches(step)
         bar = 1.3 if name.endswith("compile=True") else None
-        rows.append(dict(what=name, of="kernel launches", value=float(count)))
-        value = times.median(name) / seconds
+        rows.append(dict(what=name, of="kernels", value=float(started.kernels)))
+        rows.append(dict(what=name, of="CUDA graphs", value=float(started.graphs)))
+        rows.append(dict(what=name, of="synchronisations", value=float(started.waits), bar=0.0))
+        value = times.median(name) / started.seconds
         rows.append(dict(what=name, of="sum of its kernels", value=value, bar=bar))
     return rows
 

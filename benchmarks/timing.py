@@ -84,26 +84,44 @@ def synchronize(device: torch.device) -> None:
 
 
 class Launches(NamedTuple):
-    """What one call of a step starts on a GPU: how many kernels, and their seconds together."""
+    """What one call of a step does with a GPU."""
 
-    count: int
+    kernels: int
+    """Those that run there, copies and fills among them; in a CUDA graph they count one by one."""
     seconds: float
+    """What they take together."""
+    graphs: int
+    """CUDA graphs that are started."""
+    waits: int
+    """How often the host waits: synchronisations, and copies to it."""
 
 
 def launches(step: Step) -> Launches:
-    """Of one call of ``step``, from a profile; kernels of a CUDA graph count one by one."""
+    """Of one call of ``step``, from a profile."""
     step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
-    return kernels(profiled.events() or [])
+    found = launched(profiled.events() or [])
+    return found._replace(waits=found.waits - 1)  # the one above
 
 
-def kernels(events: Iterable[Any]) -> Launches:
-    """Those of a profile's events that ran on the GPU, copies and fills among them."""
+# What the host calls where it waits for the GPU; a copy to pageable memory waits as well.
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
+
+
+def launched(events: Iterable[Any]) -> Launches:
+    """What a profile's events tell."""
+    events = list(events)
     found = [event for event in events if event.device_type == DeviceType.CUDA]
-    return Launches(len(found), sum(event.device_time_total for event in found) / 1e6)
+    called = [event.name for event in events if event.device_type != DeviceType.CUDA]
+    return Launches(
+        len(found),
+        sum(event.device_time_total for event in found) / 1e6,
+        called.count("cudaGraphLaunch"),
+        sum(map(called.count, WAITS)),
+    )
 
 
 @contextmanager

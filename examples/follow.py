@@ -81,16 +81,18 @@ print(unstable.verdict[0])
 # Other algorithms need other numbers. In the errors, as ``"ErrorBased"`` relaxes them, the Hessian is the
 # identity plus a matrix of low rank, and a few iterations are enough at any depth.
 
+slow = follow(model, LossFun, batch.X, batch.labels, "Strict", eta=0.1, n=record.n_needed)
+of_errors = follow(model, LossFun, batch.X, batch.labels, "ErrorBased", eta=0.3, n=40)
+
 figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-runs = [
-    ("Strict", 0.1, record.n_needed),
-    ("Strict", eta, n),
-    ("Strict", 2.4 * eta, 40),
-    ("ErrorBased", 0.3, 40),
-]
-for (ErrType, step, count), style in zip(runs, ("-", "--", ":", "-."), strict=True):
-    run = follow(model, LossFun, batch.X, batch.labels, ErrType, eta=step, n=count)
-    axes.plot(run.distance, style, label=f"{ErrType}, eta = {step:.2g}")
+runs = {
+    "Strict, eta = 0.1": slow,
+    f"Strict, eta = {eta:.2g}": better,
+    f"Strict, eta = {2.4 * eta:.2g}": unstable,
+    "ErrorBased, eta = 0.3": of_errors,
+}
+for (label, run), style in zip(runs.items(), ("-", "--", ":", "-."), strict=True):
+    axes.plot(run.distance, style, label=label)
 axes.axhline(0.01, color="0.6", linewidth=0.8)
 axes.set(xlabel="iteration", ylabel="distance from equilibrium", yscale="log", ylim=(3e-3, 3))
 axes.legend()

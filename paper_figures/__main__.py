@@ -21,6 +21,7 @@ import torch
 import paper_figures
 from paper_figures.data import DataError, MissingData
 from paper_figures.download import DATA_SETS
+from paper_figures.progress import bar_over
 from paper_figures.report import Number, Options, shown, table
 
 DATA = Path("data")
@@ -53,24 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = Options(asked.data, asked.out, asked.device, asked.seed, asked.quick, asked.full)
     chosen = asked.figure or [name for name in modules if getattr(modules[name], "DEFAULT", True)]
     not_drawn, off = [], []
+    expected = [seconds_of(modules[name], options) for name in chosen]
     try:
         if asked.download:
             wanted = {key for name in chosen for key in getattr(modules[name], "DOWNLOADS", ())}
             for key in sorted(wanted):
                 DATA_SETS[key](options.data)
-        for name in chosen:
-            start = time.perf_counter()
-            try:
-                numbers = modules[name].run(options)
-            except MissingData as reason:
-                not_drawn.append(f"Figure {name} is not drawn: {reason}.")
-                continue
-            print_numbers(modules[name], numbers, options, time.perf_counter() - start)
-            off += [
-                f"figure {name}: {number.what} is {shown(number.ours)}, not {shown(number.paper)}"
-                for number in numbers
-                if number.check and not number.agrees
-            ]
+        with bar_over(expected) as bar:
+            for name in chosen:
+                start = time.perf_counter()
+                try:
+                    with bar.figure():
+                        numbers = modules[name].run(options)
+                except MissingData as reason:
+                    not_drawn.append(f"Figure {name} is not drawn: {reason}.")
+                    continue
+                bar.say(told(modules[name], numbers, options, time.perf_counter() - start))
+                off += [
+                    f"figure {name}: {number.what} is {shown(number.ours)}, "
+                    f"not {shown(number.paper)}"
+                    for number in numbers
+                    if number.check and not number.agrees
+                ]
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -152,18 +157,20 @@ def title(module: ModuleType) -> str:
     return first_line if getattr(module, "DEFAULT", True) else f"{first_line} (by name only)"
 
 
-def print_numbers(
-    module: ModuleType, numbers: Sequence[Number], options: Options, seconds: float
-) -> None:
-    """One figure's table; a shortened run has only the numbers that hold on any data set."""
-    print(f"\n{title(module)} ({seconds:.0f} s)")
-    if options.quick:
-        numbers = [number for number in numbers if number.check]
-    if numbers:
-        print(table(numbers))
+def seconds_of(module: ModuleType, options: Options) -> float:
+    """What the figure takes on one core, about; more than nothing, for the bar."""
+    default, full = getattr(module, "SECONDS", (60, 600))
+    return full if options.full else default
+
+
+def told(module: ModuleType, numbers: Sequence[Number], options: Options, seconds: float) -> str:
+    """One figure's table; a shortened run has only the numbers that hold in any run, if there are some."""
+    if not options.full:
+        numbers = [number for number in numbers if number.check] or numbers
+    lines = [f"\n{title(module)} ({seconds:.0f} s)", *([table(numbers)] if numbers else [])]
     if any(number.check for number in numbers):
-        print("* does not depend on the data set")
-    print(flush=True)
+        lines.append("* does not depend on the data set")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

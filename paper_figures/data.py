@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,9 @@ class Batch:
     labels: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DataSet:
-    """Labelled images for training and for testing.
+    """Labelled images for training and for testing; each is its own equal alone.
 
     Images are bytes (count, channels, height, width), kept so because a batch is quickly made
     float and CIFAR-10 as floats would fill 700 MB; labels are int64 (count,).
@@ -159,6 +160,13 @@ def load_idx(folder: Path) -> DataSet:
             "put the missing files beside the others, or run with --download"
         )
     paths = [_idx_path(folder, name) for name in IDX_FILES]
+    return _read_idx_files(folder, *[(path, path.stat().st_mtime_ns) for path in paths])
+
+
+@cache
+def _read_idx_files(folder: Path, *files: tuple[Path, int]) -> DataSet:
+    """The same; of files that have not changed since they were read, the same object."""
+    paths = [path for path, _ in files]
     train_images, train_labels, test_images, test_labels = map(read_idx, paths)
     for images, labels, of in (train_images, train_labels, 0), (test_images, test_labels, 2):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
@@ -223,7 +231,14 @@ def load_cifar10(folder: Path | None) -> DataSet:
             f"{place} lacks {', '.join(missing)}: "
             "put the missing files beside the others, or run with --download"
         )
-    parts = [_read_cifar10(place / name) for name in CIFAR10_FILES]
+    paths = [place / name for name in CIFAR10_FILES]
+    return _read_cifar10_files(*[(path, path.stat().st_mtime_ns) for path in paths])
+
+
+@cache
+def _read_cifar10_files(*files: tuple[Path, int]) -> DataSet:
+    """The same; of files that have not changed since they were read, the same object."""
+    parts = [_read_cifar10(path) for path, _ in files]
     records = torch.cat(parts[:-1]), parts[-1]
     images = [part[:, 1:].reshape(-1, *CIFAR10_IMAGE) for part in records]
     labels = [part[:, 0].long() for part in records]

@@ -55,6 +55,7 @@ from paper_figures.training import (
 from torch2pc import PCInfer
 
 DEFAULT = False
+SECONDS = 120, 7200
 DOWNLOADS = ("mnist",)
 
 BATCH_SIZE = 32
@@ -274,7 +275,7 @@ def is_lost(losses: Sequence[float]) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained: all of it, or the short version."""
+    """What is trained: all of it, or less."""
 
     steps: int = 400
     networks: tuple[str, ...] = ("3x300", "8x300", "mnist_net")
@@ -348,7 +349,18 @@ def plan_of(options: Options) -> Plan:
             activations=("ReLU", "tanh"),
             seed=options.seed,
         )
-    return Plan(seed=options.seed)
+    if options.full:
+        return Plan(seed=options.seed)
+    return Plan(
+        steps=200,
+        networks=("3x300",),
+        cured_lr=(2e-3,),
+        seeds=1,
+        swept_steps=100,
+        lr=(1e-3, 3e-3),
+        activations=("ReLU", "tanh"),
+        seed=options.seed,
+    )
 
 
 def run(options: Options) -> list[Number]:

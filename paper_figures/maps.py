@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import trange
 
 from paper_figures.data import MissingData, load_digits
 from paper_figures.nets import load_vgg19
+from paper_figures.progress import track
 from paper_figures.report import Options
 from paper_figures.training import cross_entropy, trained_mnist_net
 from torch2pc import PCInfer
@@ -99,7 +99,7 @@ def _square(photograph: Tensor) -> Tensor:
 
 def _stand_in(options: Options, reason: MissingData) -> Subject:
     data = load_digits(options.data)
-    model, _ = trained_mnist_net(data, cross_entropy, options, "stand-in: backprop")
+    model, _ = trained_mnist_net(data, cross_entropy, options)
     X = next(data.test_batches(1, 2, options.seed, options.device)).X
     return Subject(
         "mnist_net",
@@ -125,7 +125,7 @@ def infer(model: nn.Sequential, X: Tensor, label: Tensor, n: int, title: str) ->
     network = Network(model, cross_entropy, X, label)
     relaxation = strict(network, ETA)
     with network.replaying():
-        for _ in trange(n, desc=title, unit="iteration"):
+        for _ in track(range(n), title):
             relaxation.step()
     return Maps(exact.vhat, exact.epsilon, relaxation.v, relaxation.epsilon)
 

@@ -128,7 +128,9 @@ def save(
     }
     text = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
     write_atomically(options.out / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
-    # Without a creation date the same run writes the same bytes.
+    # Panels are placed once; without a creation date the same run writes the same bytes.
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)
     for ending, metadata in ("png", {}), ("pdf", {"CreationDate": None}):
         write_atomically(
             options.out / f"{name}.{ending}",

@@ -9,9 +9,8 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
-from tqdm import tqdm
-
 from paper_figures.data import DataSet
+from paper_figures.progress import track
 from paper_figures.report import Options, write_atomically
 
 
@@ -57,7 +56,7 @@ class Runs(Generic[T]):
     def finish(self, trainings: Iterable[T]) -> None:
         """Do those of the trainings that are not done yet."""
         todo = [training for training in dict.fromkeys(trainings) if training not in self]
-        for training in tqdm(todo, self._name.replace("_", " "), leave=False, unit="training"):
+        for training in track(todo, f"{self._name.replace('_', ' ')}: training"):
             found = self._train(training, self._data, self._options)
             self._found[training.key(self._data.name)] = found
             self._options.out.mkdir(parents=True, exist_ok=True)

@@ -13,15 +13,16 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from paper_figures.data import Batch, DataSet
 from paper_figures.nets import mnist_net
+from paper_figures.progress import track
 from paper_figures.report import Number, Options
 from torch2pc import PCInfer
 from torch2pc.pcinfer import PCResult
@@ -139,7 +140,7 @@ def infer_by_torch2pc(model: nn.Sequential, batch: Batch, setup: Setup) -> PCRes
 
 
 def compare_with_backprop(
-    model: nn.Sequential,
+    net: Callable[[], nn.Sequential],
     data: DataSet,
     setup: Setup,
     options: Options,
@@ -147,55 +148,90 @@ def compare_with_backprop(
     infer: Callable[[nn.Sequential, Batch, Setup], PCResult] = infer_by_torch2pc,
     other: Callable[[nn.Sequential, Batch, Setup], list[Tensor]] | None = None,
 ) -> Comparison:
-    """Train ``model`` by predictive coding and a copy of it by backprop, over the same batches.
+    """Train a network by predictive coding and by backprop, over the same batches.
 
+    net: makes it; its weights come from the seed of the run.
     infer: writes the updates into ``.grad``, as PCInfer does.
     other: another way to compute the weights' updates, measured on the way.
     """
-    comparison = Comparison()
-    PC_model = model.to(options.device)
-    BP_model = copy.deepcopy(PC_model)
-    PC_optimizer = torch.optim.Adam(PC_model.parameters(), lr=setup.learning_rate)
-    BP_optimizer = torch.optim.Adam(BP_model.parameters(), lr=setup.learning_rate)
-
-    batches = paired_batches(data, setup, options)
-    for step, (train, test) in enumerate(tqdm(batches, title, setup.steps, unit="step")):
-        gradients = weight_gradients(PC_model, setup.LossFun, train)
+    BP_model, curves = trained_by_backprop(net, data, setup, options)
+    comparison = Comparison(BP=curves)
+    model = fresh(net, options.seed, options.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=setup.learning_rate)
+    batches = paired_batches(data, setup, options.seed, options.device)
+    for step, (train, test) in enumerate(track(batches, title, setup.steps)):
+        gradients = weight_gradients(model, setup.LossFun, train)
         if other is not None and step % comparison.other_every == 0:
-            comparison.other.append(other(PC_model, train, setup), gradients)
-        result = infer(PC_model, train, setup)
-        updates = [weight.grad for weight in weights_of(PC_model)]
+            comparison.other.append(other(model, train, setup), gradients)
+        result = infer(model, train, setup)
+        updates = [weight.grad for weight in weights_of(model)]
         comparison.relative_error.append(list(map(relative_error, updates, gradients)))
         comparison.angle.append(list(map(angle, updates, gradients)))
         PC_train = result.Loss.item(), accuracy(result.vhat[-1], train.labels)
-        PC_optimizer.step()
-        comparison.PC.append(PC_train, evaluate(PC_model, setup.LossFun, test))
+        optimizer.step()
+        comparison.PC.append(PC_train, evaluate(model, setup.LossFun, test))
 
-        BP_train = backprop_step(BP_model, BP_optimizer, setup.LossFun, train)
-        comparison.BP.append(BP_train, evaluate(BP_model, setup.LossFun, test))
-
-    comparison.PC_accuracy = test_accuracy(PC_model, data, options.device)
+    comparison.PC_accuracy = test_accuracy(model, data, options.device)
     comparison.BP_accuracy = test_accuracy(BP_model, data, options.device)
     return comparison
 
 
+def fresh(net: Callable[[], nn.Sequential], seed: int, device: torch.device) -> nn.Sequential:
+    """A network with weights from the seed."""
+    torch.manual_seed(seed)
+    return net().to(device)
+
+
+def trained_by_backprop(
+    net: Callable[[], nn.Sequential], data: DataSet, setup: Setup, options: Options
+) -> tuple[nn.Sequential, Curves]:
+    """The network after the set-up's steps of backprop, and its curves.
+
+    It is trained once, for all figures that look at it.
+    """
+    setup = replace(setup, ErrType="backprop", eta=0, n=0)
+    return copy.deepcopy(_trained_by_backprop(net, data, setup, options.seed, options.device))
+
+
+@cache
+def _trained_by_backprop(
+    net: Callable[[], nn.Sequential], data: DataSet, setup: Setup, seed: int, device: torch.device
+) -> tuple[nn.Sequential, Curves]:
+    model, curves = fresh(net, seed, device), Curves()
+    optimizer = torch.optim.Adam(model.parameters(), lr=setup.learning_rate)
+    batches = paired_batches(data, setup, seed, device)
+    for train, test in track(batches, "backprop", setup.steps):
+        before_the_step = backprop_step(model, optimizer, setup.LossFun, train)
+        curves.append(before_the_step, evaluate(model, setup.LossFun, test))
+    return model, curves
+
+
+def papers_setup(
+    options: Options, ErrType: str, eta: float, n: int, LossFun: LossFunction
+) -> Setup:
+    """How the paper trains `mnist_net`: two epochs of MNIST."""
+    steps, batch_size = options.pick(quick=(40, 100), default=(120, 300), full=(400, 300))
+    return Setup(ErrType, eta, n, LossFun, steps, batch_size, learning_rate=0.002)
+
+
+def papers_cifar_setup(options: Options, eta: float, n: int) -> Setup:
+    """How the paper trains its network for CIFAR-10: five epochs by FixedPred."""
+    steps, batch_size = options.pick(quick=(4, 16), default=(40, 64), full=(975, 256))
+    return Setup("FixedPred", eta, n, cross_entropy, steps, batch_size, learning_rate=0.01)
+
+
 def trained_mnist_net(
-    data: DataSet, LossFun: LossFunction, options: Options, title: str
+    data: DataSet, LossFun: LossFunction, options: Options
 ) -> tuple[nn.Sequential, dict[str, object]]:
-    """`mnist_net` after the paper's 400 steps of backprop, and the settings of that training."""
-    steps, batch_size, learning_rate = 100 if options.quick else 400, 300, 0.002
-    torch.manual_seed(options.seed)
-    model = mnist_net().to(options.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    batches = data.train_batches(steps, batch_size, options.seed, options.device)
-    for batch in tqdm(batches, title, steps, unit="step"):
-        backprop_step(model, optimizer, LossFun, batch)
+    """`mnist_net` after the paper's training by backprop, and the settings of that training."""
+    setup = papers_setup(options, "backprop", 0, 0, LossFun)
+    model, _ = trained_by_backprop(mnist_net, data, setup, options)
     settings = {
         "trained by": "backprop, Adam",
         "LossFun": LossFun.__name__,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
+        "steps": setup.steps,
+        "batch_size": setup.batch_size,
+        "learning_rate": setup.learning_rate,
     }
     return model, settings
 
@@ -236,10 +272,12 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def paired_batches(data: DataSet, setup: Setup, options: Options) -> Iterator[tuple[Batch, Batch]]:
+def paired_batches(
+    data: DataSet, setup: Setup, seed: int, device: torch.device
+) -> Iterator[tuple[Batch, Batch]]:
     """A training batch and a random test batch of the same size for every step."""
-    train = data.train_batches(setup.steps, setup.batch_size, options.seed, options.device)
-    test = data.test_batches(setup.steps, setup.batch_size, options.seed, options.device)
+    train = data.train_batches(setup.steps, setup.batch_size, seed, device)
+    test = data.test_batches(setup.steps, setup.batch_size, seed, device)
     return zip(train, test, strict=True)
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -38,6 +39,19 @@ class Case(NamedTuple):
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: p.grad for name, p in self.model.named_parameters()}
+
+
+def calls_of(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What ``owner.name`` is given from now on, call by call."""
+    found: list[tuple[Any, ...]] = []
+    function = getattr(owner, name)
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        found.append(arguments)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, noted)
+    return found
 
 
 def squared_error(yhat: Tensor, Y: Tensor) -> Tensor:

@@ -42,3 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Equilibrium stopped after:UserWarning")
     # Many small operations: a second thread costs more than it brings.
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiled call has traced runs as it is."""
+    program = pytest.importorskip(
+        "torch2pc.compiled.program", reason="this PyTorch has no compiler"
+    )
+    monkeypatch.setattr(program, "compile_fx", lambda graph, given, config_patches: graph)

@@ -42,7 +42,6 @@ from tqdm import tqdm
 from tests.mutations import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = ("__init__.py", "memory.py")
 # These use the library, and take long; what they are about is other code.
 OTHER_TESTS = ("test_paper_figures", "test_figure", "test_letters", "test_benchmarks")
 OTHER_TESTS += ("test_architectures", "test_tools", "test_mutants")
@@ -111,7 +110,7 @@ def preload() -> None:
 
 def sources() -> list[Path]:
     """The files that mutants are made of."""
-    return [p for p in sorted((ROOT / "torch2pc").rglob("*.py")) if p.name not in LEFT_OUT]
+    return [p for p in sorted((ROOT / "torch2pc").rglob("*.py")) if p.name != "__init__.py"]
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks import memory, nets, peers, scaling, speed, steps, timing
 from benchmarks.__main__ import main
 from benchmarks.report import Options, Row, rows_table
+from tests.cases import calls_of
 from torch2pc import PCInfer
 from torch2pc.displacement.lines import Displacement
 
@@ -99,21 +100,14 @@ def test_infer_is_one_call_of_PCInfer(case: nets.Case, ErrType: str) -> None:
 def test_strict_from_vinit_infers_the_same_and_skips_nothing(
     case: nets.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widths: list[int] = []
-    forward = Displacement.forward
-
-    def counted(self: Displacement, delta: torch.Tensor) -> object:
-        widths.append(delta.shape[1])
-        return forward(self, delta)
-
-    monkeypatch.setattr(Displacement, "forward", counted)
+    evaluated = calls_of(Displacement, "forward", monkeypatch)
     runs, found = [], []
     for from_vinit in False, True:
         step = steps.infer(case, "Strict", from_vinit=from_vinit, eta=0.1, n=1)
         step()
-        widths.clear()
+        evaluated.clear()
         step()
-        runs.append(list(widths))
+        runs.append([delta.shape[1] for _, delta in evaluated])
         found.append(gradients(case))
     torch.testing.assert_close(*found)
     # The inputs of layers 2 and 3 are 5 and 6 wide.
@@ -336,6 +330,13 @@ def test_packages_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPat
     assert "torch2pc" in found
 
 
+def test_a_checkout_says_its_version(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is no checkout of jpc"):
+        peers.version_in(tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "jpc"\nversion = "1.2.3"\n')
+    assert peers.version_in(tmp_path) == "1.2.3"
+
+
 def test_peers_are_timed_in_their_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "MLPS", {"tiny": [8, 6, 6, 10]})
     found = dict.fromkeys(("torch2pc", "no such package"), (sys.executable, "1.0"))
@@ -347,26 +348,31 @@ def test_peers_are_timed_in_their_own_process(monkeypatch: pytest.MonkeyPatch) -
     assert "the process ended" in peers.rows_table([ours, other])
 
 
-def test_kernels_are_those_that_ran_on_the_gpu() -> None:
-    def event(device: str, microseconds: float) -> SimpleNamespace:
+def test_what_a_profile_tells_of_the_gpu() -> None:
+    def event(device: str, name: str, microseconds: float = 50.0) -> SimpleNamespace:
         kind = torch.autograd.DeviceType
         return SimpleNamespace(
+            name=name,
             device_type=kind.CUDA if device == "cuda" else kind.CPU,
             device_time_total=microseconds,
         )
 
-    found = timing.kernels([event("cpu", 50.0), event("cuda", 3.0), event("cuda", 4.0)])
-    assert found == timing.Launches(2, pytest.approx(7e-6))
+    on_host = ["aten::mm", "cudaGraphLaunch", "cudaGraphLaunch", "cudaStreamSynchronize"]
+    events = [event("cpu", name) for name in [*on_host, "cudaDeviceSynchronize"]]
+    found = timing.launched([*events, event("cuda", "gemm", 3.0), event("cuda", "relu", 4.0)])
+    assert found == timing.Launches(2, pytest.approx(7e-6), graphs=2, waits=2)
 
 
 def test_launches_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "launches", lambda step: timing.Launches(10, 0.5))
+    monkeypatch.setattr(speed, "launches", lambda step: timing.Launches(10, 0.5, 3, 1))
     names = ["Strict, n=20", "Strict, n=20, compile=True"]
     times = timing.Times({name: np.array([0.6, 0.6, 0.7]) for name in names})
     rows = [Row("net", "cuda", **row) for row in speed.launch_rows(dict.fromkeys(names), times)]
     values = {(row.what, row.of): (row.value, row.bar) for row in rows}
     for name, bar in zip(names, (None, 1.3), strict=True):
-        assert values[name, "kernel launches"] == (10.0, None)
+        assert values[name, "kernels"] == (10.0, None)
+        assert values[name, "CUDA graphs"] == (3.0, None)
+        assert values[name, "synchronisations"] == (1.0, 0.0)
         assert values[name, "sum of its kernels"] == (pytest.approx(1.2), bar)
 
 

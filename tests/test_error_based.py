@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, cases, random_beliefs
+from tests.cases import Case, assert_close, calls_of, cases, random_beliefs
 from torch2pc.displacement.lines import Displacement
 from torch2pc.energy.curvature import hessian as product_with_hessian
-from torch2pc.energy.curvature import safe_step
+from torch2pc.energy.curvature import largest_eigenvalue, safe_step
 from torch2pc.graph.network import Network
 from torch2pc.inference.error_based import error_based
 from torch2pc.inference.relax import Relaxation
@@ -26,7 +26,7 @@ iterations = st.integers(1, 12)
 def step_of(relaxation: Relaxation) -> float:
     """The safe step size where a relaxation stands."""
     energy = relaxation.energy
-    return safe_step(product_with_hessian(energy), energy.variables)
+    return safe_step(largest_eigenvalue(product_with_hessian(energy), energy.variables))
 
 
 @given(
@@ -133,23 +133,15 @@ def test_it_does_not_evaluate_more_than_one_pass_up_and_one_down_an_iteration(
 ) -> None:
     case = linear_case()
     case.infer("ErrorBased")  # what is recorded is checked the first time
-    passes = {"forward": 0, "backward": 0}
-    for name in passes:
-        method = getattr(Displacement, name)
-
-        def counted(self: Displacement, *given: Tensor, name: str = name, method=method) -> object:
-            passes[name] += 1
-            return method(self, *given)
-
-        monkeypatch.setattr(Displacement, name, counted)
+    up, down = [calls_of(Displacement, name, monkeypatch) for name in ("forward", "backward")]
     calls = [0]
     case.model[1].register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     n, moving = 20, len(case.model) - 1
     case.infer("ErrorBased", n=n)
     # One pass more at the end, where the returned beliefs and the output's error are taken; the
     # layer itself runs in the feed-forward pass and for its update, and once as it has a hook now.
-    assert passes["backward"] - n * moving in (0, 1)
-    assert passes["forward"] - (n + 1) * moving in (0, 1)
+    assert len(down) - n * moving in (0, 1)
+    assert len(up) - (n + 1) * moving in (0, 1)
     assert calls[0] <= 3
 
 
@@ -176,9 +168,7 @@ def test_the_step_that_is_chosen_is_the_reciprocal_of_the_largest_eigenvalue(dep
     network = Network(case.model, case.LossFun, case.X, case.Y)
     relaxation = error_based(network, "auto")
     with network.replaying():
-        assert safe_step(
-            product_with_hessian(relaxation.energy), relaxation.energy.variables
-        ) == pytest.approx(1 / largest, rel=0.02)
+        assert step_of(relaxation) == pytest.approx(1 / largest, rel=0.02)
         product = product_with_hessian(relaxation.energy)
         u = [torch.randn_like(e) for e in relaxation.epsilon[1:-1]]
         found = torch.cat([part.flatten() for part in product(u)])

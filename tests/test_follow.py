@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -17,8 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import torch2pc.steps
 from tests import reference
-from tests.cases import ERR_TYPES, Case, assert_close, cases, random_beliefs, squared_error
+from tests.cases import (
+    ERR_TYPES,
+    Case,
+    assert_close,
+    calls_of,
+    cases,
+    random_beliefs,
+    squared_error,
+)
 from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
 from torch2pc.displacement.lines import Displacement
 from torch2pc.follow.outlook import Spectrum, _first
@@ -555,19 +565,12 @@ def test_where_auto_starts_anew_the_record_does_too(monkeypatch: pytest.MonkeyPa
 def test_the_cost_is_linear_in_n(monkeypatch: pytest.MonkeyPatch) -> None:
     case = network("tanh", 0)
     follow_case(case, "Strict", n=1)  # a layer's displacement is checked the first time
-    evaluated = [0]
-    forward = Displacement.forward
-
-    def counted(self: Displacement, delta: Tensor) -> object:
-        evaluated[0] += 1
-        return forward(self, delta)
-
-    monkeypatch.setattr(Displacement, "forward", counted)
+    evaluated = calls_of(Displacement, "forward", monkeypatch)
     counts = []
     for n in (0, 10, 20, 30):
-        evaluated[0] = 0
+        evaluated.clear()
         follow_case(case, "Strict", eta=0.05, n=n + 10)
-        counts.append(evaluated[0])
+        counts.append(len(evaluated))
     assert counts[3] - counts[2] == counts[2] - counts[1] == counts[1] - counts[0] <= 10 * 3 * 2
 
 
@@ -820,6 +823,45 @@ def test_summary_dict_pickle_and_notebook(capsys: pytest.CaptureFixture[str]) ->
     assert str(loaded) == str(record) and loaded.to_dict() == numbers
     shown = record._repr_html_()
     assert shown.count("<tr>") == 5 and "data:image/png;base64," in shown
+
+
+class Words(HTMLParser):
+    """The words of a page, and its tags; an image's data are not read."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: object) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag in self.tags
+
+    def handle_data(self, data: str) -> None:
+        self.words += data.split()
+
+
+@pytest.mark.parametrize(
+    ("ErrType", "options"),
+    [
+        ("Strict", dict(eta=0.1, n=2)),
+        ("Strict", dict(eta=torch2pc.steps.Descent(0.3, sweep="down"), n=3)),
+        ("Equilibrium", dict(n=4)),
+        ("Exact", {}),
+    ],
+    ids=str,
+)
+def test_a_notebook_shows_what_the_summary_says(ErrType: str, options: dict[str, Any]) -> None:
+    record = follow_case(network("tanh", 0), ErrType, **options)
+    record.verdict.append("1 < 2 & so on")
+    shown = Words(record._repr_html_())
+    assert shown.words == str(record).split()
+    assert {*shown.tags} == {"p", "b", "table", "tr", "th", "td", "img"}
+    given = str(options["eta"]) if ErrType == "Strict" else ""
+    assert given in str(record).splitlines()[0]
 
 
 def test_what_is_unknown_is_no_number_to_log() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, cases
+from tests.cases import Case, assert_close, calls_of, cases
 from torch2pc import PCInfer
 from torch2pc.displacement.lines import Displacement
 
@@ -92,17 +92,10 @@ def test_a_call_evaluates_each_layer_once_where_its_beliefs_are(
         layer.register_forward_hook(lambda *_, l=l: calls.__setitem__(l, calls[l] + 1))
     X, Y = torch.randn(6, 5), torch.randn(6, 5)
     v = PCInfer(model, nn.MSELoss(), X, Y, "Strict", n=1).v
-    displaced = [0]
-    forward = Displacement.forward
-
-    def counted(self: Displacement, delta: Tensor) -> object:
-        displaced[0] += 1
-        return forward(self, delta)
-
-    monkeypatch.setattr(Displacement, "forward", counted)
+    displaced = calls_of(Displacement, "forward", monkeypatch)
     calls[:] = [0] * 4
     PCInfer(model, nn.MSELoss(), X, Y, "Strict", n=1, vinit=v, update_at="before")
-    assert calls == [1, 2, 2, 2] and displaced == [3]
+    assert calls == [1, 2, 2, 2] and len(displaced) == 3
 
 
 def test_the_first_step_does_not_warn_of_errors_that_have_not_arrived_yet() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -320,9 +321,11 @@ def test_without_centres_there_is_nothing_to_retrieve():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"causes": 0}, ValueError, "causes must be an int >= 1, got 0"),
-        ({"hidden": 2.5}, TypeError, r"hidden must be an int >= 1, got 2\.5"),
-        ({"outputs": True}, TypeError, "outputs must be an int >= 1, got True"),
+        *[
+            ({name: value}, error, rf"{name} must be an int >= 1, got {value}$")
+            for name in ("causes", "hidden", "outputs")
+            for value, error in ((0, ValueError), (2.5, TypeError), (True, TypeError))
+        ],
         ({"tau": 0.5}, ValueError, r"tau must be a finite number of at least 1, got 0\.5"),
         ({"tau": math.nan}, ValueError, "tau must be a finite number of at least 1, got nan"),
         ({"tau": "5"}, TypeError, "tau must be a number, got '5'"),
@@ -332,6 +335,32 @@ def test_without_centres_there_is_nothing_to_retrieve():
 def test_bad_sizes_are_named(change: dict[str, object], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         PCRNN(**{"causes": 3, "hidden": 7, "outputs": 2, "tau": 5} | change)
+
+
+def test_the_smallest_sizes_work():
+    model = PCRNN(1, 1, 1, 1)
+    model.set_centres(torch.ones(1, 1))
+    targets = model(torch.ones(1, 1), steps=1).x_pred.detach()
+    assert targets.shape == (1, 1, 1)
+    found = model.retrieve(targets, tries=1, passes=1, progress=False)
+    assert (found.paths.shape, found.nearest.tolist()) == ((2, 1, 1, 1), [[[0]]])
+
+
+def test_the_defaults_are_those_of_the_models_source():
+    model, (c, targets) = network(), causes_and_targets()
+    rates = {"alpha_x": 0.1, "alpha_h": 0.019, "sigma_c": 0.096}
+    for by_default, explicit in zip(
+        model(c, targets), model(c, targets, alpha_c=0.0, sigma_r=0.0, **rates), strict=True
+    ):
+        assert torch.equal(by_default, explicit)
+    by_default = model.retrieve(targets, passes=3, generator=generator(), progress=False)
+    rates |= {"alpha_c": 0.0085, "sigma_r": 2.6, "tries": 4, "passes": 3, "progress": False}
+    explicit = model.retrieve(targets, generator=generator(), **rates)
+    assert all(map(torch.equal, by_default, explicit))
+
+
+def test_it_says_its_sizes():
+    assert repr(network()) == "PCRNN(causes=3, hidden=7, outputs=2, tau=5)"
 
 
 @pytest.mark.parametrize(
@@ -399,6 +428,8 @@ def test_bad_input_to_retrieval_is_named(
 def test_bad_centres_are_named_and_change_nothing():
     model = network()
     before = model.centres
-    with pytest.raises(ValueError, match=r"centres must have shape \(sequences, 3\), got \(4, 2\)"):
-        model.set_centres(torch.zeros(4, 2, dtype=torch.float64))
+    for shape in (4, 2), (0, 3), (3,), (4, 3, 1):
+        message = re.escape(f"centres must have shape (sequences, 3), got {shape}")
+        with pytest.raises(ValueError, match=message):
+            model.set_centres(torch.zeros(shape, dtype=torch.float64))
     assert model.centres is before

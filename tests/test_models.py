@@ -289,7 +289,7 @@ def accuracy_after_training(ErrType: str, autocast: bool, seed: int, steps: int 
     device = torch.device("cpu")
     for batch in data.train_batches(steps, 100, seed, device):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            PCInfer(model, nn.CrossEntropyLoss(), batch.X, batch.labels, ErrType, n=10)
+            PCInfer(model, nn.CrossEntropyLoss(), batch.X, batch.labels, ErrType, n=6)
         optimizer.step()
     test = next(iter(data.all_test_batches(2000, device)))
     with torch.no_grad():

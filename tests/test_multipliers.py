@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from tests import reference
 from tests.cases import Case, assert_close, cases, graphs, random_beliefs, squared_error
@@ -202,6 +204,39 @@ def test_the_rise_to_the_loss_is_no_divergence() -> None:
         warnings.simplefilter("error")
         for n in (1, 5, 20, 80):
             chain().infer("Multipliers", eta=0.5, n=n)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))),
+    reason="torch.compile needs a C++ compiler",
+)
+@pytest.mark.filterwarnings("error:compile=True", "ignore::DeprecationWarning")
+def test_compiled_it_is_the_same_whatever_eta_and_alpha_are() -> None:
+    """Multipliers are state, and how fast they grow is an input: nothing is compiled anew."""
+    case, graphs = chain(3), 0
+    for eta, alpha in ((0.3, 1.0), (0.3, 1.0), (0.5, 0.4)):
+        options: dict[str, Any] = dict(ErrType="Multipliers", eta=eta, alpha=alpha, n=6)
+        plain = case.infer(**options)
+        gradients = case.gradients()
+        result = case.infer(**options, compile=True)
+        assert_close(list(result), list(plain))
+        assert_close(case.gradients(), gradients)
+        assert graphs in (0, counters["stats"]["unique_graphs"])
+        graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+
+
+def test_says_where_sweeps_hardly_reach_the_lower_layers() -> None:
+    """Half has come after as many sweeps as an error waits, and what it proposes is not warned of."""
+    case = chain(30)
+    with pytest.warns(
+        UserWarning, match="hardly reaches layers 1 to 1[0-9] of 30 .* n=262, or eta=0.6"
+    ):
+        case.infer("Multipliers", eta=0.1, n=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chain(30).infer("Multipliers", eta=0.6, n=20)
+        chain(30).infer("Multipliers", eta="auto", n=2)
 
 
 @pytest.mark.parametrize(

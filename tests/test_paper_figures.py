@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from paper_figures import __main__ as command
-from paper_figures import data, report, training
+from paper_figures import data, progress, report, training
 from paper_figures.nets import cifar_net, mnist_net
 
 CPU = torch.device("cpu")
@@ -177,19 +177,74 @@ def test_squared_error_is_the_mean_over_one_hot_targets():
 
 def test_exact_predictive_coding_trains_as_backprop_does(idx_folder: Path):
     digits = data.load_digits(idx_folder)
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 10))
-    )
+
+    def net() -> nn.Sequential:
+        first = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh())
+        return nn.Sequential(first, nn.Sequential(nn.Linear(8, 10)))
+
     setup = training.Setup("Exact", 0.1, 20, training.cross_entropy, 9, 4, 0.01)
     comparison = training.compare_with_backprop(
-        model, digits, setup, report.Options(None, idx_folder, CPU), "test"
+        net, digits, setup, report.Options(None, idx_folder, CPU), "test"
     )
     assert comparison.PC.train_loss == pytest.approx(comparison.BP.train_loss, rel=1e-5)
     assert comparison.PC.test_loss == pytest.approx(comparison.BP.test_loss, rel=1e-5)
     assert len(comparison.relative_error) == 9
     assert all(max(errors) < 1e-5 for errors in comparison.relative_error)
     assert comparison.PC.train_loss[-1] < comparison.PC.train_loss[0]
+
+
+def test_backprop_trains_once_for_all_figures_that_look_at_it(
+    idx_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    steps: list[int] = []
+    backprop_step = training.backprop_step
+    monkeypatch.setattr(
+        training, "backprop_step", lambda *args: steps.append(1) or backprop_step(*args)
+    )
+
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+
+    def trained(eta: float = 0.1, steps: int = 3, seed: int = 0):
+        setup = training.Setup("FixedPred", eta, 20, training.cross_entropy, steps, 4, 0.01)
+        digits = data.load_digits(idx_folder)
+        return training.trained_by_backprop(
+            net, digits, setup, report.Options(None, idx_folder, CPU, seed)
+        )
+
+    first, curves = trained()
+    with torch.no_grad():
+        first[1].weight.zero_()
+    again, same_curves = trained(eta=1)
+    assert len(steps) == 3 and again[1].weight.any() and curves == same_curves
+    assert len(trained(steps=4)[1].train_loss) == 4
+    assert not torch.equal(trained(seed=1)[0][1].weight, again[1].weight)
+    assert len(steps) == 3 + 4 + 3
+    write_idx(idx_folder / "t10k-labels-idx1-ubyte", torch.zeros(6, dtype=torch.uint8))
+    assert trained()[1].test_loss != curves.test_loss
+
+
+def test_a_run_of_each_length_gets_its_own():
+    def picked(**length: bool) -> int:
+        return report.Options(None, Path(), CPU, **length).pick(quick=1, default=2, full=3)
+
+    assert (picked(quick=True), picked(), picked(full=True)) == (1, 2, 3)
+
+
+def test_one_bar_counts_the_seconds_that_figures_are_expected_to_take(capsys):
+    with progress.bar_over([10, 30, 20]) as bar:
+        with bar.figure():
+            assert list(progress.track(iter("ab"), "letters", 2)) == ["a", "b"]
+            assert 0 < bar._bar.n < 10
+        bar.say("the first is drawn")
+        assert bar._bar.n == 10
+        with pytest.raises(KeyError), bar.figure():
+            raise KeyError
+        assert (bar._bar.n, bar._bar.total) == (10, 30)
+    shown = capsys.readouterr()
+    assert shown.out == "the first is drawn\n"
+    assert " 17%" in shown.err and "letters, 2 of 2" in shown.err
+    assert list(progress.track([1, 2], "without a bar")) == [1, 2]
 
 
 def test_a_number_agrees_within_its_tolerance_or_word_for_word():

@@ -90,14 +90,16 @@ def test_the_published_updates_are_written_into_grad(model: nn.Sequential, batch
 
 
 def test_training_as_published_is_measured_in_both_types(tmp_path: Path) -> None:
-    model = nn.Sequential(
-        nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Tanh()),
-        nn.Sequential(nn.Linear(8, 8), nn.Tanh()),
-        nn.Sequential(nn.Linear(8, 10)),
-    )
+    def net() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Tanh()),
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh()),
+            nn.Sequential(nn.Linear(8, 10)),
+        )
+
     setup = Setup("Strict", ETA, N, squared_error, 11, 20, 0.01)
     found = compare_with_backprop(
-        model,
+        net,
         load_digits(None),
         setup,
         Options(None, tmp_path, torch.device("cpu")),

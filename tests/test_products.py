@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.cases import Case
 from tests.test_compiled import infer_compiled, needs_compiler
 
-products = pytest.importorskip("torch2pc.products", reason="this PyTorch has no compiler")
+pytest.importorskip("torch._inductor.custom_graph_pass", reason="this PyTorch has no compiler")
+from torch2pc.compiled import products
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -30,63 +32,58 @@ def test_all_products_are_the_same(rows: int, transposed: bool, bias_dim: int) -
     a, b = torch.randn(rows, 5), torch.randn(3, 5).t() if transposed else torch.randn(5, 3)
     bias = [None, torch.randn(3), torch.randn(rows, 3)][bias_dim]
     expected = a.double() @ b.double() + (0 if bias is None else bias.double())
-    ways = (
-        products.by_mkl,
-        products.by_onednn,
-        products.product,
-        torch.ops.torch2pc.product.default,
-    )
-    for multiply in ways:
+    for multiply in (products.by_mkl, products.by_onednn, torch.ops.torch2pc.by_onednn.default):
         torch.testing.assert_close(multiply(a, b, bias), expected.float())
 
 
+LIKE = ((2, 3), (3, 4), (4, 1), 0, 1)
+
+
 def test_the_faster_one_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-        for _ in range(100):
-            a = a + 0
-        return quick(a, b, bias)
-
-    def quick(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-        asked.append(a.shape)
-        return a @ b
-
+    """And it is oneDNN only if it takes clearly less."""
     asked: list[torch.Size] = []
-    products.faster.cache_clear()
-    for by_mkl, by_onednn in ((slow, quick), (quick, slow)):
-        monkeypatch.setattr(products, "by_mkl", by_mkl)
-        monkeypatch.setattr(products, "by_onednn", by_onednn)
-        products.faster.cache_clear()
-        products.product(torch.ones(2, 3), torch.ones(3, 4))
+
+    def taking(times: int) -> Callable[..., Tensor]:
+        def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+            asked.append(a.shape)
+            for _ in range(times):
+                a = a + 0
+            return a @ b
+
+        return multiply
+
+    for by_mkl, by_onednn, expected in ((300, 0, True), (0, 300, False), (100, 100, False)):
+        monkeypatch.setattr(products, "by_mkl", taking(by_mkl))
+        monkeypatch.setattr(products, "by_onednn", taking(by_onednn))
+        products.is_onednn_faster.cache_clear()
+        assert products.is_onednn_faster(*LIKE) is expected
         before = len(asked)
-        products.product(torch.ones(2, 3), torch.ones(3, 4))
-        assert len(asked) == before + 1
-        assert products.faster(torch.Size([2, 3]), torch.Size([3, 4]), (4, 1), 0, 1) is quick
-    products.faster.cache_clear()
+        assert products.is_onednn_faster(*LIKE) is expected
+        assert len(asked) == before
+    products.is_onednn_faster.cache_clear()
 
 
 @needs_both
 def test_the_defaults_for_new_tensors_do_not_matter() -> None:
-    a, b = torch.ones(2, 3), torch.ones(3, 4)
-    products.faster.cache_clear()
+    products.is_onednn_faster.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            found = products.product(a, b)
+            assert products.is_onednn_faster(*LIKE) in (True, False)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found, torch.full((2, 4), 3.0))
 
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, ...]]]:
-    """The shapes of b that ``product`` was asked for."""
+    """The shapes of b that were asked about, for all of which oneDNN is chosen."""
     found: set[tuple[int, ...]] = set()
 
-    def faster(a: torch.Size, b: torch.Size, *others: object) -> object:
-        found.add(tuple(b))
-        return products.by_onednn
+    def is_onednn_faster(a: tuple[int, ...], b: tuple[int, ...], *others: object) -> bool:
+        found.add(b)
+        return True
 
-    monkeypatch.setattr(products, "faster", faster)
+    monkeypatch.setattr(products, "is_onednn_faster", is_onednn_faster)
     yield found
 
 
@@ -109,12 +106,21 @@ def test_compiled_steps_use_it_for_large_matrices(shapes: set[tuple[int, ...]]) 
     assert shapes == {(160, 140), (140, 160)}
 
 
-@needs_compiler
 @needs_both
-def test_a_matrix_that_is_added_is_part_of_the_product(shapes: set[tuple[int, ...]]) -> None:
-    a, b, c = torch.randn(6, 160), torch.randn(160, 140), torch.randn(6, 140)
-    run = torch.compile(lambda a, b, c: c + a @ b, options=products.fast_products())
-    torch.testing.assert_close(run(a, b, c), c + a @ b)
+def test_what_is_added_is_part_of_the_product(shapes: set[tuple[int, ...]]) -> None:
+    """A row or a matrix; but a number that is spread, and small matrices, are left as they are."""
+    a, b = torch.randn(6, 160), torch.randn(160, 140)
+    for c, is_whole in (
+        (torch.randn(6, 140), True),
+        (torch.randn(140), True),
+        (torch.ones(()), False),
+    ):
+        traced = make_fx(torch.addmm, tracing_mode="fake")(c, a, b)
+        products.ReplaceProducts()(traced.graph)
+        called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+        assert (torch.ops.torch2pc.by_onednn.default in called) is is_whole
+        traced.recompile()
+        torch.testing.assert_close(traced(c, a, b), torch.addmm(c, a, b))
     assert shapes == {(160, 140)}
 
 
@@ -127,10 +133,10 @@ def test_no_choice_where_results_must_repeat() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("error:compile=True")
 def test_steps_compile_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch2pc.products", None)
+    monkeypatch.setitem(sys.modules, "torch2pc.compiled.products", None)
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     case = Case(model, nn.MSELoss(), torch.ones(4, 3), torch.ones(4, 2))
     torch.testing.assert_close(infer_compiled(case).v, case.infer("Strict").v)

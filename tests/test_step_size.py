@@ -38,7 +38,7 @@ from torch2pc.inference.strict import latent, strict
 def step_of(relaxation: Relaxation) -> float:
     """The safe step size where a relaxation stands."""
     energy = relaxation.energy
-    return safe_step(product_with_hessian(energy), energy.variables)
+    return safe_step(largest_eigenvalue(product_with_hessian(energy), energy.variables))
 
 
 def matrix_product(A: Tensor, sizes: list[int]) -> Any:
@@ -70,16 +70,16 @@ def test_few_products_suffice_for_a_safe_step(dtype: torch.dtype) -> None:
     A = torch.randn(400, 400, dtype=dtype)
     A = A @ A.T
     expected = torch.linalg.eigvalsh(A)[-1].item()
-    eta = safe_step(matrix_product(A, [100, 300]), [A[0, :100], A[0, 100:]])
+    eta = safe_step(largest_eigenvalue(matrix_product(A, [100, 300]), [A[0, :100], A[0, 100:]]))
     assert 1 <= eta * expected < 1.5
 
 
 def test_a_matrix_of_zeros_and_one_that_is_none() -> None:
     like = [torch.empty(3)]
     assert largest_eigenvalue(lambda u: [0 * u[0]], like) == 0
-    assert safe_step(lambda u: [0 * u[0]], like) == 1
-    assert safe_step(lambda u: [-u[0]], like) == 1
-    assert safe_step(lambda u: [u[0] / 4], like) == pytest.approx(4)
+    assert safe_step(largest_eigenvalue(lambda u: [0 * u[0]], like)) == 1
+    assert safe_step(largest_eigenvalue(lambda u: [-u[0]], like)) == 1
+    assert safe_step(largest_eigenvalue(lambda u: [u[0] / 4], like)) == pytest.approx(4)
     assert math.isnan(largest_eigenvalue(lambda u: [u[0] / 0], like))
     assert largest_eigenvalue(lambda u: [2 * u[0]], like, passes=9) == pytest.approx(2)
 
@@ -535,18 +535,6 @@ def test_latent_energies_fall(case: Case, weight: float | None) -> None:
     if weight == 100:
         # That the prior's curvature is seen; a step of .1 would go to and fro farther each time.
         assert result.v[0].norm() < case.X.norm()
-
-
-# Compiled.
-
-
-def test_compiled_it_runs_plainly_and_says_so() -> None:
-    case = steep_case()
-    plain, gradients = case.infer("Strict", eta="auto", n=5), case.gradients()
-    with pytest.warns(UserWarning, match='eta="auto" finds its step size as it runs'):
-        found = case.infer("Strict", eta="auto", n=5, compile=True)
-    assert_close(list(found), list(plain))
-    assert_close(case.gradients(), gradients)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1.0, 1e6])

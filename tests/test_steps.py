@@ -46,6 +46,20 @@ RULES: dict[str, tuple[Callable[[str], steps.Rule], Callable[[], reference.Step]
 TOLERANCE = {"halving": 1e-6, "adam": 1e-5}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Descent(eta=0.5)",
+        'Descent(eta=0.5, sweep="down")',
+        'Momentum(eta=0.1, mu=0.9, nesterov=True, sweep="down")',
+        "Halving(eta=1.0, factor=0.5)",
+        "Langevin(eta=0.1, temperature=2.0)",
+    ],
+)
+def test_a_rule_shows_how_it_was_made(text: str) -> None:
+    assert repr(eval(text, vars(steps))) == text
+
+
 @pytest.mark.parametrize("name", RULES)
 @given(case=cases(max_layers=4, smooth=True), n=st.integers(1, 6), down=st.booleans())
 def test_strict_equals_the_naive_rule(name: str, case: Case, n: int, down: bool) -> None:
@@ -352,18 +366,6 @@ def _values(model: PCGraph, X: Tensor) -> list[Tensor]:
     a = model.a(X)
     b = model.b(a)
     return [a, b, a + b, model.out(a + b)]
-
-
-def test_compile_says_once_that_it_runs_plainly() -> None:
-    case = chain(torch.float32)
-    rule = steps.Momentum(0.1, 0.5)
-    expected = case.infer("Strict", eta=rule, n=3)
-    with pytest.warns(UserWarning, match=r"runs without compilation, because eta is .* Momentum"):
-        found = case.infer("Strict", eta=rule, n=3, compile=True)
-    assert_close(list(found), list(expected), 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        case.infer("Strict", eta=rule, n=3, compile=True)
 
 
 def test_a_short_sweep_down_is_no_short_inference() -> None:

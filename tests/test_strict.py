@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, cases, random_beliefs
+from tests.cases import Case, assert_close, calls_of, cases, random_beliefs
 from torch2pc import PCInfer
 from torch2pc.displacement.lines import Displacement
 from torch2pc.graph.network import Network
@@ -116,19 +116,6 @@ def test_the_iterator_follows_one_relaxation(case: Case, vinit: bool) -> None:
             assert_close(relaxation.updates()[1], found)
 
 
-def count_displacements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The width of each displacement that is evaluated from now on."""
-    widths: list[int] = []
-    forward = Displacement.forward
-
-    def counted(self: Displacement, delta: Tensor) -> object:
-        widths.append(delta.shape[1])
-        return forward(self, delta)
-
-    monkeypatch.setattr(Displacement, "forward", counted)
-    return widths
-
-
 def test_layers_that_the_error_has_not_reached_are_not_evaluated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -142,9 +129,10 @@ def test_layers_that_the_error_has_not_reached_are_not_evaluated(
     # Once in the feed-forward pass, once to check what was recorded there, once for the update;
     # layer 1, whose input stays the same, once and for all.
     assert calls == [1, 3, 3, 3, 3]
-    widths = count_displacements(monkeypatch)
+    evaluated = calls_of(Displacement, "forward", monkeypatch)
     case.infer("Strict", n=7)
     assert calls == [2, 5, 5, 5, 5]
+    widths = [delta.shape[1] for _, delta in evaluated]
     assert [widths.count(width) for width in range(3, 8)] == [0, 4, 5, 6, 7]
 
 
@@ -156,8 +144,9 @@ def test_from_vinit_all_layers_are_evaluated(monkeypatch: pytest.MonkeyPatch) ->
         torch.randn(2, 8),
     )
     vhat = case.infer("Strict").vhat
-    widths = count_displacements(monkeypatch)
+    evaluated = calls_of(Displacement, "forward", monkeypatch)
     case.infer("Strict", n=2, vinit=vhat)
+    widths = [delta.shape[1] for _, delta in evaluated]
     assert [widths.count(width) for width in range(3, 8)] == [0, 2, 2, 2, 2]
 
 

@@ -284,10 +284,6 @@ def test_other_options_go_with_a_nudge() -> None:
     assert [k for k, _ in seen] == list(range(1, 31))
     result = case.infer("Equilibrium", n=20, nudge=0.1)
     assert result.distance.shape == (8,)  # type: ignore[attr-defined]
-    plain = case.infer("Strict", n=3, nudge=0.1)
-    with pytest.warns(UserWarning, match="without compilation, because nudge relaxes twice"):
-        found = case.infer("Strict", n=3, nudge=0.1, compile=True)
-    assert_close(list(found), list(plain), 0)
 
 
 # Other energies.
@@ -427,11 +423,6 @@ def test_the_curvature_is_that_of_the_other_energy() -> None:
 
 def test_other_options_go_with_them() -> None:
     case = tanh_chain()
-    options: dict[str, Any] = dict(n=4, energies={1: energies.Huber(), 2: energies.Categorical()})
-    plain = case.infer("Strict", **options)
-    with pytest.warns(UserWarning, match="without compilation, because layers have energies"):
-        found = case.infer("Strict", compile=True, **options)
-    assert_close(list(found), list(plain), 0)
     # Errors below delta are those of half the squared difference.
     same = case.infer("Strict", n=4, energies={1: energies.Huber(100.0)})
     assert_close(list(same), list(case.infer("Strict", n=4)), 1e-12)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch2pc.energy.divergences import LayerEnergy, OfCallable
 from torch2pc.graph.nodes import PCGraph
 from torch2pc.graph.state import modules_in
+from torch2pc.inference.multipliers import ALPHA
 from torch2pc.inference.steps import AUTO, Halving, Langevin, Rule, is_plain, number
 
 
@@ -292,12 +293,13 @@ def check_prior(prior: object) -> None:
 
 
 def check_alpha(alpha: object, ErrType: str) -> float | None:
-    """``alpha`` as a float: a finite number >= 0 of an algorithm that has multipliers."""
-    if alpha is None:
-        return None
-    if ErrType != "Multipliers":
+    """How fast multipliers grow, a finite number >= 0; None for algorithms that have none."""
+    if ErrType == "Multipliers":
+        accepted = "None or a finite number >= 0"
+        return ALPHA if alpha is None else number("alpha", alpha, accepted, lambda x: x >= 0)
+    if alpha is not None:
         raise ValueError(f"alpha must be None for {ErrType}, which has no multipliers, got {alpha}")
-    return number("alpha", alpha, "None or a finite number >= 0", lambda x: x >= 0)
+    return None
 
 
 def check_callback(callback: object, compile: bool, has_iterations: bool = True) -> None:

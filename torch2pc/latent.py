@@ -116,11 +116,7 @@ def PCInferLatent(
 
         if not compile:
             return relax()
-        call = Relaxing(network, "Latent", eta, n, precision=terms.precision)
-        if terms.between:
-            call.reason = "layers have energies of their own"
-        elif network.from_above:
-            call.reason = "beliefs are predicted from above"
+        call = Relaxing(network, "Latent", eta, n, terms=terms)
         return compiled_or_plain(call, relax)
 
     X = Xinit.detach()

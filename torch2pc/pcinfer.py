@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from torch2pc.checks import (
     check_update_at,
     check_vinit_length,
 )
-from torch2pc.compiled import Backpropagation, Relaxing, compiled_or_plain, run_plainly
+from torch2pc.compiled import Relaxing, compiled_or_plain, run_plainly
 from torch2pc.energy.factors import USUAL, Terms
 from torch2pc.graph.apart import until_guarded
 from torch2pc.graph.network import Inference, Network
@@ -45,7 +44,7 @@ from torch2pc.inference.fixed_pred import (
 )
 from torch2pc.inference.nudge import nudged
 from torch2pc.inference.relax import Callback, Relaxation, infer_by, warn_of_flat_items
-from torch2pc.inference.steps import Rule
+from torch2pc.inference.steps import Rule, rule_of
 
 ErrTypes = ("Exact", "FixedPred", *RELAXATIONS)
 
@@ -72,7 +71,7 @@ class PCResult(NamedTuple):
         """``||epsilon_l||^2 / 2`` of the hidden layers l = 1..L-1, ``(L-1,)``, computed when read.
 
         What the output adds to the energy is the loss. Precisions, and other energies that layers were
-        given, are not in it.
+        given, are not in it; and Multipliers' errors are no differences of prediction and belief alone.
 
         >>> from torch import nn
         >>> from torch2pc import PCInfer
@@ -237,14 +236,14 @@ def PCInfer(
             Not used by Exact and FixedPred, whose beliefs start at ``vhat``.
         accumulate: add to ``.grad`` in place instead of replacing it, for micro-batches; parameters
             that the call does not reach keep theirs.
-        compile: run the call as compiled graphs, from the feed-forward pass to the updates, through
+        compile: run a relaxation as compiled graphs, from the feed-forward pass to the updates, through
             ``torch.compile``, which takes 10 to 60 s at the first call for a model. Other
-            weights, batches, ``eta``, ``n`` and ``vinit`` compile nothing anew; another mode of a module or
-            ``update_at`` does, and so does the second batch size. Where it cannot be done (a layer
-            whose operations cannot be followed, hooks, ``eta="auto"`` or a rule, Equilibrium and what the
-            page on semantics lists) a warning says so once. Exact and FixedPred are one graph, for every
-            ``n`` and ``eta`` (``"auto"`` too) and operations that no rule covers; it equals backpropagation
-            to round-off.
+            weights, batches, ``eta``, ``n``, ``vinit``, precisions and nudges compile nothing anew; another
+            mode of a module, ``update_at``, kind of rule or of ``energies`` does, and so does the second
+            batch size. Where it cannot be done (a layer whose operations cannot be followed, hooks,
+            ``steps.Optim`` or a rule that branches on values, Equilibrium and what the page on semantics
+            lists) a warning says so once; also with Exact and FixedPred, a single backward pass, which
+            would gain nothing.
         update_at: where the updates of the relaxations are taken, ``"v"``, ``"vhat"`` or ``"before"``. At
             v they descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken
             as when the paper appeared, and as by FixedPred. Where an item ends in ReLU or its like,
@@ -373,7 +372,8 @@ class Asked(NamedTuple):
         """Say if the errors will hardly reach some layers."""
         # With n=1 Strict is the first step of an incremental scheme, which goes on from vinit.
         is_long = self.vinit is None and self.n > 1
-        if self.ErrType == "FixedPred" or (self.ErrType == "Strict" and is_long):
+        is_local = self.ErrType in ("Strict", "Multipliers")
+        if self.ErrType == "FixedPred" or (is_local and is_long):
             warn_of_short_inference(model, self.eta, self.n)
 
     def algorithm(self, network: Network) -> Inference:
@@ -384,15 +384,11 @@ class Asked(NamedTuple):
             eta = AUTO_ETA if isinstance(eta, str) else eta
             is_exact = ErrType == "Exact"
             factors = exact_factors(network) if is_exact else fixed_pred_factors(network, eta, n)
+            if compile:
+                run_plainly(network.model, f"{ErrType} is one forward and one backward pass")
             if factors is None:
-                if compile:
-                    reason = "the ways down to its layers differ in length, where FixedPred is not compiled"
-                    run_plainly(network.model, reason)
                 return by_lengths_of_paths(network, eta, n)
-            backpropagate = partial(weighted_backpropagation, network, factors)
-            if not compile:
-                return backpropagate()
-            return compiled_or_plain(Backpropagation(network, factors), backpropagate)
+            return weighted_backpropagation(network, factors)
 
         for layer in [*network.layers, *[part.layer for part in network.from_above]]:
             layer.is_precise = precise
@@ -409,13 +405,7 @@ class Asked(NamedTuple):
 
         if not compile:
             return relax()
-        call = Relaxing(network, ErrType, eta, n, vinit, update_at, precision=terms.precision)
-        if nudge is not None:
-            call.reason = "nudge relaxes twice"
-        elif terms.between:
-            call.reason = "layers have energies of their own"
-        elif network.from_above:
-            call.reason = "beliefs are predicted from above"
+        call = Relaxing(network, ErrType, eta, n, vinit, update_at, terms=terms, nudge=nudge)
         return compiled_or_plain(call, relax)
 
 
@@ -452,8 +442,8 @@ def check_arguments(
         n = 1
     else:
         size, n = check_eta(eta), depth(model) if n is None else check_n(n)
-        if ErrType == "Multipliers" and isinstance(eta, Rule):
-            size = eta  # where a number is that of sweeps from the top
+        if ErrType == "Multipliers":  # where a number is that of sweeps from the top
+            size = eta if isinstance(eta, Rule) else rule_of(size, "down")
         check_rule(size, ErrType)
     check_callback(callback, compile, has_iterations)
     terms = USUAL
@@ -463,8 +453,7 @@ def check_arguments(
     if nudge is not None:
         check_has_energy("nudge", _NO_NUDGE, ErrType, has_iterations)
         nudge = check_nudge(nudge, size, vinit)
-    if alpha is not None:
-        terms = terms._replace(alpha=check_alpha(alpha, ErrType))
+    terms = terms._replace(alpha=check_alpha(alpha, ErrType))
     if energies is not None:
         check_has_energy("energies", _NO_ENERGIES, ErrType, ErrType == "Strict")
         terms = terms._replace(between=check_energies(energies, model))

@@ -18,15 +18,16 @@ from collections.abc import Mapping
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from paper_figures.data import DataSet, load_digits
 from paper_figures.plotting import METHODS, panels
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save, yes
 from paper_figures.training import Setup, backprop_step, half_squared_error, test_accuracy
 from torch2pc import PCInfer
 
 DOWNLOADS = ("mnist",)
+SECONDS = 8, 20
 
 PAPER_ACCURACY = {50: 72.7, 100: 76.3, 200: 89.1, 300: 91.3, 400: 93.0, 500: 93.8}
 # The steps from which on the paper's accuracy no longer depends on the first few batches.
@@ -60,7 +61,7 @@ def run(options: Options) -> list[Number]:
         eta=2 * 0.1 / BATCH_SIZE,
         n=20,
         LossFun=half_squared_error,
-        steps=100 if options.quick else 500,
+        steps=options.pick(quick=100, default=200, full=500),
         batch_size=BATCH_SIZE,
         learning_rate=0.001,
     )
@@ -103,7 +104,7 @@ def train_both(
 
     accuracy: dict[str, dict[int, float]] = {"PC": {}, "BP": {}}
     batches = data.train_batches(setup.steps, setup.batch_size, options.seed, options.device)
-    for step, batch in enumerate(tqdm(batches, "jpc_mnist", setup.steps, unit="step"), start=1):
+    for step, batch in enumerate(track(batches, "jpc_mnist", setup.steps), start=1):
         PCInfer(PC_model, setup.LossFun, batch.X, batch.labels, setup.ErrType, setup.eta, setup.n)
         PC_optimizer.step()
         backprop_step(BP_model, BP_optimizer, setup.LossFun, batch)

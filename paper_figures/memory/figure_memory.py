@@ -22,10 +22,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
-from tqdm import tqdm
 
 from paper_figures.letters import Letters, load_letters
 from paper_figures.plotting import METHODS, letter
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save
 from torch2pc import PCRNN
 from torch2pc.memory import Retrieval
@@ -195,7 +195,7 @@ def train(targets: Tensor, settings: Settings, seed: int) -> PCRNN:
         optimizer,
         lambda step: min(1.0, (TRAINING_STEPS - step) / last_steps) if last_steps else 1.0,
     )
-    for _ in tqdm(range(TRAINING_STEPS), f"memory, {settings.name}, seed {seed}", unit="step"):
+    for _ in track(range(TRAINING_STEPS), f"memory, {settings.name}, seed {seed}"):
         loss = (model(causes, steps=time).x_pred - targets).square().mean()
         optimizer.zero_grad()
         loss.backward()

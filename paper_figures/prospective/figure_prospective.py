@@ -39,7 +39,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from paper_figures.data import (
     EMBEDDED_NAME,
@@ -49,6 +48,7 @@ from paper_figures.data import (
     load_idx,
 )
 from paper_figures.plotting import letter, panels
+from paper_figures.progress import track
 from paper_figures.prospective import alignment
 from paper_figures.prospective.alignment import alignments
 from paper_figures.prospective.learning import (
@@ -174,6 +174,7 @@ def plan_of(data: DataSet, options: Options) -> Plan:
             tuning_seeds=(("saddle", 1), ("online", 2), ("drift", 1)),
             seeds=2,
             depths=(2, 15),
+            aligned=5,
             seed=options.seed,
         )
     if data.name == EMBEDDED_NAME:
@@ -239,7 +240,7 @@ def aligned_networks(plan: Plan) -> Aligned:
         return {
             activation: {
                 depth: alignments(activation, depth, plan.aligned, plan.seed)
-                for depth in tqdm(plan.depths, f"alignment, {activation}", unit="depth")
+                for depth in track(plan.depths, f"alignment, {activation}")
             }
             for activation in alignment.ACTIVATIONS
         }

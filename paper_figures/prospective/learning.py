@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 import torch2pc
 from paper_figures.data import DataSet
+from paper_figures.progress import track
 from paper_figures.prospective.side_by_side import METHODS, Net, Stack, drawn_weights, relaxes
 from paper_figures.report import Options
 from paper_figures.runs import Runs
@@ -88,7 +88,7 @@ def train(training: Training, data: DataSet, options: Options) -> dict[str, Any]
     stack = Stack(nets, weights, ACTIVATIONS[task.activation], task.eta, task.n)
     curves: list[list[float]] = [[] for _ in nets]
     with quietly():
-        for step in tqdm(range(task.steps), task.name, leave=False, unit="update"):
+        for step in track(range(task.steps), task.name):
             chosen, names = map(torch.stack, zip(*map(next, streams.values()), strict=True))
             chosen, names = chosen.to(device), names.to(device)
             targets = functional.one_hot(names.gather(1, labels[chosen]), CLASSES)

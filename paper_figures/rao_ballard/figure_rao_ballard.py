@@ -32,7 +32,6 @@ from scipy.optimize import least_squares
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm, trange
 
 from paper_figures.data import cifar10_folder, load_cifar10
 from paper_figures.decoders import (
@@ -44,6 +43,7 @@ from paper_figures.decoders import (
     unit_columns,
 )
 from paper_figures.plotting import letter
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save, yes
 from torch2pc import PCInferLatent
 from torch2pc.pcinfer import PCResult
@@ -153,7 +153,7 @@ def run(options: Options) -> list[Number]:
         bases[kind.prior], kurtoses[kind.prior] = learn_fields(kind, patches)
         fits[kind.prior] = [
             gabor_fit(basis.double().cpu().numpy())
-            for basis in tqdm(bases[kind.prior], f"Gabor fits, {kind.prior}", unit="field")
+            for basis in track(bases[kind.prior], f"Gabor fits, {kind.prior}")
         ]
 
     numbers = numbers_of(learned, fits, kurtoses)
@@ -292,7 +292,7 @@ def learn(hierarchy: Hierarchy, images: Tensor, options: Options) -> Learned:
         ]
     )
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 1 / hierarchy.weight_rate_decay)
-    for _ in trange(hierarchy.batches, desc="rao_ballard, hierarchy", unit="batch"):
+    for _ in track(range(hierarchy.batches), "rao_ballard, hierarchy"):
         chosen = torch.randperm(len(images))[:batch_size]
         Y = patches_of(images[chosen].to(options.device))
         result = infer(learned.decoder, hierarchy, Y)
@@ -353,8 +353,7 @@ def learn_fields(kind: Fields, patches: Tensor) -> tuple[Tensor, float]:
     decoder = nn.Sequential(nn.Sequential(layer, nn.Tanh()))
     optimizer = torch.optim.Adam(layer.parameters(), lr=kind.learning_rate)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, kind.batches // 2), 0.25)
-    progress = trange(kind.batches, desc=f"rao_ballard, {kind.prior} prior", unit="batch")
-    for _ in progress:
+    for _ in track(range(kind.batches), f"rao_ballard, {kind.prior} prior"):
         Y = patches[torch.randint(len(patches), (kind.batch_size,))]
         infer_fields(decoder, kind, Y)
         optimizer.step()

@@ -15,14 +15,15 @@ from paper_figures.nets import mnist_net
 from paper_figures.plotting import save_comparison
 from paper_figures.report import Number, Options
 from paper_figures.training import (
-    Setup,
     compare_with_backprop,
     cross_entropy,
     layer_numbers,
     loss_numbers,
+    papers_setup,
 )
 
 DOWNLOADS = ("mnist",)
+SECONDS = 10, 30
 
 PAPER_LOSS = {
     "PC": {50: 0.69, 100: 0.34, 150: 0.33, 200: 0.25, 250: 0.198, 300: 0.191, 350: 0.134},
@@ -33,17 +34,8 @@ PAPER_ERROR = (0.885, 0.705, 0.42, 0.135, 0)
 
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
-    setup = Setup(
-        ErrType="FixedPred",
-        eta=0.1,
-        n=20,
-        LossFun=cross_entropy,
-        steps=40 if options.quick else 400,
-        batch_size=300,
-        learning_rate=0.002,
-    )
-    torch.manual_seed(options.seed)
-    comparison = compare_with_backprop(mnist_net(), data, setup, options, "figure 3 A-D")
+    setup = papers_setup(options, "FixedPred", eta=0.1, n=20, LossFun=cross_entropy)
+    comparison = compare_with_backprop(mnist_net, data, setup, options, "figure 3 A-D")
 
     error = torch.tensor(comparison.relative_error, dtype=torch.float64)
     farthest = (error - error.mean(0)).abs().max().item()

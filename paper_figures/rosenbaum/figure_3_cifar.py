@@ -13,15 +13,15 @@ from paper_figures.nets import cifar_net
 from paper_figures.plotting import save_comparison
 from paper_figures.report import Number, Options
 from paper_figures.training import (
-    Setup,
     compare_with_backprop,
-    cross_entropy,
     layer_numbers,
     loss_numbers,
+    papers_cifar_setup,
     share_to_come,
 )
 
 DOWNLOADS = ("cifar10",)
+SECONDS = 30, 3600
 
 # At the last step of each of the five epochs of 195 steps.
 PAPER_LOSS = {
@@ -32,17 +32,8 @@ PAPER_LOSS = {
 
 def run(options: Options) -> list[Number]:
     data = load_cifar10(options.data)
-    setup = Setup(
-        ErrType="FixedPred",
-        eta=0.1,
-        n=20,
-        LossFun=cross_entropy,
-        steps=4 if options.quick else 975,
-        batch_size=16 if options.quick else 256,
-        learning_rate=0.01,
-    )
-    torch.manual_seed(options.seed)
-    comparison = compare_with_backprop(cifar_net(), data, setup, options, "figure 3 E-H")
+    setup = papers_cifar_setup(options, eta=0.1, n=20)
+    comparison = compare_with_backprop(cifar_net, data, setup, options, "figure 3 E-H")
 
     error = torch.tensor(comparison.relative_error).mean(0).tolist()
     numbers = [

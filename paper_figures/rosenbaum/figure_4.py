@@ -18,10 +18,10 @@ from collections.abc import Iterator
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from paper_figures.data import Batch, load_digits
 from paper_figures.plotting import layer_legend, letter, panels, per_layer
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save
 from paper_figures.training import (
     Convergence,
@@ -35,6 +35,7 @@ from paper_figures.training import (
 from torch2pc.inference.fixed_pred import error_factors
 
 DOWNLOADS = ("mnist",)
+SECONDS = 10, 40
 
 ETAS = (0.1, 0.2, 0.5, 1.0)
 
@@ -44,9 +45,9 @@ PAPER_LEVEL = (0.16, 0.17, 0.06, 0.03, 0)
 
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
-    iterations = 60 if options.quick else 200
-    model, settings = trained_mnist_net(data, cross_entropy, options, "figure 4: backprop")
-    batch = next(data.train_batches(1, 300, options.seed + 1, options.device))
+    iterations, batch_size = options.pick(quick=(60, 50), default=(100, 300), full=(200, 300))
+    model, settings = trained_mnist_net(data, cross_entropy, options)
+    batch = next(data.train_batches(1, batch_size, options.seed + 1, options.device))
     precise = Batch(batch.X.double(), batch.labels)
     gradients = weight_gradients(copy.deepcopy(model).double(), cross_entropy, precise)
 
@@ -54,9 +55,9 @@ def run(options: Options) -> list[Number]:
     for eta in ETAS:
         name = f"figure 4: η = {eta:g}"
         closed[eta], plain[eta] = Convergence(), Convergence()
-        for updates in tqdm(closed_form(model, batch, eta, iterations), name, iterations):
+        for updates in track(closed_form(model, batch, eta, iterations), name, iterations):
             closed[eta].append(updates, gradients)
-        for updates in tqdm(plain_iteration(model, batch, eta, iterations), name, iterations):
+        for updates in track(plain_iteration(model, batch, eta, iterations), name, iterations):
             plain[eta].append(updates, gradients)
         theory[eta] = [
             [share_to_come(len(model) - l, k, eta) for l in range(1, len(model) + 1)]
@@ -66,7 +67,7 @@ def run(options: Options) -> list[Number]:
     numbers = numbers_of(closed, plain, theory)
     title = (
         "FixedPred's update against the gradient in float64, mnist_net trained by backprop, "
-        f"cross-entropy\none batch of 300 ({data.name}); dots: theory, 1 − c(n−1)"
+        f"cross-entropy\none batch of {batch_size} ({data.name}); dots: theory, 1 − c(n−1)"
     )
     save(
         options,

@@ -7,21 +7,20 @@ everywhere in full, and the two methods are one.
 
 from __future__ import annotations
 
-import torch
-
 from paper_figures.data import load_digits
 from paper_figures.nets import mnist_net
 from paper_figures.plotting import save_comparison
 from paper_figures.report import Number, Options
 from paper_figures.training import (
-    Setup,
     compare_with_backprop,
     cross_entropy,
     loss_numbers,
+    papers_setup,
     sameness_numbers,
 )
 
 DOWNLOADS = ("mnist",)
+SECONDS = 10, 30
 
 # The paper's curves of backprop are those of its figure 3, and PC's cannot be told from them.
 PAPER_LOSS = {50: 0.69, 100: 0.31, 150: 0.31, 200: 0.233, 250: 0.162, 300: 0.155, 350: 0.108}
@@ -29,18 +28,8 @@ PAPER_LOSS = {50: 0.69, 100: 0.31, 150: 0.31, 200: 0.233, 250: 0.162, 300: 0.155
 
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
-    torch.manual_seed(options.seed)
-    model = mnist_net()
-    setup = Setup(
-        ErrType="FixedPred",
-        eta=1,
-        n=len(model),
-        LossFun=cross_entropy,
-        steps=40 if options.quick else 400,
-        batch_size=300,
-        learning_rate=0.002,
-    )
-    comparison = compare_with_backprop(model, data, setup, options, "figure 5 A-D")
+    setup = papers_setup(options, "FixedPred", eta=1, n=len(mnist_net()), LossFun=cross_entropy)
+    comparison = compare_with_backprop(mnist_net, data, setup, options, "figure 5 A-D")
 
     numbers = [
         *loss_numbers(comparison, {"PC": PAPER_LOSS, "BP": PAPER_LOSS}),

@@ -14,6 +14,7 @@ from paper_figures.plotting import letter, panels
 from paper_figures.report import Number, Options, save
 
 DOWNLOADS = ("vgg19", "mnist")
+SECONDS = 3, 10
 
 # Mean norms of the gradient and of Strict's error for the first picture, at layers 1 and 10.
 PAPER_NORMS = {"gradient": (6.1e-4, 5.9e-4), "Strict error": (2.3e-7, 3.4e-3)}
@@ -21,7 +22,7 @@ PAPER_NORMS = {"gradient": (6.1e-4, 5.9e-4), "Strict error": (2.3e-7, 3.4e-3)}
 
 def run(options: Options) -> list[Number]:
     shown = subject(options)
-    n = 20 if options.quick else N
+    n = options.pick(quick=20, default=100, full=N)
     labels = guess(shown.model, shown.X)
     found = [
         infer(shown.model, shown.X[i : i + 1], labels[i : i + 1], n, f"figure 6: picture {i + 1}")

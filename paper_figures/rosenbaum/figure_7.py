@@ -15,6 +15,7 @@ from paper_figures.plotting import letter, panels
 from paper_figures.report import Number, Options, save, yes
 
 DOWNLOADS = ("vgg19", "mnist")
+SECONDS = 3, 10
 
 # Mean norms of the gradient and of Strict's error.
 PAPER_NORMS = {"matching": (3.4e-6, 2.0e-5), "mismatched": (6.8e-3, 1.7e-2)}
@@ -22,7 +23,7 @@ PAPER_NORMS = {"matching": (3.4e-6, 2.0e-5), "mismatched": (6.8e-3, 1.7e-2)}
 
 def run(options: Options) -> list[Number]:
     shown = subject(options)
-    n = 20 if options.quick else N
+    n = options.pick(quick=20, default=100, full=N)
     X = shown.X[:1]
     labels = dict(zip(PAPER_NORMS, matching_and_mismatched(shown), strict=True))
     found = {

@@ -29,12 +29,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from paper_figures.data import Batch, DataSet, load_digits
 from paper_figures.nets import mnist_net
 from paper_figures.plain import Plain
 from paper_figures.plotting import letter, panels
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save, yes
 from paper_figures.training import relative_error, squared_error, weights_of
 from torch2pc import PCInfer
@@ -42,8 +42,10 @@ from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
 
 DOWNLOADS = ("mnist",)
+SECONDS = 20, 200
 
 ETA, N, BATCH_SIZE, LEARNING_RATE = 0.1, 20, 300, 0.002
+NS = [5, 7, 10, 14, 20, 28, 40, 57, 80, 113, 160, 226]
 BETAS = [1.0, 0.1, 1e-2, 1e-4, 1e-6]
 PLAIN_32, PLAIN_64, TORCH2PC_32 = "plain, float32", "plain, float64", "torch2pc, float32"
 
@@ -86,10 +88,10 @@ class Errors:
 
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
-    ns = [10, 20] if options.quick else [5, 7, 10, 14, 20, 28, 40, 57, 80, 113, 160, 226]
-    steps = 10 if options.quick else 400
-    measured = range(0, steps + 1, 10 if options.quick else 20)
-    batch_size = 50 if options.quick else BATCH_SIZE
+    ns = NS[: options.pick(quick=5, default=8, full=len(NS))]
+    steps, every = options.pick(quick=(4, 4), default=(40, 20), full=(400, 20))
+    measured = range(0, steps + 1, every)
+    batch_size = options.pick(quick=50, default=100, full=BATCH_SIZE)
     errors = {name: errors_of(name, data, ns, measured, batch_size, options) for name in NETWORKS}
     numbers = [
         number for name in NETWORKS for number in numbers_of(name, errors[name], NETWORKS[name][1])
@@ -134,9 +136,7 @@ def errors_of(
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     found = {way: Errors() for way in LOOKS}
     batches = data.train_batches(measured[-1] + 1, batch_size, options.seed, options.device)
-    for step, batch in enumerate(
-        tqdm(batches, f"precision: {name}", measured[-1] + 1, unit="step")
-    ):
+    for step, batch in enumerate(track(batches, f"precision: {name}", measured[-1] + 1)):
         if step == 0:
             for way, of_way in relative_errors(model, batch, ns).items():
                 found[way].by_n += of_way

@@ -10,16 +10,17 @@ import time
 
 import torch
 from matplotlib.figure import Figure
-from tqdm import trange
 
 from paper_figures.data import load_digits
 from paper_figures.nets import mnist_net
 from paper_figures.plotting import METHODS, panels
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save
 from paper_figures.training import squared_error
 from torch2pc import PCInfer
 
 DOWNLOADS = ("mnist",)
+SECONDS = 10, 80
 
 # ErrType, eta and n of each method; backprop has none.
 PREDICTIVE_CODING = {
@@ -39,7 +40,7 @@ BATCH_SIZE = 300
 
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
-    steps = 10 if options.quick else 400
+    steps = options.pick(quick=10, default=40, full=400)
     models, optimizers, batches = {}, {}, {}
     for method in PAPER_SECONDS:
         torch.manual_seed(options.seed)
@@ -48,7 +49,7 @@ def run(options: Options) -> list[Number]:
         batches[method] = data.train_batches(steps + 1, BATCH_SIZE, options.seed, options.device)
 
     seconds = dict.fromkeys(PAPER_SECONDS, 0.0)
-    for step in trange(steps + 1, desc="run times", unit="step"):
+    for step in track(range(steps + 1), "run times"):
         for method, model in models.items():
             start = time.perf_counter()
             batch = next(batches[method])

@@ -16,18 +16,18 @@ from functools import partial
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from paper_figures.data import load_digits
 from paper_figures.nets import mnist_net
 from paper_figures.plotting import letter, panels
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save
 from paper_figures.rosenbaum.figure_precision import deep_mlp
 from paper_figures.training import squared_error
 from torch2pc import follow, steps
 
-DEFAULT = False
 DOWNLOADS = ("mnist",)
+SECONDS = 15, 60
 
 N, BATCH_SIZE, NEAR = 100, 50, 0.1
 
@@ -60,13 +60,13 @@ NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
 
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
-    n, batch_size = (12, 20) if options.quick else (N, BATCH_SIZE)
+    n, batch_size = options.pick(quick=(12, 20), default=(40, 50), full=(N, BATCH_SIZE))
     batch = next(data.train_batches(1, batch_size, options.seed, options.device))
     series: dict[str, dict[str, list[float]]] = {}
     for name, make in NETWORKS.items():
         torch.manual_seed(options.seed)
         model, of_network = make().to(options.device), series.setdefault(name, {})
-        for label, (ErrType, rule) in tqdm(RULES.items(), f"steps: {name}", unit="rule"):
+        for label, (ErrType, rule) in track(RULES.items(), f"steps: {name}"):
             record = follow(model, squared_error, batch.X, batch.labels, ErrType, rule, n)
             of_network[label] = record.distance.tolist()
     numbers = numbers_of(series)

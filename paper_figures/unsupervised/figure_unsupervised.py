@@ -29,7 +29,6 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from paper_figures.data import DataSet, load_digits
 from paper_figures.decoders import (
@@ -41,6 +40,7 @@ from paper_figures.decoders import (
     unit_columns,
 )
 from paper_figures.plotting import letter
+from paper_figures.progress import track
 from paper_figures.report import Number, Options, save, yes
 from torch2pc import PCInferLatent
 from torch2pc.pcinfer import PCResult
@@ -263,7 +263,7 @@ def train(
     batches = data.train_batches(steps, setup.batch_size, options.seed, options.device)
     title = f"unsupervised, {setup.name}"
     every = max(1, steps // (QUICK_CHECKPOINTS if options.quick else CHECKPOINTS))
-    for step, batch in enumerate(tqdm(batches, title, steps, unit="step")):
+    for step, batch in enumerate(track(batches, title, steps)):
         if step % every == 0:
             outcome.accuracy[step] = watching.linear(*watching.latents(setup))
         start = time.perf_counter()
@@ -288,7 +288,7 @@ def infer(setup: Reference, Y: Tensor) -> PCResult:
 
 def infer_all(setup: Reference, images: Tensor) -> Tensor:
     """The latents of images (count, pixels)."""
-    parts = tqdm(images.split(INFERRED_AT_ONCE), "latents", leave=False, unit="batch")
+    parts = track(images.split(INFERRED_AT_ONCE), "latents")
     return torch.cat([infer(setup, setup.data_of(part)).v[0] for part in parts])
 
 

@@ -2,8 +2,7 @@
 
 ``torch.compile`` captures the layers and the loss and says, by its guards, when what was captured holds
 no more: the mode of a module, a hook, an attribute, a number, a shape have changed. ``program.py`` makes the
-graphs of the call from that. Here they are run: the feed-forward pass, ``n`` steps, the updates; for
-Exact and FixedPred one graph that does it all.
+graphs of the call from that. Here they are run: the feed-forward pass, ``n`` steps, the updates.
 
 The call that compiles runs plainly itself, so that layers are held against their rules as always. So
 does, with a warning, a call that cannot be compiled.
@@ -16,19 +15,24 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from platform import machine
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from torch2pc.energy.divergences import LayerEnergy
+from torch2pc.energy.factors import USUAL, Terms
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast, own
 from torch2pc.graph.layer import GLOBAL_HOOKS, HOOKS
 from torch2pc.graph.network import Inference, Network, detached
 from torch2pc.graph.warn import warn_caller
-from torch2pc.inference.exact import Factors
+from torch2pc.inference.nudge import slope
 from torch2pc.inference.start import check_vinit_entries
-from torch2pc.inference.steps import Rule
+from torch2pc.inference.steps import Rule, rule_of
+
+if TYPE_CHECKING:
+    from torch2pc.compiled.program import Asked, Program
 
 _warned: WeakSet[nn.Module] = WeakSet()
 # How often a model's call is captured anew before what changes is taken to change on.
@@ -45,7 +49,7 @@ class _Model:
 
     def capture(self, asked: Any, *arguments: Any) -> Any:
         """Run a call that is captured, or was before."""
-        from torch2pc.compiled.program import capture
+        from torch2pc.compiled.parts import capture
 
         if asked not in self.captures:
             # Its own code object: what is compiled for a model is kept with the code, so it goes
@@ -95,50 +99,62 @@ class _Captured:
             return call.run(self.program, inputs)
 
 
-class Call:
-    """One call, to be run by compiled graphs."""
+class Relaxing:
+    """A call that relaxes beliefs (``"Strict"``, ``"Latent"``) or errors (``"ErrorBased"``)."""
 
-    def __init__(self, network: Network) -> None:
+    KINDS = {  # noqa: RUF012
+        "Strict": "beliefs",
+        "Multipliers": "beliefs",
+        "Latent": "beliefs",
+        "ErrorBased": "errors",
+    }
+
+    def __init__(
+        self,
+        network: Network,
+        ErrType: str,
+        eta: float | str | Rule,
+        n: int,
+        vinit: Sequence[Any] | None = None,
+        update_at: str = "v",
+        *,
+        terms: Terms = USUAL,
+        nudge: float | None = None,
+    ) -> None:
         self.network = network
         self.captured: _Captured | None = None
         self.inference: Inference | None = None
         self.reason: object = None
         self.has_begun = False
-
-    def asks(self) -> dict[str, Any]:
-        """What is asked of ``program.Asked``, besides the network's."""
-        raise NotImplementedError
-
-    def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
-        """The call itself; returns what was to be captured."""
-        raise NotImplementedError
+        self.ErrType, self.eta, self.n, self.vinit = ErrType, eta, n, vinit
+        # Errors belong to the beliefs that they have made.
+        before_of_errors = update_at == "before" and ErrType == "ErrorBased"
+        self.update_at, self.terms = "v" if before_of_errors else update_at, terms
+        self.nudge = nudge
+        if ErrType not in self.KINDS:
+            self.reason = f"{ErrType} is not compiled"
+        elif network.from_above:
+            self.reason = "beliefs are predicted from above"
 
     def infer(self) -> Inference | None:
         """The result; None if the call is to be run plainly, and nothing has happened yet."""
         network, model = self.network, self.network.model
+        if not network.free:
+            return None  # where nothing moves there is nothing to compile
         self.reason = self.reason or _hooked(network)
         if self.reason is not None:
             return None
         try:
-            from torch2pc.compiled.program import Asked
+            self.asked = self._asked()
         except ImportError as error:  # another PyTorch may lack what is imported there
             self.reason = error
             return None
         kept = _models.get(model)
         if kept is None:
             kept = _models[model] = _Model()
-        if kept.error is not None:
-            self.reason = kept.error
+        self.reason = self.reason or kept.error
+        if self.reason is not None:
             return None
-        parents = tuple([node.parents for node in network.nodes])
-        prior = network.prior
-        self.asked = Asked(
-            parents=parents,
-            names=tuple([node.where for node in network.nodes]),
-            free=tuple(sorted(network.free)),
-            has_prior=prior is not None,
-            **self.asks(),
-        )
         before, _local.call = getattr(_local, "call", None), self
         try:
             with torch._dynamo.config.patch(
@@ -149,10 +165,17 @@ class Call:
                 kept.capture(
                     self.asked,
                     tuple([layer.function for layer in network.layers]),
-                    parents,
+                    self.asked.parents,
                     (*[layer.copies_input for layer in network.layers], True),
-                    *(network.loss.function, None if prior is None else prior.function),
-                    *(network.X, network.Y),
+                    *(
+                        network.loss.function,
+                        None if network.prior is None else network.prior.function,
+                    ),
+                    *(
+                        tuple(zip(self.asked.energies, self._energies.values(), strict=True)),
+                        network.X,
+                        network.Y,
+                    ),
                 )
         except _PlainlyError:
             assert self.captured is not None
@@ -171,27 +194,108 @@ class Call:
             _local.call = before
         return self.inference
 
-    def explain(self) -> None:
-        """After a plain run: warn if it was none of the call's own choice, and learn from it."""
-        model, uncovered = self.network.model, self.uncovered()
-        kept = _models.get(model)
-        if uncovered and self.captured is not None:
-            self.captured.reason = uncovered[0]
-        if kept is not None and kept.error is not None:
-            if kept.has_reason and not uncovered:
-                kept.error = None  # what was in the way is gone
-            kept.has_reason = bool(uncovered)
-        reason = next(iter(uncovered), self.reason)
-        if reason is not None:
-            run_plainly(model, reason)
+    @property
+    def _energies(self) -> dict[int, LayerEnergy]:
+        """The layers' own energies, by their places, in order."""
+        return dict(sorted(self.terms.between.items()))
 
-    def uncovered(self) -> list[str]:
-        """What the plain run has found to stand in the way of compiling a call like this one."""
-        return []
+    def _asked(self) -> Asked:
+        from torch2pc.compiled.parts import own_energy
+        from torch2pc.compiled.program import Asked, RuleOf
+
+        network = self.network
+        # (A rule that draws a seed does so when the call is run.)
+        rule = RuleOf.of(self.eta if isinstance(self.eta, Rule) else rule_of(self.eta))
+        if not rule.is_constant:
+            self.reason = f"eta is a rule that holds more than numbers, {self.eta}"
+        return Asked(
+            kind=self.KINDS[self.ErrType],
+            parents=tuple([node.parents for node in network.nodes]),
+            names=tuple([node.where for node in network.nodes]),
+            free=tuple(sorted(network.free)),
+            rule=rule,
+            update_at=self.update_at,
+            is_weighted=self.terms.precision is not None,
+            is_nudged=self.nudge is not None,
+            is_multiplied=self.terms.alpha is not None,
+            energies=tuple([own_energy(*of_layer) for of_layer in self._energies.items()]),
+            has_prior=network.prior is not None,
+            takes_errors=self.ErrType == "Latent",
+        )
+
+    def run(self, program: Program, inputs: Sequence[Any]) -> list[Tensor]:
+        """Feed forward, ``n`` steps, and the updates; returns what was to be captured."""
+        from torch2pc.compiled.parts import find
+
+        _begin(self.network.X.device)
+        held = [*inputs, *program.feed_forward(inputs)]
+        known, vhat = program.known(held), [find(held, place) for place in program.vhat]
+        check_vinit_entries(self.vinit, vhat)
+        if self.nudge is None:
+            v, epsilon, of_input, updates = self._relaxed(program, known, vhat)
+        else:
+            beta = self.nudge
+            _, _, below, updates_below = self._relaxed(program, known, vhat, -beta)
+            v, epsilon, of_input, updates = self._relaxed(program, known, vhat, beta)
+            if of_input is not None:
+                of_input = slope(of_input, below, beta)
+            updates = [slope(*sides, beta) for sides in zip(updates, updates_below, strict=True)]
+        return self.end(program, inputs, held, v, of_input, [*epsilon, *updates])
+
+    def _relaxed(
+        self, program: Program, known: list[Any], vhat: list[Tensor], beta: float | None = None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None, list[Tensor]]:
+        """The beliefs, the errors, that of the input, and the updates after ``n`` steps."""
+        network, asked, n = self.network, program.asked, self.n
+        rule, like = rule_of(self.eta), in_belief_dtype(vhat[-1])
+        reached = _reached_layers(asked, like.device)
+        numbers = _numbers(rule, self.terms, beta, like)
+
+        def given(k: int) -> list[Any]:
+            return [*known, *numbers, *reached[k]]
+
+        def noise(places: list[int], times: int = 1) -> list[Tensor]:
+            return [rule.noise(x[k]) for _ in range(times) for k in places]
+
+        x = [torch.zeros_like(in_belief_dtype(vhat[i])) for i in asked.free]
+        if self.vinit is not None:
+            for i, x_i in zip(asked.free, x, strict=True):
+                torch.sub(self.vinit[i].detach(), vhat[i], out=x_i)
+            if asked.kind == "errors":
+                x = list(program.start([*given(-1), *x]))
+        before, start = x, [like] * program.size
+        program.begin.put(
+            start, program.begin.graph([*given(-1), *x, *noise(program.noise_of_begin)])
+        )
+        program.tell(rule, start)
+        rule.choose()
+        first = len(program.reach) - 1 if self.vinit is not None else program.first
+        ends_alone = self.update_at == "before"
+        while True:
+            numbers = _numbers(rule, self.terms, beta, like)
+            state, of_k = list(start), {}
+            for k, step in program.schedule(first, n, ends_alone):
+                if k not in of_k:
+                    of_k = {k: given(k)}
+                before = state[: len(x)]
+                drawn = noise(program.noise_of_step, step.steps)
+                step.put(state, step.graph([*of_k[k], *state, *drawn]))
+            judge = program.judge
+            if rule.accepts(None if judge is None else judge([*given(-1), *state])[0]):
+                break
+        found = list(program.updates([*given(-1), *state, *(before if ends_alone else [])]))
+        v: list[Tensor] = [found.pop(0) for _ in range(len(asked.free) + 1)]
+        if 0 not in network.free:
+            v.insert(0, detached(network.X))
+        epsilon: list[Tensor] = [
+            found.pop(0) if program.retakes else state[k] for k in program.errors
+        ]
+        of_input = found.pop(0) if program.asks_input else None
+        return v, epsilon, of_input, found
 
     def end(
         self,
-        program: Any,
+        program: Program,
         inputs: Sequence[Any],
         held: Sequence[Any],
         v: list[Tensor],
@@ -199,7 +303,7 @@ class Call:
         found: list[Tensor],
     ) -> list[Tensor]:
         """Set ``inference``; ``found`` are the layers' errors, and then the updates."""
-        from torch2pc.compiled.program import find
+        from torch2pc.compiled.parts import find
 
         L, found = program.asked.L, own(found)
         vhat = [find(held, place) for place in program.vhat]
@@ -218,124 +322,19 @@ class Call:
         self.inference = Inference(vhat, Loss, dLdy, v, errors, updates)
         return results
 
-
-class Relaxing(Call):
-    """A call that relaxes beliefs (``"Strict"``, ``"Latent"``) or errors (``"ErrorBased"``)."""
-
-    KINDS = {"Strict": "beliefs", "Latent": "beliefs", "ErrorBased": "errors"}  # noqa: RUF012
-
-    def __init__(
-        self,
-        network: Network,
-        ErrType: str,
-        eta: float | Tensor | str | Rule,
-        n: int,
-        vinit: Sequence[Any] | None = None,
-        update_at: str = "v",
-        *,
-        precision: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__(network)
-        self.ErrType, self.eta, self.n, self.vinit = ErrType, eta, n, vinit
-        # Errors belong to the beliefs that they have made.
-        before_of_errors = update_at == "before" and ErrType == "ErrorBased"
-        self.update_at, self.precision = "v" if before_of_errors else update_at, precision
-        if ErrType not in self.KINDS:
-            self.reason = f"{ErrType}'s search is not compiled"
-        elif isinstance(eta, str):
-            self.reason = f'eta="{eta}" finds its step size as it runs'
-        elif isinstance(eta, Rule):
-            self.reason = f"eta is another rule than plain descent, {eta}"
-
-    def asks(self) -> dict[str, Any]:
-        return dict(
-            kind=self.KINDS[self.ErrType],
-            update_at=self.update_at,
-            is_weighted=self.precision is not None,
-            takes_errors=self.ErrType == "Latent",
-        )
-
-    def infer(self) -> Inference | None:
-        """The result; None if the call is to be run plainly, and nothing has happened yet."""
-        # Where nothing moves there is nothing to compile.
-        return super().infer() if self.network.free else None
-
-    def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
-        """Feed forward, ``n`` steps, and the updates; returns what was to be captured."""
-        from torch2pc.compiled.program import find
-
-        network, asked, L = self.network, program.asked, program.asked.L
-        _begin(network.X.device)
-        held = [*inputs, *program.feed_forward(inputs)]
-        vhat = [find(held, place) for place in program.vhat]
-        dLdy = find(held, program.dLdy)
-        x = {i: torch.zeros_like(in_belief_dtype(vhat[i])) for i in asked.free}
-        epsilon = [torch.zeros_like(in_belief_dtype(vhat_l)) for vhat_l in vhat[1:-1]]
-        epsilon.append(in_belief_dtype(dLdy).clone())
-        check_vinit_entries(self.vinit, vhat)
-        if self.vinit is not None:
-            for i in asked.free:
-                torch.sub(self.vinit[i].detach(), vhat[i], out=x[i])
-        like = epsilon[-1]
-        assert not isinstance(self.eta, Rule)
-        eta = self.eta if isinstance(self.eta, Tensor) else like.new_full((), float(self.eta))
-        pi: Sequence[Any] = [None] * (L + 1)
-        if self.precision is not None:
-            # Filled where they are: to copy numbers to a GPU waits for it.
-            pi = [like.new_full((), weight) for weight in (1.0, *self.precision, 1.0)]
-        known = [*held, eta.to(like), *pi]
-        reached = _reached_layers(asked, like.device)
-        relax = self._relax_errors if asked.kind == "errors" else self._relax_beliefs
-        state = relax(program, known, reached, x, epsilon)
-        found = list(program.updates([*known, *reached[-1], *state]))
-        v = found[: len(asked.free) + 1]
-        if 0 not in network.free:
-            v.insert(0, detached(network.X))
-        del found[: len(asked.free) + 1]
-        if asked.takes_errors or asked.kind == "errors":
-            epsilon = found[:L]
-            del found[:L]
-        input_error = found.pop(0) if program.asks_input else None
-        return self.end(program, inputs, held, v, input_error, [*epsilon, *found])
-
-    def _relax_beliefs(
-        self,
-        program: Any,
-        known: list[Any],
-        reached: Sequence[Sequence[Tensor]],
-        x: dict[int, Tensor],
-        epsilon: list[Tensor],
-    ) -> list[Tensor]:
-        """The state after ``n`` steps: how far the beliefs have moved, and the errors."""
-        last = len(program.reach) - 1
-        k = last if self.network.prior is not None or self.vinit is not None else 0
-        before: list[Tensor] = []
-        for _ in range(self.n):
-            before = list(x.values())
-            step, moved, taken = program.step_of(k)
-            found = step([*known, *reached[min(k, last)], *x.values()])
-            x.update(zip(moved, found, strict=False))
-            for l, error in zip(taken, found[len(moved) :], strict=True):
-                epsilon[l - 1] = error
-            k += 1
-        return [*x.values(), *epsilon, *(before if self.update_at == "before" else [])]
-
-    def _relax_errors(
-        self,
-        program: Any,
-        known: list[Any],
-        reached: Sequence[Sequence[Tensor]],
-        x: dict[int, Tensor],
-        epsilon: list[Tensor],
-    ) -> list[Tensor]:
-        """The state after ``n`` steps: the hidden errors."""
-        known, hidden = [*known, *reached[-1]], epsilon[:-1]
-        if self.vinit is not None:
-            hidden = program.start([*known, *x.values()])
-        step = program.steps[len(program.reach) - 1]
-        for _ in range(self.n):
-            hidden = step([*known, *hidden])
-        return list(hidden)
+    def explain(self) -> None:
+        """After a plain run: warn if it was none of the call's own choice, and learn from it."""
+        model, uncovered = self.network.model, self.uncovered()
+        kept = _models.get(model)
+        if uncovered and self.captured is not None:
+            self.captured.reason = uncovered[0]
+        if kept is not None and kept.error is not None:
+            if kept.has_reason and not uncovered:
+                kept.error = None  # what was in the way is gone
+            kept.has_reason = bool(uncovered)
+        reason = next(iter(uncovered), self.reason)
+        if reason is not None:
+            run_plainly(model, reason)
 
     def uncovered(self) -> list[str]:
         """What the plain run has found to stand in the way of compiling a call like this one."""
@@ -349,41 +348,6 @@ class Relaxing(Call):
             if function is not None and not function.is_pure:
                 reasons.append(f"{function.name} draws random numbers or changes its buffers")
         return reasons
-
-
-class Backpropagation(Call):
-    """One call of Exact or FixedPred, to be run by one compiled graph.
-
-    The factors are as in ``exact.weighted_backpropagation``.
-    """
-
-    def __init__(self, network: Network, factors: Factors) -> None:
-        super().__init__(network)
-        self._c = (*factors.epsilon[1:], *factors.v[1:])
-
-    def asks(self) -> dict[str, Any]:
-        return dict(kind="nothing")
-
-    def run(self, program: Any, inputs: Sequence[Any]) -> list[Tensor]:
-        """Forward and backward; returns what was to be captured."""
-        network, L, adds = self.network, program.asked.L, program.adds
-        device = network.X.device
-        _begin(device)
-        factors = _scalar_tensors(self._c, program.factor_dtype, device)
-        found = list(program.backpropagate([*inputs, *factors]))
-        held, v = [*inputs, *found[:adds]], [detached(network.X), *found[adds : adds + L]]
-        del found[: adds + L]
-        input_error = found.pop(L) if program.asks_input else None
-        return self.end(program, inputs, held, v, input_error, found)
-
-
-@lru_cache(maxsize=32)
-def _scalar_tensors(
-    c: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    # What is beyond the type is infinite. Filled where they are, as in a relaxation.
-    values = torch.tensor(c, dtype=torch.float64, device="cpu").to(dtype).tolist()
-    return tuple([torch.full((), c_l, dtype=dtype, device=device) for c_l in values])
 
 
 def _is_graphed(device: torch.device) -> bool:
@@ -409,16 +373,23 @@ def run_plainly(model: nn.Module, reason: object) -> None:
         )
 
 
+def _numbers(rule: Rule, terms: Terms, beta: float | None, like: Tensor) -> list[Tensor]:
+    """The rule's, the precisions, the factor of the loss, and how fast multipliers grow."""
+    numbers = [getattr(rule, name) for name in rule.numbers]
+    numbers += [*(terms.precision or []), *[x for x in (beta, terms.alpha) if x is not None]]
+    # Filled where they are: to copy numbers to a GPU waits for it. (A rule may have to find one first.)
+    return [like.new_full((), x) if isinstance(x, float) else like for x in numbers]
+
+
 @lru_cache(maxsize=32)
 def _reached_layers(asked: Any, device: torch.device) -> list[tuple[Tensor, ...]]:
-    """After 0, 1, ... steps from the feed-forward pass, which layers 0..L an error has reached."""
-    from torch2pc.compiled.program import moves_of, reach
+    """After 0, 1, ... steps from the feed-forward pass, which layers 1..L an error has reached."""
+    from torch2pc.compiled.program import reach, reached
 
     # Filled where they are: to copy them to a GPU waits for it.
     kind: Any = dict(dtype=torch.bool, device=device)
-    taken = [moves_of(asked, moved)[1] for moved in reach(asked)]
-    layers = range(asked.L + 1)
-    return [tuple([torch.full((), l in of_step, **kind) for l in layers]) for of_step in taken]
+    of_steps = [reached(asked, moved) for moved in reach(asked)]
+    return [tuple([torch.full((), is_reached, **kind) for is_reached in of]) for of in of_steps]
 
 
 def _options(device: torch.device) -> dict[str, Any]:
@@ -457,7 +428,7 @@ def _hooked(network: Network) -> str | None:
     return None
 
 
-def compiled_or_plain(call: Call, plainly: Callable[[], Inference]) -> Inference:
+def compiled_or_plain(call: Relaxing, plainly: Callable[[], Inference]) -> Inference:
     """What a compiled call infers; where there is none, or it cannot be, what ``plainly`` does."""
     found = call.infer()
     if found is None:

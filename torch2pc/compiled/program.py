@@ -1,19 +1,20 @@
-"""A captured call as graphs: the feed-forward pass, a step of a relaxation, the updates.
+"""A captured call as graphs: the feed-forward pass, the steps of a relaxation, the updates.
 
-One of Exact or FixedPred is a single graph, of a forward and a backward pass.
+``Program`` runs the parts of a captured call (``parts.py``) on tensors without values, in a ``Traced``
+network, through the very sweep, step rule and updates of ``energy`` and ``inference``, and writes down the
+operations that come of it. So what is compiled holds no tensor: weights, beliefs, masks, targets and step
+sizes are its inputs. What goes on from step to step (the variables, and whatever tensors a rule or a factor
+changes) is its state, which is found by taking a step.
 
-``torch.compile`` captures the layers and the loss (``capture``), with guards that notice what changes in
-them, and hands the graph to ``Program``. That runs the parts of it on tensors without values, in a
-``Traced`` network, through the very sweep, step rule and updates of ``energy`` and ``inference``, and writes
-down the operations that come of it. So what is compiled holds no tensor: weights, beliefs, masks, targets
-and step sizes are its inputs. To import this file takes a second, as it imports the compiler.
+To import this file takes a second, as it imports the compiler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cache, partial
+from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +22,14 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import tracing
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.decomposition import decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch2pc.compiled.parts import Held, OwnEnergy, Parts, Place, Watched, find, split
 from torch2pc.displacement.lines import Displacement
 from torch2pc.displacement.recorder import Recorder, Uncovered
 from torch2pc.displacement.rules import aten, storage
-from torch2pc.displacement.rules.core import WRITES_ASIDE
 from torch2pc.energy import Beliefs, Energy, Errors
+from torch2pc.energy.divergences import LayerEnergy
 from torch2pc.energy.factors import Terms, factors_of
 from torch2pc.graph.autograd import (
     Below,
@@ -39,30 +39,69 @@ from torch2pc.graph.autograd import (
     gradient,
     gradient_of_small,
     in_belief_dtype,
-    independent_loss,
     output_gradient,
 )
 from torch2pc.graph.layer import own_output
 from torch2pc.graph.network import Network
 from torch2pc.graph.nodes import Node
-from torch2pc.inference.steps import Descent
+from torch2pc.inference.relax import take_step
+from torch2pc.inference.steps import Rule
 from torch2pc.inference.updates import OfLayer, updates
+
+
+def is_constant(value: object) -> bool:
+    """Whether it is a Python number or the like, which can be compiled in."""
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+class RuleOf(NamedTuple):
+    """A step rule without its numbers: rules that are alike are one program."""
+
+    kind: type[Rule]
+    attributes: tuple[tuple[str, Any], ...]
+    """What else it holds."""
+
+    @classmethod
+    def of(cls, rule: Rule) -> RuleOf:
+        """That of a rule."""
+        # A generator is what the noise comes of, and that is an input.
+        held = {k: x for k, x in vars(rule).items() if not isinstance(x, torch.Generator)}
+        held = {k: x for k, x in sorted(held.items()) if k not in rule.numbers}
+        return cls(type(rule), tuple(held.items()))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether what else it holds can be compiled in."""
+        return all([is_constant(value) for _, value in self.attributes])
+
+    def make(self) -> Rule:
+        """Such a rule, of which the numbers are missing."""
+        rule: Rule = object.__new__(self.kind)
+        vars(rule).update(self.attributes)
+        return rule
 
 
 class Asked(NamedTuple):
     """What is compiled in, besides the layers: another value of it is another program."""
 
     kind: str
-    """What is moved: the ``"beliefs"``, the ``"errors"``, or ``"nothing"``, as in Exact and FixedPred."""
+    """What is moved: the ``"beliefs"`` or the ``"errors"``."""
     parents: tuple[tuple[int, ...], ...]
     """Those of each layer."""
     names: tuple[str, ...]
     """What errors call the layers."""
     free: tuple[int, ...]
     """The places whose beliefs move."""
+    rule: RuleOf
     update_at: str = "v"
     is_weighted: bool = False
     """Whether the layers' errors have precisions."""
+    is_nudged: bool = False
+    """Whether the loss is multiplied by a number."""
+    is_multiplied: bool = False
+    """Whether the layers have multipliers."""
+    energies: tuple[OwnEnergy, ...] = ()
+    """The layers' own energies."""
     has_prior: bool = False
     takes_errors: bool = False
     """Whether the errors are those at the final beliefs, not those of the last step."""
@@ -75,243 +114,6 @@ class Asked(NamedTuple):
     def moving(self, l: int) -> tuple[int, ...]:
         """The parents of layer l whose beliefs move."""
         return tuple([p for p in self.parents[l - 1] if p in self.free])
-
-
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def mark(x: Tensor, k: int) -> Tensor:
-    """``x``; where part ``k`` of a captured call ends."""
-    return x.view_as(x)
-
-
-def capture(
-    items: Sequence[Callable[..., Tensor]],
-    parents: Sequence[Sequence[int]],
-    copies_input: Sequence[bool],
-    LossFun: Callable[[Tensor, Any], Tensor],
-    prior: Callable[[list[Tensor]], Tensor] | None,
-    X: Tensor,
-    Y: Any,
-) -> list[Tensor]:
-    """What is captured: part l is layer l, then come the loss and the prior."""
-    marked = [mark(X, 0)]
-    for item, of_item, copies in zip(items, parents, copies_input, strict=False):
-        x = [marked[p].clone() if copies else marked[p] for p in of_item]
-        marked.append(mark(item(*x), len(marked)))
-    beliefs, y = list(marked[:-1]), marked[-1]
-    marked.append(mark(LossFun(y.clone() if copies_input[-1] else y, Y), len(marked)))
-    if prior is not None:
-        marked.append(mark(prior(beliefs), len(marked)))
-    return marked
-
-
-class Parts:
-    """The parts of a captured call, each to be run on any inputs."""
-
-    def __init__(self, captured: fx.GraphModule, parents: Sequence[Sequence[int]]) -> None:
-        # The marks that each part is given: none for the input, all beliefs for the prior.
-        L = len(parents)
-        self._given = [(), *parents, (L,), tuple(range(L))]
-        self._interpreter = fx.Interpreter(captured, garbage_collect_values=False)
-        self.placeholders: list[fx.Node] = []
-        self.marks: list[fx.Node] = []
-        self._nodes: list[list[fx.Node]] = [[]]
-        for node in captured.graph.nodes:
-            if node.op == "placeholder":
-                self.placeholders.append(node)
-            elif node.target is mark:
-                self.marks.append(node)
-                self._nodes.append([])
-            elif node.op == "output":
-                self.results = list(node.args[0])
-            else:
-                self._nodes[-1].append(node)
-        if self._nodes.pop():
-            raise Uncovered("something is computed after the loss")
-        # What the captured call returns, as it was computed last: Python may keep it in attributes.
-        self.kept: dict[fx.Node, Any] = {}
-
-    def run(self, k: int, inputs: Sequence[Any], *x: Tensor) -> Tensor:
-        """Part ``k``, at ``x``: what its parents are, or the beliefs that a prior is given."""
-        given = [self.marks[p] for p in self._given[k]]
-        values = dict(zip([*self.placeholders, *given], [*inputs, *x], strict=True))
-        self._interpreter.env = values
-        nodes = set(self._nodes[k])
-        for node in self._nodes[k]:
-            if any(
-                [before not in values and before not in nodes for before in node.all_input_nodes]
-            ):
-                raise Uncovered(f"part {k} uses what an earlier one has computed")
-            values[node] = self._interpreter.run_node(node)
-            if node in self.results:
-                self.kept[node] = values[node].detach()
-        found: Tensor = values[self.marks[k].all_input_nodes[0]]
-        self._interpreter.env = {}
-        return found
-
-
-class Place(NamedTuple):
-    """Where a tensor is found in a call: one of those that are held, or a view of it."""
-
-    k: int
-    view: tuple[Any, ...] | None
-
-
-class Held:
-    """The tensors that one graph hands to the next: its inputs, and what it adds to them."""
-
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        self.tensors = list(inputs)
-        self._by_storage: dict[int, list[int]] = {}
-        for k, tensor in enumerate(inputs):
-            if isinstance(tensor, Tensor):
-                self._by_storage.setdefault(storage(tensor), []).append(k)
-
-    def place(self, tensor: Tensor) -> Place:
-        """Where ``tensor`` is held from now on."""
-        mine = self._by_storage.setdefault(storage(tensor), [])
-        for k in mine:
-            if _layout(self.tensors[k]) == _layout(tensor):
-                return Place(k, None)
-        for k in mine:
-            held = self.tensors[k]
-            is_whole = held.storage_offset() == 0 and held.is_contiguous()
-            if held.dtype == tensor.dtype and is_whole:
-                return Place(k, _layout(tensor)[:3])
-        return self.add(tensor)
-
-    def add(self, tensor: Tensor) -> Place:
-        """The place of a tensor that is new."""
-        self._by_storage.setdefault(storage(tensor), []).append(len(self.tensors))
-        self.tensors.append(tensor)
-        return Place(len(self.tensors) - 1, None)
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
-
-
-def find(held: Sequence[Any], place: Place) -> Any:
-    """The tensor at this place."""
-    tensor = held[place.k]
-    if place.view is None:
-        return tensor
-    size, stride, _ = place.view
-    if tensor.dim() == 2 and (size, stride) == (tuple(tensor.shape)[::-1], tensor.stride()[::-1]):
-        return tensor.t()
-    return tensor.as_strided(*place.view)
-
-
-class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the random numbers that its body draws, or hands out those that were ``drawn`` before.
-
-    ``written``: the storages that the body wrote into.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, drawn: Sequence[Tensor] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._again = None if drawn is None else iter(drawn)
-        self.drawn: list[Tensor] = []
-        self.written: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        places = _written(func)
-        given = [args[k] for k in places if k < len(args)]
-        self.written.update([storage(x) for x in given if isinstance(x, Tensor)])
-        if not _draws(func):
-            return func(*args, **kwargs)
-        _check_draws(func, args)
-        if self._again is None:
-            output = func(*args, **kwargs)
-            numbers = output.clone() if isinstance(output, Tensor) else output[-1]
-            self.drawn.append(numbers.detach())
-            return output
-        numbers = next(self._again)
-        if func is aten.native_dropout.default:
-            return args[0] * numbers * (1 / (1 - args[1])), numbers
-        return args[0].copy_(numbers) if places else numbers.clone()
-
-
-class SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses what draws other random numbers when it is compiled."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _draws(func):
-            _check_draws(func, args)
-        return func(*args, **(kwargs or {}))
-
-
-@cache
-def _draws(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-
-
-def _check_draws(func: Any, args: Sequence[Any]) -> None:
-    """Raises Uncovered for what draws other random numbers when it is compiled."""
-    # A dropout that leaves nothing needs none where it is not.
-    drops_all = func is aten.native_dropout.default and args[1] == 1
-    if func in decompositions or func in WRITES_ASIDE or drops_all:
-        raise Uncovered(f"{func} draws other random numbers when it is compiled")
-
-
-@cache
-def _written(func: Any) -> list[int]:
-    """The places of the arguments that an operation writes into."""
-    arguments = getattr(getattr(func, "_schema", None), "arguments", ())
-    return [
-        k for k, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
-    ]
-
-
-def split(
-    joint: fx.GraphModule, inputs: int, errors: int, handed_on: int
-) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """Take out of a graph what depends on its last ``errors`` placeholders.
-
-    Its first ``handed_on`` results do not. The graph that is taken out computes the others, from the
-    values of the nodes that are returned with it, and from the errors. What is left returns these
-    values too, except those of placeholders.
-    """
-    nodes = list(joint.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    (results,) = nodes[-1].args
-    late = set(placeholders[inputs:])
-    for node in nodes[:-1]:
-        if any([before in late for before in node.all_input_nodes]):
-            late.add(node)
-    # What is used of the rest is handed on, and views of it are made again.
-    waiting = [before for node in late for before in node.all_input_nodes]
-    waiting += [node for node in results[handed_on:] if node not in late]
-    again: set[fx.Node] = set()
-    cut: set[fx.Node] = set()
-    while waiting:
-        node = waiting.pop()
-        if node not in late and node not in again and node not in cut:
-            is_view = getattr(node.target, "is_view", False) or node.op == "get_attr"
-            (again if is_view else cut).add(node)
-            waiting += node.all_input_nodes if is_view else []
-    rest = fx.Graph()
-    handed = [node for node in nodes if node in cut]
-    values = {node: rest.placeholder(node.name) for node in [*handed, *placeholders[inputs:]]}
-    for node in nodes:
-        if node in again or (node in late and node.op != "placeholder"):
-            values[node] = rest.node_copy(node, values.__getitem__)
-    rest.output([values[node] for node in results[handed_on:]])
-
-    more = [node for node in handed if node.op != "placeholder"]
-    nodes[-1].args = ([*results[:handed_on], *more],)
-    for node in reversed(nodes):
-        if node in late:
-            joint.graph.erase_node(node)
-    joint.recompile()
-    return fx.GraphModule(joint, rest), handed
 
 
 class Graphed(NamedTuple):
@@ -351,29 +153,122 @@ class _Masked:
         return self._displacement.backward(saved, torch.where(self._is_reached, e, 0.0))
 
 
+class _TracedEnergy(LayerEnergy):
+    """A layer's own energy, in a graph that is being traced."""
+
+    def __init__(self, run: Callable[..., Tensor], is_at_rest: bool, *parts: int | None) -> None:
+        self._run, self.is_at_rest, (self._own, self._slopes, self._value) = run, is_at_rest, parts
+
+    def __call__(self, f: Tensor, v: Tensor) -> Tensor:
+        """E, a scalar."""
+        return self._run(self._own, f, v).reshape(())
+
+    def slopes(self, vhat: Tensor, df: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """dE/df and dE/dv."""
+        if self._slopes is None:
+            return super().slopes(vhat, df, dv)
+        of_prediction, of_belief = self._run(self._slopes, vhat, df, dv)
+        return of_prediction, of_belief
+
+    def value(self, vhat: Tensor, df: Tensor, dv: Tensor) -> Tensor:
+        """E there."""
+        if self._value is None:
+            return super().value(vhat, df, dv)
+        return self._run(self._value, vhat, df, dv).detach()
+
+
+class Slot(NamedTuple):
+    """Where a rule or a factor keeps a tensor that goes on from step to step."""
+
+    owner: int
+    """0 for the rule, then the factors."""
+    name: str
+    key: Any
+    """Its place in a dict or a list, if the attribute is one."""
+
+    def put(self, owners: Sequence[Any], x: Tensor) -> None:
+        """Put a tensor there."""
+        owner = owners[self.owner]
+        if self.key is None:
+            setattr(owner, self.name, x)
+        else:
+            getattr(owner, self.name)[self.key] = x
+
+
+def slots(energy: Energy, owners: Sequence[Any]) -> dict[Slot, Tensor]:
+    """All tensors that the owners keep, but for the variables."""
+    found, variables = {}, set(map(id, energy.variables))
+    for k, owner in enumerate(owners):
+        for name, value in vars(owner).items():
+            entries: Any = [(None, value)]
+            if isinstance(value, dict):
+                entries = value.items()
+            elif isinstance(value, list) and value is not energy.x:
+                entries = enumerate(value)
+            for key, x in entries:
+                if isinstance(x, Tensor) and id(x) not in variables:
+                    found[Slot(k, name, key)] = x
+    return found
+
+
+def besides(energy: Energy, rule: Rule) -> dict[str, Any]:
+    """What a rule keeps besides tensors and its numbers; ``Energy`` stands for the energy itself."""
+    found: dict[str, Any] = {}
+    for name, value in vars(rule).items():
+        if value is energy.x or name in ("noise", *rule.numbers) or isinstance(value, Tensor):
+            continue
+        if isinstance(value, dict):
+            value = {key: x for key, x in value.items() if not isinstance(x, Tensor)}
+        elif isinstance(value, list):
+            value = [None if isinstance(x, Tensor) else x for x in value]
+        elif not (value is energy or is_constant(value)):
+            raise Uncovered(f"{rule} keeps a {type(value).__name__}")
+        found[name] = Energy if value is energy else value
+    return found
+
+
 class Traced(Network):
     """A recorded network, made of the tensors that a graph is given while it is traced."""
 
-    def __init__(self, program: Program, given: Sequence[Any], is_masked: bool = False) -> None:
+    def __init__(
+        self,
+        program: Program,
+        given: Sequence[Any],
+        is_masked: bool = False,
+        size: int | None = None,
+    ) -> None:
         asked, L = program.asked, program.asked.L
-        held, self.eta, pi, is_reached, self.state = program.divided(given)
-        self._program, self.held = program, held
-        self.terms = Terms(pi[1:L] if asked.is_weighted else None)
+        known, numbers, is_reached, self.state, noise = program.divided(given, size)
+        self._program, self._known = program, dict(zip(program.places, known, strict=True))
+        # Without any it is only found out what is drawn.
+        self._noise: Iterator[Tensor] | None = iter(noise) if noise else None
+        self.others = noise
+        self.drawn_like: list[int] = []
+        """The variables like which the rule has drawn noise."""
+        kind = asked.rule.kind
+        self.numbers = dict(zip(kind.numbers, numbers, strict=False))
+        rest = list(numbers[len(kind.numbers) :])
+        between = {
+            of.place: _TracedEnergy(self._replay, of.is_at_rest, *program.parts.of_energy[of.place])
+            for of in asked.energies
+        }
+        alpha = rest.pop() if asked.is_multiplied else None
+        beta = rest.pop() if asked.is_nudged else 1.0
+        self.terms = Terms(rest if asked.is_weighted else None, beta, between, alpha)
         self.nodes = [
             Node(_no_function, *pair) for pair in zip(asked.parents, asked.names, strict=True)
         ]
         self.free = set(asked.free)
         self.asks_input, self.kept, self.arrived = program.asks_input, {}, None
         self._autocast = None
-        self.vhat = [find(held, place) for place in program.vhat]
-        self.Loss, self.dLdy = find(held, program.Loss), find(held, program.dLdy)
-        inputs = program.inputs_of(held)
-        self.own = program.with_leaves(inputs)
+        self.vhat = list(map(self.found, program.vhat))
+        self.Loss, self.dLdy = self.found(program.Loss), self.found(program.dLdy)
+        self.own = program.with_leaves(list(map(self.found, program.inputs)))
         self.layers = []
         for l in range(1, L + 1):
-            d: Any = program.displacement(l, held) if asked.moving(l) else None
+            d: Any = self._displacement(l) if asked.moving(l) else None
             if d is not None and is_masked and l < L:
-                d = _Masked(d, is_reached[l])
+                d = _Masked(d, is_reached[l - 1])
             has_leaves = bool(program.leaves_of[l])
             self.layers.append(_TracedLayer(partial(self._replay, l), d, has_leaves))  # type: ignore[arg-type]
         loss, prior = bool(program.leaves_of[L + 1]), bool(program.leaves_of.get(L + 2))
@@ -382,51 +277,123 @@ class Traced(Network):
         if asked.has_prior:
             self.prior = _TracedLayer(self._replay_prior, None, prior)  # type: ignore[assignment]
 
-    def _replay(self, l: int, *x: Tensor) -> Tensor:
+    def found(self, place: Place) -> Any:
+        """What is held at this place."""
+        if place in self._known:
+            return self._known[place]
+        return find({place.k: self._known[Place(place.k, None)]}, place)
+
+    def _displacement(self, l: int) -> Displacement:
+        recorded, places = self._program.lines[l]
+        lines = [
+            line._replace(tensors=tuple(map(self.found, of_line)))
+            for line, of_line in zip(recorded.lines, places, strict=True)
+        ]
+        return Displacement(lines, recorded.result, self.vhat[l], recorded.count)
+
+    def _replay(self, part: int, *x: Tensor) -> Tensor:
         program = self._program
-        drawn = [find(self.held, place) for place in program.drawn.get(l, [])]
+        drawn = list(map(self.found, program.drawn.get(part, [])))
         with torch.enable_grad(), Watched(drawn) if drawn else nullcontext():
-            return program.parts.run(l, self.own, *x)
+            return program.parts.run(part, self.own, *x)
 
     def _replay_prior(self, beliefs: list[Tensor]) -> Tensor:
         return self._replay(self._program.asked.L + 2, *beliefs)
 
-    def energy(self, x: Sequence[Tensor] = (), moved: Collection[int] | None = None) -> Beliefs:
-        """The energy in the beliefs, which stand at ``x``."""
-        found = Beliefs(factors_of(self, self.terms), self.vhat, self.free)
-        if x:
-            found.stand_at([x_i.clone() for x_i in x])
-            found.moved = found.moved if moved is None else set(moved)
-        return found
+    def energy(self, in_errors: bool | None = None) -> Energy:
+        """The energy, in the variables that are asked for or else in the program's."""
+        if in_errors is None:
+            in_errors = self._program.asked.kind == "errors"
+        made = Errors if in_errors else Beliefs
+        return made(factors_of(self, self.terms), self.vhat, self.free)
 
-    def energy_in_errors(self) -> Errors:
-        """The energy in the errors, which stand at the state."""
-        found = Errors(factors_of(self, self.terms), self.vhat, self.free)
-        found.stand_at([e.clone() for e in self.state])
-        return found
+    def begun(self, energy: Energy) -> Rule:
+        """The rule, at the start."""
+        rule = self._rule(energy)
+        rule.begin(energy)
+        return rule
+
+    def resumed(self, moved: Collection[int] | None = None) -> tuple[Energy, Rule]:
+        """The energy and the rule, at the state, where these beliefs have moved or else all have."""
+        energy, program = self.energy(), self._program
+        rule, x = self._rule(energy), [x_i.clone() for x_i in self.state]
+        rule.x = energy.x
+        for name, value in program.attributes.items():
+            setattr(rule, name, energy if value is Energy else copy(value))
+        for slot, x_i in zip(program.slots, x[len(energy.free) :], strict=True):
+            slot.put([rule, *energy.factors], x_i)
+        energy.stand_at(x[: len(energy.free)])
+        if moved is not None and isinstance(energy, Beliefs):
+            energy.moved = set(moved)
+        return energy, rule
+
+    def _rule(self, energy: Energy) -> Rule:
+        rule = self._program.asked.rule.make()
+
+        def noise(like: Tensor) -> Tensor:
+            k = [k for k, x in enumerate(energy.variables) if x is like]
+            if not k:
+                raise Uncovered(f"{rule} draws noise like something else than a variable")
+            self.drawn_like += k
+            return torch.empty_like(like) if self._noise is None else next(self._noise)
+
+        vars(rule).update(self.numbers, noise=noise)
+        return rule
 
 
 def _no_function(*x: Tensor) -> Tensor:
     raise AssertionError("a traced layer is replayed")
 
 
+class Step(NamedTuple):
+    """Some steps as one graph, which gives anew what is at ``changed`` in the state."""
+
+    graph: Graphed
+    changed: list[int]
+    steps: int = 1
+
+    def put(self, state: list[Any], found: Sequence[Tensor]) -> None:
+        """Put what it gives into the state."""
+        for k, x in zip(self.changed, found, strict=True):
+            state[k] = x
+
+
+class _Trace(NamedTuple):
+    """A graph that is not compiled yet, what it is given, and what of the state it gives anew."""
+
+    graph: fx.GraphModule
+    given: list[Any]
+    changed: list[int]
+
+
 class Program:
     """The graphs of one captured call, compiled.
 
-    ``feed_forward`` is given the inputs of the captured call, and returns more to be held. The other
-    graphs are given all that is held, eta, the precisions, which layers are reached, and the state:
-    a step moves it, ``updates`` ends the call. ``steps[j]`` is the step where the beliefs ``reach[j]``
-    have moved, and those above. Where errors are relaxed, they are the state, there is one step, and
-    ``start`` takes the errors of given beliefs. Where nothing is, ``backpropagate`` is all that there is.
+    ``feed_forward`` is given the inputs of the captured call, and returns more to be held; ``known`` finds
+    there what the other graphs are given. After that come the numbers (the rule's, the precisions, the
+    factor of the loss), which layers are reached, the state, and the rule's noise.
+
+    ``begin`` takes the variables to the state at the start, ``steps[j]`` is the step where the beliefs
+    ``reach[j]`` have moved, ``block`` several steps once all have, ``judge`` what the rule decides by in
+    the end, ``updates`` the end of the call. Where errors are relaxed, ``start`` takes those of beliefs.
     """
 
+    slots: list[Slot]
+    """Where the state is kept, but for the variables, which come first."""
+    size: int
+    """The number of tensors that the state is."""
+    errors: list[int]
+    """Where in it the errors of the layers are."""
+
     def __init__(self, captured: fx.GraphModule, asked: Asked, options: dict[str, Any]) -> None:
-        self.parts, self.asked, self._options = Parts(captured, asked.parents), asked, options
-        L, self.reach = asked.L, reach(asked)
+        self.parts = Parts(captured, asked.parents, asked.has_prior, asked.energies)
+        self.asked, self._options = asked, options
+        self.reach = reach(asked)
+        L = asked.L
         # The layers whose updates are taken at vhat: the graph of the feed-forward pass serves.
         all_at_vhat = asked.update_at == "vhat"
         self._at_vhat = [l for l in range(1, L + 1) if all_at_vhat or not asked.moving(l)]
-        self._lines: dict[int, Any] = {}
+        self.lines: dict[int, Any] = {}
         self.drawn: dict[int, list[Place]] = {}
         # The inputs that require grad and that each layer, the loss and the prior use.
         self.leaves_of: dict[int, list[int]] = {}
@@ -437,16 +404,55 @@ class Program:
         values = [mark.meta["example_value"] for mark in self.parts.marks[: L + 1]]
         with torch.no_grad(), tracing(None), values[0].fake_mode, enable_python_dispatcher():
             like = [torch.empty_like(x.detach()) for x in values]
-            if asked.kind == "nothing":
-                self._compile_backpropagation(inputs, like)
-                del self.parts, self._held
-                return
-            self._compile(inputs, like)
-        self.leaves = sorted({k for leaves in self.leaves_of.values() for k in leaves})
+            self._compile_feed_forward(inputs, like)
+            self._compile_relaxation([in_belief_dtype(torch.empty_like(x)) for x in like])
+        self.leaves = self.used
+        self._schedules: dict[tuple[int, int, bool], list[tuple[int, Step]]] = {}
         del self.parts, self._held, self._rest
 
-    def _compile(self, inputs: list[Any], like: list[Tensor]) -> None:
-        asked, L = self.asked, self.asked.L
+    def known(self, held: Sequence[Any]) -> list[Any]:
+        """What the graphs of the relaxation are given of what is held."""
+        return [find(held, place) for place in self.places]
+
+    def schedule(self, k: int, n: int, ends_alone: bool = False) -> list[tuple[int, Step]]:
+        """The graphs of ``n`` steps after k others, and at most how many others there are before each.
+
+        ``ends_alone``: the last step is a graph of its own.
+        """
+        key = k, n, ends_alone
+        if key not in self._schedules:
+            found, last, rest = [], len(self.reach) - 1, n
+            while rest > 0:
+                k = min(k, last)
+                step = self.steps[min([j for j in self.steps if j >= k])]
+                if k == last and self.block is not None and rest - ends_alone >= self.block.steps:
+                    step = self.block
+                found.append((k, step))
+                k, rest = k + step.steps, rest - step.steps
+            self._schedules[key] = found
+        return self._schedules[key]
+
+    def divided(self, given: Sequence[Any], size: int | None = None) -> list[Sequence[Any]]:
+        """What is known, the numbers, which layers are reached, the state, and what else there is."""
+        found, start = [], 0
+        size = self.size if size is None else size
+        for count in (len(self.places), self._count_of_numbers, self.asked.L, size):
+            found.append(given[start : start + count])
+            start += count
+        return [*found, given[start:]]
+
+    def tell(self, rule: Rule, state: Sequence[Any]) -> None:
+        """Let a rule that looks at values know its own."""
+        for slot, x in zip(self.slots, state[len(self.asked.free) :], strict=True):
+            if slot.owner == 0 and slot.key is None:
+                slot.put([rule], x)
+
+    @property
+    def used(self) -> list[int]:
+        """The inputs that have an update."""
+        return sorted({k for leaves in self.leaves_of.values() for k in leaves})
+
+    def _compile_feed_forward(self, inputs: list[Any], like: list[Tensor]) -> None:
         errors = [in_belief_dtype(torch.empty_like(like[l])) for l in self._at_vhat]
         joint = make_fx(self._feed_forward)(*inputs, *errors)
         count = len(self._held.tensors) - len(inputs)
@@ -458,57 +464,127 @@ class Program:
             for node in cut
         ]
         self.feed_forward = self._compiled(joint, inputs)
+        # What of all that is held the other graphs are given.
+        self.inputs = [self._before.get(k, Place(k, None)) for k in range(len(inputs))]
+        wanted = [*self.inputs, *self.vhat, self.Loss, self.dLdy, *self._cut]
+        wanted += [place for of_layer in self.drawn.values() for place in of_layer]
+        wanted += [p for _, lines in self.lines.values() for of_line in lines for p in of_line]
+        # A view whose sizes change with the batch is made in the graphs.
+        fixed = [place if place.is_fixed else Place(place.k, None) for place in wanted]
+        self.places = list(dict.fromkeys(fixed))
 
-        like = [in_belief_dtype(torch.empty_like(x)) for x in like]
+    def _compile_relaxation(self, like: list[Tensor]) -> None:
+        asked, L = self.asked, self.asked.L
+        self._count_of_numbers = (
+            len(asked.rule.kind.numbers) + asked.is_nudged + asked.is_multiplied
+        )
+        self._count_of_numbers += L - 1 if asked.is_weighted else 0
+        # One tensor for each, and not one for all: what is done in two layers is one kernel then.
+        given = [
+            *self.known(self._held.tensors),
+            *[like[L].new_empty(()) for _ in range(self._count_of_numbers)],
+            *[like[L].new_empty((), dtype=torch.bool) for _ in range(L)],
+        ]
         x = [like[i] for i in asked.free]
-        # One tensor for each layer, and not one for all: what is done in two layers is one kernel then.
-        numbers = [like[L].new_empty(()) for _ in range(L + 2)]
-        numbers += [torch.empty_like(x, dtype=torch.bool) for x in numbers[1:]]
-        given = [*self._held.tensors, *numbers]
-        self.steps: dict[int, Graphed] = {}
-        state = x
+        state = self._find_state(given, x)
+
+        last = len(self.reach) - 1
+        levels_of = [last] if self.starts_awake else levels(last + 1, L)
+        self.first = last if self.starts_awake else 0
+        # Whether a step evaluates layers that no error has reached, whose errors are 0.
+        skips = any(
+            [
+                self.reach[k] != self.reach[min([j for j in levels_of if j >= k])]
+                for k in range(self.first, last)
+            ]
+        )
+        count, noise = most_steps(L), [x[k] for k in self.noise_of_step]
+        begin = self._traced(self._begin, given, x, [x[k] for k in self.noise_of_begin])
+        steps = {
+            j: self._traced(partial(self._step, j, 1, skips), given, state, noise)
+            for j in levels_of
+        }
+        block = None
+        if count > 1:
+            of_block = partial(self._step, last, count, False)
+            block = self._traced(of_block, given, state, noise * count)
+        before = x if asked.update_at == "before" else []
+        end = self._traced(self._updates, given, state, before)
+        readers = [*steps.values(), end]
+        judge = None
+        if asked.rule.kind.judge is not Rule.judge:
+            judge = self._traced(self._judge, given, state)
+            readers.append(judge)
+        # What nothing reads does not go on.
+        start = len(given)
+        live = set(self.errors) | {
+            k
+            for trace in readers
+            for k, node in enumerate(inputs_of(trace.graph)[start : start + len(state)])
+            if node.users
+        }
+        kept_by_rule = {len(x) + k for k, slot in enumerate(self.slots) if slot.owner == 0}
+        self.begin = self._step_of(begin, live | kept_by_rule)
+        self.steps = {j: self._step_of(step, live) for j, step in steps.items()}
+        self.block = None if block is None else self._step_of(block, live)._replace(steps=count)
+        self.judge = None if judge is None else self._compiled(judge.graph, judge.given)
+        self.updates = self._compiled(end.graph, end.given)
         if asked.kind == "errors":
-            self.start = self._traced(self._errors_of, given, x)
-            self.steps[len(self.reach) - 1] = self._traced(self._error_step, given, x)
-        else:
-            chosen = [len(self.reach) - 1] if asked.has_prior else levels(len(self.reach), L)
-            # Whether a step evaluates layers that no error has reached, whose errors are 0.
-            self.skips = any(
-                l not in moves_of(asked, moved)[1] and asked.moving(l)
-                for k, moved in enumerate(self.reach)
-                for l in moves_of(asked, self.reach[min(j for j in chosen if j >= k)])[1]
-            )
-            for j in chosen:
-                self.steps[j] = self._traced(partial(self._step, j), given, x)
-            state = [*x, *like[1:], *(x if asked.update_at == "before" else [])]
-        self.updates = self._traced(self._updates, given, state)
+            start_of = self._traced(self._errors_of, given, x)
+            self.start = self._compiled(start_of.graph, start_of.given)
+
+    def _find_state(self, given: list[Any], x: list[Tensor]) -> list[Tensor]:
+        """Take a step, to see what it changes; returns tensors like those of the state."""
+        asked = self.asked
+        network = Traced(self, [*given, *x], size=len(x))
+        energy = network.energy()
+        with Watched() as watched:
+            rule = network.begun(energy)
+            self.noise_of_begin = list(network.drawn_like)
+            is_awake = isinstance(energy, Errors) or energy.moved == set(asked.free)  # type: ignore[attr-defined]
+            self.starts_awake = is_awake or asked.has_prior or rule.down
+            energy.wake()
+            owners = [rule, *energy.factors]
+            before = {slot: (x, x._version) for slot, x in slots(energy, owners).items()}
+            self.attributes = besides(energy, rule)
+            take_step(energy, rule)
+            energy.settle()
+        self.noise_of_step = network.drawn_like[len(self.noise_of_begin) :]
+        after = slots(energy, owners)
+        new = [slot for slot in after if slot.owner == 0 and slot not in before]
+        if new or besides(energy, rule) != self.attributes:
+            raise Uncovered(f"{rule} changes more in a step than tensors that it makes in begin")
+        if watched.drawn:
+            raise Uncovered(f"{rule} draws random numbers elsewhere than in noise")
+        numbers = set(map(id, network.numbers.values()))
+        self.slots = [
+            slot
+            for slot, x in after.items()
+            if (slot.owner == 0 and id(x) not in numbers) or _is_new(x, before.get(slot))
+        ]
+        state = [*energy.variables, *[after[slot] for slot in self.slots]]
+        self.size = len(state)
+        self.errors = [list(map(id, state)).index(id(e)) for e in energy.epsilon[1:]]
+        return state
 
     def _traced(
-        self, function: Callable[..., list[Tensor]], given: list[Any], state: list[Tensor]
-    ) -> Graphed:
-        state = [torch.empty_like(x) for x in state]
-        return self._compiled(make_fx(function)(*given, *state), [*given, *state])
+        self, function: Callable[..., list[Tensor]], given: list[Any], *others: Sequence[Tensor]
+    ) -> _Trace:
+        given = [*given, *[torch.empty_like(x) for of in others for x in of]]
+        self._changed: list[int] = []
+        graph = make_fx(function)(*given)
+        _clean(graph)
+        return _Trace(graph, given, self._changed)
 
-    def step_of(self, k: int) -> tuple[Graphed, list[int], list[int]]:
-        """The step that may be taken after k steps, the beliefs that it moves, and the errors it takes."""
-        j = min([j for j in self.steps if j >= min(k, len(self.reach) - 1)])
-        return self.steps[j], *moves_of(self.asked, self.reach[j])
-
-    def _compile_backpropagation(self, inputs: list[Any], like: list[Tensor]) -> None:
-        tensors = [x for x in [*inputs, *like] if isinstance(x, Tensor)]
-        is_double = any([x.dtype == torch.float64 for x in tensors])
-        self.factor_dtype = torch.float64 if is_double else torch.float32
-        c = [like[-1].new_empty((), dtype=self.factor_dtype) for _ in range(2 * self.asked.L)]
-        graph = make_fx(self._backpropagate)(*inputs, *c)
-        self.adds = len(self._held.tensors) - len(inputs)
-        self.backpropagate = self._compiled(graph, [*inputs, *c])
+    def _step_of(self, trace: _Trace, live: Collection[int]) -> Step:
+        """The step that gives anew what goes on of the state."""
+        (end,) = trace.graph.graph.find_nodes(op="output")
+        pairs = [(k, node) for k, node in zip(trace.changed, end.args[0], strict=True) if k in live]
+        end.args = ([node for _, node in pairs],)
+        return Step(self._compiled(trace.graph, trace.given), [k for k, _ in pairs])
 
     def _compiled(self, graph: fx.GraphModule, given: Sequence[Any]) -> Graphed:
-        # What only autograd knew apart is the same; then much is used no more.
-        for node in graph.graph.nodes:
-            if node.target in (aten.detach.default, aten.alias.default):
-                node.replace_all_uses_with(node.args[0])
-        graph.graph.eliminate_dead_code()
+        _clean(graph)
         # Numbers are kept: sizes are expressed by them.
         unused = [
             k
@@ -519,6 +595,9 @@ class Program:
             graph.graph.erase_node(node)
         used = [k for k in range(len(given)) if k not in unused]
         graph.recompile()
+        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        if _CREATES.issuperset(called):
+            return Graphed(graph, used)
         function: Any = compile_fx(
             graph, [given[k] for k in used], config_patches=dict(self._options)
         )
@@ -559,7 +638,7 @@ class Program:
                 except Uncovered as reason:
                     raise Uncovered(f"{asked.names[l - 1]}: {reason}") from reason
                 places = [[held.place(x) for x in line.tensors] for line in displacement.lines]
-                self._lines[l] = displacement, places
+                self.lines[l] = displacement, places
             self.drawn[l] = [held.place(numbers) for numbers in watched.drawn]
             if l in self._at_vhat:
                 asked_of = [own[k] for k in self.leaves_of[l]] + self._inputs_asked(l, x)
@@ -597,121 +676,63 @@ class Program:
         parents = self.asked.parents[l - 1]
         return [a for p, a in zip(parents, x, strict=True) if p == 0 and self.asks_input]
 
-    def _backpropagate(self, *given: Any) -> list[Tensor]:
-        """Forward through all layers and the loss, and down again, from layer to layer.
+    def _begin(self, *given: Any) -> list[Tensor]:
+        """The state at the start."""
+        network = Traced(self, given, size=len(self.asked.free))
+        energy = network.energy()
+        energy.stand_at([x.clone() for x in network.state])
+        rule = network.begun(energy)
+        kept = slots(energy, [rule, *energy.factors])
+        self._changed = list(range(self.size))
+        return [*energy.variables, *[kept[slot] for slot in self.slots]]
 
-        After the inputs come the factors of the layers' errors and those of the beliefs' (``exact.py``).
-        Returns what is to be held, the beliefs, the errors, the input's error and the updates.
-        """
-        parts, L = self.parts, self.asked.L
-        count = len(parts.placeholders)
-        inputs, c_epsilon, c_v = given[:count], given[count : count + L], given[count + L :]
-        held = self._held = Held(inputs)
-        own = [_leaf(x) for x in inputs]
-        X = parts.run(0, own)
-        self.asks_input = X.requires_grad
-        vhat, layers = [X.detach()], []
-        for l in range(1, L + 1):
-            x = [vhat[p].detach() for p in self.asked.parents[l - 1]]
-            with SameDraws():
-                output = self._evaluated(l, own, x)
-            layers.append((x, output))
-            vhat.append(output.detach())
-        prediction = vhat[-1].detach().requires_grad_()
-        with torch.enable_grad(), SameDraws():
-            Loss = check_loss(parts.run(L + 1, own, prediction))
-        of_loss = _captured(Loss, [prediction], "LossFun").leaves
-        leaves = self.leaves_of[L + 1] = _places(of_loss, own)
-        dLdy, *found = gradient([Loss], [prediction, *[own[k] for k in leaves]])
-        if dLdy is None:
-            raise independent_loss()
-        self._hold(vhat, Loss, dLdy)
-        updates: dict[int, Tensor] = {}
-        _add(updates, leaves, found)
-        arriving: dict[int, Tensor] = {L: dLdy}
-        v: list[Tensor] = []
-        epsilon: list[Tensor] = []
-        for l in range(L, 0, -1):
-            g = arriving.pop(l, None)
-            of_belief = in_belief_dtype(torch.zeros_like(vhat[l]) if g is None else g)
-            epsilon.insert(0, of_belief * c_epsilon[l - 1])
-            v.insert(0, in_belief_dtype(vhat[l]) - of_belief * c_v[l - 1])
-            if g is None:
-                continue
-            (x, output), leaves, parents = (
-                layers[l - 1],
-                self.leaves_of[l],
-                self.asked.parents[l - 1],
-            )
-            goes_on = [(p, a) for p, a in zip(parents, x, strict=True) if p > 0 or self.asks_input]
-            asked = [*[own[k] for k in leaves], *[a for _, a in goes_on]]
-            found = gradient([output], asked, [g])
-            scaled = [None if y is None else _times(y, c_epsilon[l - 1]) for y in found]
-            _add(updates, leaves, scaled[: len(leaves)])
-            for (p, _), of_p in zip(goes_on, found[len(leaves) :], strict=True):
-                if of_p is not None:
-                    arriving[p] = arriving[p] + of_p if p in arriving else of_p
-        input_error = []
-        if self.asks_input:
-            of_input = arriving.get(0, torch.zeros_like(vhat[0]))
-            input_error = [_times(of_input, c_epsilon[0])]
-        # What the loss does not depend on has no update.
-        self.leaves = sorted(updates)
-        return [
-            *held.tensors[count:],
-            *v,
-            *epsilon,
-            *input_error,
-            *[updates[k] for k in self.leaves],
-        ]
+    def _step(self, j: int, count: int, is_masked: bool, *given: Any) -> list[Tensor]:
+        """What changes of the state in ``count`` steps where ``reach[j]`` have moved."""
+        network = Traced(self, given, is_masked)
+        energy, rule = network.resumed(self.reach[j])
+        before = [(x, x._version) for x in self._state_of(energy, rule)]
+        for _ in range(count):
+            take_step(energy, rule)
+        after = self._state_of(energy, rule)
+        self._changed = [k for k, x in enumerate(after) if _is_new(x, before[k])]
+        return [after[k] for k in self._changed]
 
-    def _step(self, j: int, *given: Any) -> list[Tensor]:
-        """The beliefs that move in a step where ``reach[j]`` have moved, and the errors of it."""
-        network = Traced(self, given, is_masked=self.skips)
-        energy = network.energy(network.state, self.reach[j])
-        _sweep(energy, network.eta)
-        moved, taken = moves_of(self.asked, self.reach[j])
-        epsilon = energy.epsilon
-        return [*[energy.x[i] for i in moved], *[epsilon[l] for l in taken]]
+    def _state_of(self, energy: Energy, rule: Rule) -> list[Tensor]:
+        kept = slots(energy, [rule, *energy.factors])
+        return [*energy.variables, *[kept[slot] for slot in self.slots]]
 
     def _errors_of(self, *given: Any) -> list[Tensor]:
         """The hidden errors of beliefs that have moved so far."""
-        network = Traced(self, given)
-        energy = network.energy(network.state)
+        network = Traced(self, given, size=len(self.asked.free))
+        energy = network.energy(in_errors=False)
+        energy.stand_at([x.clone() for x in network.state])
         energy.retake()
         return energy.epsilon[1:-1]
 
-    def _error_step(self, *given: Any) -> list[Tensor]:
-        """The hidden errors after a step."""
-        network = Traced(self, given)
-        energy = network.energy_in_errors()
-        _sweep(energy, network.eta)
-        return energy.variables
+    def _judge(self, *given: Any) -> list[Tensor]:
+        """What the rule decides by in the end."""
+        energy, rule = Traced(self, given).resumed()
+        energy.settle()
+        verdict = rule.judge(energy)
+        if verdict is None:
+            raise Uncovered(f"{rule} judges by nothing")
+        return [verdict]
 
     def _updates(self, *given: Any) -> list[Tensor]:
         """The beliefs that move, the output's, the errors where they are taken at the end, the input's
         error, the updates."""
         asked, L = self.asked, self.asked.L
         network = Traced(self, given)
-        count = len(asked.free)
-        energy: Energy
-        if asked.kind == "errors":
-            energy = network.energy_in_errors()
-        else:
-            energy = network.energy(network.state[:count])
-            if asked.takes_errors:
-                energy.retake()
-            else:
-                for l, error in enumerate(network.state[count : count + L], start=1):
-                    factor = energy.output if l == L else energy.predictions[l]
-                    factor.error = error
+        energy, _ = network.resumed()
+        if asked.takes_errors:
+            energy.retake()
         v = at = energy.beliefs()
         if asked.update_at == "before":
-            at, before = list(v), network.state[count + L :]
+            at, before = list(v), network.others
             for i, d in zip(asked.free, before, strict=True):
                 at[i] = network.vhat[i] + d
         weighted = energy.weighted
-        cut = [find(network.held, place) for place in self._cut]
+        cut = list(map(network.found, self._cut))
         rest = list(fx.Interpreter(self._rest).run(*cut, *[weighted[l] for l in self._at_vhat]))
 
         def of_layer(l: int, error: Tensor) -> OfLayer | None:
@@ -722,28 +743,28 @@ class Program:
             mine = [rest.pop(0) for _ in range(len(leaves) + inputs)]
             return OfLayer(leaves, mine[: len(leaves)], mine[len(leaves) :], network.vhat[l])
 
-        input_error, found = updates(network, at, weighted, v, of_layer)
+        beta = energy.output.beta
+        input_error, found = updates(network, at, weighted, v, of_layer, beta)
         place = {id(x): k for k, x in enumerate(network.own)}
         by_place = {place[id(leaf)]: update for leaf, update in found.items()}
         # What a layer does not depend on after all.
         of_leaves = [
             by_place[k] if k in by_place else torch.zeros_like(network.own[k]) for k in self.used
         ]
-        taken = energy.epsilon[1:] if asked.takes_errors or asked.kind == "errors" else []
         return [
             *[v[i] for i in asked.free],
             v[L],
-            *taken,
+            *(energy.epsilon[1:] if self.retakes else []),
             *([input_error] if input_error is not None else []),
             *of_leaves,
         ]
 
-    # Parts of these.
-
     @property
-    def used(self) -> list[int]:
-        """The inputs that have an update."""
-        return sorted({k for leaves in self.leaves_of.values() for k in leaves})
+    def retakes(self) -> bool:
+        """Whether the errors are those at the final beliefs, which ``updates`` takes."""
+        return self.asked.takes_errors or self.asked.kind == "errors"
+
+    # Parts of these.
 
     def _evaluated(self, l: int, own: Sequence[Any], x: Sequence[Tensor]) -> Tensor:
         """The output of layer l at ``x``, with its graph."""
@@ -771,19 +792,6 @@ class Program:
             for result in parts.results
         ]
 
-    def divided(self, given: Sequence[Any]) -> tuple[Any, Any, Any, Any, Any]:
-        """What is held, eta, the precisions, which layers are reached, and the state."""
-        a, L = len(self._held.tensors), self.asked.L
-        b, c = a + L + 2, a + 2 * L + 3
-        return given[:a], given[a], given[a + 1 : b], given[b:c], given[c:]
-
-    def inputs_of(self, held: Sequence[Any]) -> list[Any]:
-        """The inputs as they were before the call."""
-        inputs = list(held[: len(self.parts.placeholders)])
-        for k, place in self._before.items():
-            inputs[k] = find(held, place)
-        return inputs
-
     def with_leaves(self, inputs: Sequence[Any]) -> list[Any]:
         """Tensors that require grad where they should, and that may be written into."""
         own = list(inputs)
@@ -793,30 +801,27 @@ class Program:
             own[k] = inputs[k].clone()
         return own
 
-    def displacement(self, l: int, held: Sequence[Any]) -> Displacement:
-        """Layer l's, of tensors that are held."""
-        recorded, places = self._lines[l]
-        lines = [
-            line._replace(tensors=tuple([find(held, place) for place in of_line]))
-            for line, of_line in zip(recorded.lines, places, strict=True)
-        ]
-        vhat = find(held, self.vhat[l])
-        return Displacement(lines, recorded.result, vhat, recorded.count)
+
+_CREATES = {aten.zeros_like.default, aten.clone.default, aten.sym_size.int}
 
 
-def _sweep(energy: Energy, eta: Tensor) -> None:
-    """One step of a relaxation, as ``inference.relax`` makes it."""
-    rule = Descent(0.0)
-    rule.eta = eta  # an input of the program, not a number
-    rule.begin(energy)
-    energy.sweep(rule.move, rule.down)
+def _clean(graph: fx.GraphModule) -> None:
+    """Take away what makes no difference to the values."""
+    for node in graph.graph.nodes:
+        # What only autograd knew apart is the same; then much is used no more.
+        if node.target in (aten.detach.default, aten.alias.default) or (
+            node.target is aten.zero_.default and node.args[0].target is aten.zeros_like.default
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
 
 
 class _Alike:
     """A factor of which only it counts which beliefs it pulls at."""
 
-    def __init__(self, parents: tuple[int, ...], target: int | None) -> None:
-        self.parents, self.target, self.is_awake = parents, target, target is None
+    def __init__(self, parents: tuple[int, ...], target: int | None, is_awake: bool) -> None:
+        self.parents, self.target, self.is_awake = parents, target, is_awake
         self.beliefs = frozenset([*parents, *([] if target is None else [target])])
 
     def pulls(self, x: Sequence[Any], down: bool) -> Any:
@@ -829,8 +834,11 @@ _nothing = torch.zeros(())
 
 def reach(asked: Asked) -> list[frozenset[int]]:
     """The beliefs that have moved after 0, 1, ... steps from the feed-forward pass, until all have."""
-    L = asked.L
-    factors = [_Alike(asked.moving(l), None if l == L else l) for l in range(L, 0, -1)]
+    L, awake = asked.L, {of.place for of in asked.energies if not of.is_at_rest}
+    factors = [
+        _Alike(asked.moving(l), None if l == L else l, l == L or l in awake)
+        for l in range(L, 0, -1)
+    ]
     energy = Beliefs(factors, [_nothing] * (L + 1), asked.free)
     found = [frozenset[int]()]
     while True:
@@ -840,13 +848,11 @@ def reach(asked: Asked) -> list[frozenset[int]]:
         found.append(frozenset(energy.moved))
 
 
-def moves_of(asked: Asked, moved: frozenset[int]) -> tuple[list[int], list[int]]:
-    """The beliefs that a step moves where these have moved, and the layers whose errors it takes."""
-    L = asked.L
-    # A prior pulls at all.
-    taken = [l for l in range(1, L + 1) if l == L or not moved.isdisjoint([l, *asked.moving(l)])]
-    pulled = {i for l in taken for i in [l, *asked.moving(l)] if i in asked.free}
-    return sorted(asked.free if asked.has_prior else pulled), taken
+def reached(asked: Asked, moved: frozenset[int]) -> list[bool]:
+    """Whether each layer has an error where these beliefs have moved."""
+    awake = {asked.L, *[of.place for of in asked.energies if not of.is_at_rest]}
+    layers = range(1, asked.L + 1)
+    return [l in awake or not moved.isdisjoint([l, *asked.moving(l)]) for l in layers]
 
 
 def levels(count: int, L: int) -> list[int]:
@@ -858,6 +864,16 @@ def levels(count: int, L: int) -> list[int]:
     apart = max(1, min(round(L * L / 80), count // 2))
     last = count - 1
     return [last, *range(last - 1 - apart, -1, -apart)]
+
+
+def _is_new(x: Tensor, before: tuple[Tensor, int] | None) -> bool:
+    """Whether it is another tensor than before, or was written into."""
+    return before is None or before[0] is not x or before[1] != x._version
+
+
+def most_steps(L: int) -> int:
+    """How many steps are one graph; few layers have little to do between two of them."""
+    return max(1, min(4, 16 // L))
 
 
 def _captured(output: Tensor, inputs: Sequence[Tensor], name: str) -> Below:
@@ -882,16 +898,5 @@ def _leaf(x: Any) -> Any:
     return x.detach().requires_grad_()
 
 
-def _times(x: Tensor, c: Tensor) -> Tensor:
-    """``c x``, of x's type; half precision would lose a small factor."""
-    return (in_belief_dtype(x) * c).to(x.dtype)
-
-
 def _places(leaves: Sequence[Tensor], own: Sequence[Any]) -> list[int]:
     return [k for k, x in enumerate(own) if any(x is leaf for leaf in leaves)]
-
-
-def _add(updates: dict[int, Tensor], leaves: Sequence[int], found: Sequence[Any]) -> None:
-    for k, update in zip(leaves, found, strict=True):
-        if update is not None:
-            updates[k] = updates[k] + update if k in updates else update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,19 +33,21 @@ def agrees(
     reevaluation: Callable[[], Reevaluation],
     x: Sequence[Tensor],
     forward_only: bool,
+    aside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> bool:
     """Whether a displacement and its vector-Jacobian product are those of the layer itself.
 
     Compared once for each sequence of operations of an item, at a random input as far from ``x`` as
     x is large. (An empty batch tells nothing.) ``forward_only``: the product is taken from the layer
-    itself anyway.
+    itself anyway. ``aside``: what they are compared in.
     """
     if x[0].numel() == 0:
         return True
     known = _found.setdefault(item, {})
     key = hash((recorded.key, forward_only))
     if key not in known:
-        known[key] = _agree(recorded, reevaluation(), x, forward_only)
+        with aside():
+            known[key] = _agree(recorded, reevaluation(), x, forward_only)
     return known[key]
 
 

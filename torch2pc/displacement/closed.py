@@ -19,33 +19,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch2pc.displacement.recorder import Exits, Watch
-from torch2pc.displacement.rules.core import aten, tensors_in
+from torch2pc.displacement.recorder import Kind, Watch
+from torch2pc.displacement.rules.core import aten, operations, tensors_in
 from torch2pc.displacement.vjp import vjp
 
 _LOG_SOFTMAX, _SQUARED = aten._log_softmax.default, aten.mse_loss.default
 # By the names of autograd's nodes.
 _NODES = {"LogSoftmaxBackward0": _LOG_SOFTMAX, "MseLossBackward0": _SQUARED}
 # Affine in their first argument, if no other one depends on y.
-_AFFINE = {
-    getattr(getattr(aten, name), overload)
-    for name, overloads in {
-        "nll_loss_forward": "default",
-        "nll_loss2d_forward": "default",
-        "sum": "default dim_IntList",
-        "mean": "default dim",
-        "neg": "default",
-        "mul": "Tensor Scalar",
-        "div": "Tensor Scalar",
-        "add": "Tensor Scalar",
-        "sub": "Tensor Scalar",
-        "masked_fill": "Scalar",
-        "masked_fill_": "Scalar",
-        "view": "default",
-        "detach": "default",
-    }.items()
-    for overload in overloads.split()
-}
+_AFFINE = operations(
+    """
+    nll_loss_forward nll_loss2d_forward sum sum.dim_IntList mean mean.dim neg mul.Tensor mul.Scalar
+    div.Tensor div.Scalar add.Tensor add.Scalar sub.Tensor sub.Scalar masked_fill.Scalar
+    masked_fill_.Scalar view detach
+    """
+)
 # In their second one as well.
 _AFFINE_IN_BOTH = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor}
 
@@ -70,20 +58,20 @@ class Gradient(NamedTuple):
         else:
             dim = self.constants[0]
             p = torch.log_softmax(x, dim)
-            e = aten._log_softmax_backward_data.default(self.g, p, dim, x.dtype)
+            e = torch._log_softmax_backward_data(self.g, p, dim, x.dtype)
         for dtype in self.dtypes[-2::-1]:
             e = e.to(dtype)
         return e.to(y.dtype)
 
 
-class LossWatch(Watch):
+class LossWatch(Watch):  # type: ignore[no-untyped-call]
     """Notes besides whether what its body computes of ``y`` is affine in one operation on it."""
 
     def __init__(self, y: Tensor) -> None:
-        super().__init__()
-        self._y, self._tensors = y, [y]
-        self._dtypes = [y.dtype]
-        self._moving = {id(y)}
+        super().__init__(sees_exits=True)
+        self._tensors = [y]
+        # y, converted to one type after the other, and all that depends on it.
+        self._y, self._moving = [y], {id(y)}
         self._is_affine = True
         self._head: tuple[Any, tuple[Any, ...]] | None = None
 
@@ -92,9 +80,9 @@ class LossWatch(Watch):
         if id(tensor) in self._moving:
             self._is_affine = False
 
-    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def dispatch(self, func: Any, kind: Kind, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation, and note what it makes of y."""
-        output = super().dispatch(func, args, kwargs)
+        output = super().dispatch(func, kind, args, kwargs)
         given = tensors_in([*args, *kwargs.values()])
         moving = [x for x in given if id(x) in self._moving]
         if moving:
@@ -107,10 +95,9 @@ class LossWatch(Watch):
     ) -> bool:
         """Whether it still is after this operation."""
         x, *others = moving
-        if x is self._y and not others and self._head is None:
+        if x is self._y[-1] and not others and self._head is None:
             if func is aten._to_copy.default and [*kwargs] == ["dtype"]:
-                self._y = output
-                self._dtypes.append(output.dtype)
+                self._y.append(output)
                 return True
             if func is _SQUARED:
                 target = args[1] if x is args[0] else args[0]
@@ -119,22 +106,12 @@ class LossWatch(Watch):
             if func is _LOG_SOFTMAX and not args[2]:
                 self._head = func, args[1:2]
                 return True
+        if not {id(a) for a in moving}.isdisjoint(map(id, self._y)):
+            return func is aten.detach.default
         if others:
-            return func is aten.add.Tensor and all([a is not self._y for a in moving])
+            return func is aten.add.Tensor
         is_second = func in _AFFINE_IN_BOTH and x is args[1]
-        is_affine = func in _AFFINE and bool(args) and (x is args[0] or is_second)
-        return is_affine and (x is not self._y or func is aten.detach.default)
-
-    def __enter__(self) -> LossWatch:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._exits = Exits(self)
-        self._exits.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._exits.__exit__(*exception)
-        del self._exits
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        return func in _AFFINE and bool(args) and (x is args[0] or is_second)
 
     def gradient(self, Loss: Tensor, nodes: Sequence[Any]) -> Gradient | None:
         """That of ``Loss``, of whose graph ``nodes`` are; None where it has no such form."""
@@ -145,4 +122,6 @@ class LossWatch(Watch):
         if len(heads) != 1:
             return None
         (g,) = vjp([Loss], [GradientEdge(heads[0], 0)])
-        return None if g is None else Gradient(func, constants, g, tuple(self._dtypes))
+        return (
+            None if g is None else Gradient(func, constants, g, tuple([y.dtype for y in self._y]))
+        )

@@ -10,7 +10,6 @@ two names, draws numbers from its input) is ``Uncovered``.
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from torch2pc.displacement.rules import (
     pooled_before_relu,
     storage,
 )
-from torch2pc.displacement.rules.core import DIFFERENCE, WRITES_ASIDE, tensors_in
+from torch2pc.displacement.rules.core import DIFFERENCE, WRITES_ASIDE, operations, tensors_in
 from torch2pc.displacement.rules.decisions import (
     GENERIC,
     JUMP,
@@ -51,15 +50,12 @@ from torch2pc.displacement.rules.kinks import RELU
 from torch2pc.displacement.vjp import reaches
 
 # What these return depends on the shape of a tensor, not on its values.
-_NEW_TENSORS = """
-    empty_like zeros_like ones_like full_like rand_like randn_like randint_like
-    new_empty new_zeros new_ones new_full new_empty_strided sym_size sym_numel sym_stride
-"""
-_OF_SHAPE_ALONE = {
-    getattr(getattr(aten, name), overload)
-    for name in re.findall(r"\w+", _NEW_TENSORS)
-    for overload in getattr(aten, name).overloads()
-}
+_OF_SHAPE_ALONE = operations(
+    """
+    empty_like.* zeros_like.* ones_like.* full_like.* rand_like.* randn_like.* randint_like.*
+    new_empty.* new_zeros.* new_ones.* new_full.* new_empty_strided.* sym_size.* sym_numel.* sym_stride.*
+    """
+)
 # Those that update running statistics, and the place of the argument that says whether they do. Not
 # all say that they write, and none counts it.
 _STATISTICS = {
@@ -86,8 +82,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, sees_exits: bool = False) -> None:
+        """``sees_exits``: tensors that are read outside PyTorch are noticed, which takes a while."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._exits: Any = Exits(self) if sees_exits else None
         self.draws = False
         self.written: set[int] = set()
         self._tensors: list[Tensor] = []  # what was computed, so that no id is used twice
@@ -97,12 +95,18 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether what was computed has a hook that sees its gradient."""
         return any(map(_is_hooked, self._tensors))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled while it watches (``uncompiled``): to make sure of that once more for each
+        # operation would cost as much as an operation.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.draws:
-            self.draws = _may_draw(func)
-        if names := _written_by(func):
-            self._note_written(func, names, args, kwargs or {})
-        return self.dispatch(func, args, kwargs or {})
+        kind = kind_of(func)
+        self.draws = self.draws or kind.may_draw
+        if kind.written:
+            self._note_written(func, kind.written, args, kwargs or {})
+        return self.dispatch(func, kind, args, kwargs or {})
 
     def _note_written(
         self, func: Any, places: dict[str, int], args: Any, kwargs: dict[str, Any]
@@ -114,23 +118,36 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 self.written.add(storage(tensor))
 
-    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def dispatch(self, func: Any, kind: Kind, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation."""
         output = func(*args, **kwargs)
         self._tensors += tensors_in(output)
         return output
 
+    def is_read(self, tensor: Tensor) -> None:
+        """The numbers of a tensor go where no operation is seen."""
 
-class Recorder(Watch):
+    def __enter__(self) -> Any:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        if self._exits is not None:
+            self._exits.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._exits is not None:
+            self._exits.__exit__(*exception)
+            self._exits = None
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+
+class Recorder(Watch):  # type: ignore[no-untyped-call]
     """Notes the operations that turn the inputs into a layer's output, while the layer runs.
 
     ``displacement(output)`` puts them together afterwards, or raises Uncovered.
     """
 
     def __init__(self, *inputs: Tensor, sees_exits: bool = False) -> None:
-        """``sees_exits``: tensors that are read outside PyTorch are noticed, which takes a while."""
-        super().__init__()
-        self._exits: Any = Exits(self) if sees_exits else None
+        super().__init__(sees_exits)
         self.lines: list[Recorded] = []
         # Where the value of a tensor stands: the inputs come first, then what each line computes.
         self.place: dict[int, int] = {id(x): k for k, x in enumerate(inputs)}
@@ -147,10 +164,10 @@ class Recorder(Watch):
         self._reason: str | None = None
         self._suspended = False
 
-    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def dispatch(self, func: Any, kind: Kind, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation, and note it."""
         if self._reason is not None or self._suspended:
-            return super().dispatch(func, args, kwargs)
+            return super().dispatch(func, kind, args, kwargs)
         for tensor in self._new:
             # Autograd has made a view of it, or counted a write, after the operation returned.
             self._versions[id(tensor)] = tensor._version
@@ -161,22 +178,23 @@ class Recorder(Watch):
         written = None
         try:
             self._check(func, given, moves)
-            if moves and _writes(func):
+            if moves and kind.writes:
                 written = self._about_to_write(func, args)
                 before = written.detach().clone()
         except Uncovered as reason:
             self._reason = str(reason)
         output = func(*args, **kwargs)
-        if moves and self._reason is None and func not in _OF_SHAPE_ALONE:
+        if moves and self._reason is None and not kind.is_of_shape_alone:
             try:
                 if written is None:
-                    self._note(func, args, kwargs, output, output)
+                    self._note(func, args, kwargs, output, output, given)
                 else:
                     # The operation that does not write, on what the tensor was before.
                     if id(written) in place:
                         self._enter(before, place[id(written)])
                     args = tuple([before if value is written else value for value in args])
-                    self._note(_functional(func), args, kwargs, output.detach(), written)
+                    given = _tensors_in(args, kwargs)
+                    self._note(_functional(func), args, kwargs, output.detach(), written, given)
             except Uncovered as reason:
                 self._reason = str(reason)
             except Exception as error:  # the layer itself works, and must go on
@@ -191,7 +209,7 @@ class Recorder(Watch):
                 if not tensor.is_leaf:
                     self._strange.append(tensor)
                     self._tensors.append(tensor)
-                is_parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf
+                is_parameter = tensor.is_leaf and isinstance(tensor, nn.Parameter)
                 if not is_parameter and storage(tensor) in self._storages:
                     raise Uncovered(f"{func} uses a tensor of the layer's under another name")
             elif tensor._version != expected:
@@ -225,30 +243,29 @@ class Recorder(Watch):
         return written
 
     def _note(
-        self, func: Any, args: Any, kwargs: dict[str, Any], output: Any, entered: Any
+        self,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        output: Any,
+        entered: Any,
+        given: list[Tensor],
     ) -> None:
-        """The lines of an operation; ``entered`` is the tensor that holds its output from now on."""
+        """The lines of an operation on ``given``; ``entered`` holds its output from now on."""
+        # Where they stand now, as what is there may be another tensor later.
+        place = {id(x): self.place[id(x)] for x in given if id(x) in self.place}
+        versions = [x._version for x in given if id(x) not in place]
         call = Call(func, tuple(args), kwargs, output, self.place)
+        noted = Noted(Call(*call[:-1], place), None, versions)
         if isinstance(output, Tensor):
-            self._append(self._step(call), entered, self._noted(call))
+            self._append(self._step(call), entered, noted)
         else:
-            self._append_items(call, output)
-
-    def _noted(self, call: Call, item: int | None = None) -> Noted:
-        place, versions = {}, []
-        for tensor in _tensors_in(call.args, call.kwargs):
-            known = self.place.get(id(tensor))
-            if known is None:
-                versions.append(tensor._version)
-            else:
-                place[id(tensor)] = known
-        return Noted(Call(call.func, call.args, call.kwargs, call.output, place), item, versions)
+            self._append_items(call, output, noted)
 
     def _step(self, call: Call) -> Step:
-        if not is_float(call.output):
-            _check_shape(call)
-            return difference_step(call)
         _check_shape(call)
+        if not is_float(call.output):
+            return difference_step(call)
         if call.func in COMPOSING:
             step = composed_step(call, self._made_by)
             if step is not None:
@@ -265,15 +282,16 @@ class Recorder(Watch):
         line = self._line(self.place.get(id(tensor), 0))
         return None if line is None else line.step
 
-    def _append_items(self, call: Call, output: Any) -> None:
+    def _append_items(self, call: Call, output: Any, noted: Noted) -> None:
         """The lines of an operation with several outputs, one for each."""
         if not isinstance(output, list | tuple):
             return  # a size, a flag
         swapped = pooled_before_relu(call, self._made_by)
         if swapped is not None:
             pool, between, relu = swapped
-            self._append(pool, between, self._noted(call._replace(func=None)), output[0])
-            self._append(relu, output[0], self._noted(call, 0))
+            of_pool = noted._replace(call=noted.call._replace(func=None))
+            self._append(pool, between, of_pool, output[0])
+            self._append(relu, output[0], noted._replace(item=0))
             return
         _check_shape(call)
         prepare = PREPARED.get(call.func)
@@ -285,7 +303,7 @@ class Recorder(Watch):
             of_item = step if item == 0 else None
             if of_item is None:
                 of_item = (linear_step if is_linear else difference_step)(call, item)
-            self._append(of_item, tensor, self._noted(call, item))
+            self._append(of_item, tensor, noted._replace(item=item))
 
     def _append(
         self, step: Step, output: Tensor, noted: Noted, recorded: Tensor | None = None
@@ -305,19 +323,13 @@ class Recorder(Watch):
         self._tensors.append(tensor)
         self._storages.add(storage(tensor))
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Any:
         self._outer, _local.recorder = getattr(_local, "recorder", None), self
-        super().__enter__()  # type: ignore[no-untyped-call]
-        if self._exits is not None:
-            self._exits.__enter__()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        if self._exits is not None:
-            self._exits.__exit__(*exception)
-            self._exits = None
         _local.recorder = self._outer
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -342,9 +354,9 @@ class Recorder(Watch):
     ) -> None:
         """A line for a module with a rule of its own."""
         if id(x) in self.place:
-            call = Call(None, (x,), {}, output, self.place)
+            call = Call(None, (x,), {}, output, {id(x): self.place[id(x)]})
             step = Step(Rule(by_user), (x,), (base(x),), (rule, module))
-            self._append(step, output, self._noted(call))
+            self._append(step, output, Noted(call, None, []))
 
     def displacement(self, output: Tensor) -> Displacement:
         """The displacement of ``output``, of the lines that it depends on."""
@@ -517,9 +529,9 @@ _OF_TRACKERS = torch.autograd.graph.__file__
 
 
 class Exits(TorchFunctionMode):
-    """Tells a recorder of the tensors whose numbers are read without an operation."""
+    """Tells what watches of the tensors whose numbers are read without an operation."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Watch) -> None:
         super().__init__()
         self._recorder = recorder
 
@@ -545,7 +557,7 @@ class Recorded(NamedTuple):
 
 def _check_shape(call: Call) -> None:
     """Raises Uncovered where another input makes an output of another shape."""
-    if not _has_dynamic_shape(call.func):
+    if not kind_of(call.func).has_dynamic_shape:
         return
     masks = [torch.bool, torch.uint8]
     if call.func is not aten.index.Tensor or any(
@@ -554,45 +566,44 @@ def _check_shape(call: Call) -> None:
         raise Uncovered(f"the shape of what {call.func} returns depends on the input")
 
 
-_COPIES = (aten.clone.default, aten.alias.default, aten.lift_fresh.default)
+_COPIES = operations("clone alias lift_fresh")
 # Linear in their input, as views are, with several outputs.
-_SPLITS = {
-    getattr(getattr(aten, name), overload)
-    for name in ("split", "split_with_sizes", "unbind", "chunk", "unsafe_split", "unsafe_chunk")
-    for overload in getattr(aten, name).overloads()
-    if overload != "out"
-}
+_SPLITS = operations("split.* split_with_sizes.* unbind.* chunk.* unsafe_split.* unsafe_chunk.*")
+
+
+class Kind(NamedTuple):
+    """What is to be known of an operation, whatever it is given."""
+
+    may_draw: bool
+    """Whether it draws random numbers; only PyTorch's own say so."""
+    written: dict[str, int]
+    """The names and places of the arguments that it writes into."""
+    writes: bool
+    """Whether it writes into an argument that is part of what it returns."""
+    is_of_shape_alone: bool
+    """Whether what it returns depends on shapes, and not on values."""
+    has_dynamic_shape: bool
+    """Whether the shape of what it returns depends on values."""
 
 
 @functools.cache
-def _has_dynamic_shape(func: Any) -> bool:
-    """Whether the shape of what an operation returns depends on values."""
-    return torch.Tag.dynamic_output_shape in func.tags
-
-
-@functools.cache
-def _may_draw(func: Any) -> bool:
-    """Whether an operation draws random numbers; only PyTorch's own say so."""
+def kind_of(func: Any) -> Kind:
+    """What is to be known of an operation. (To look for one by itself takes as long as for all.)"""
+    schema, tags = getattr(func, "_schema", None), getattr(func, "tags", ())
     is_known = isinstance(func, torch._ops.OpOverload) and func.namespace in ("aten", "prim")
-    return not is_known or torch.Tag.nondeterministic_seeded in func.tags
-
-
-@functools.cache
-def _writes(func: Any) -> bool:
-    """Whether an operation writes into an argument that is part of what it returns."""
-    return func._schema.is_mutable and func not in WRITES_ASIDE
-
-
-@functools.cache
-def _written_by(func: Any) -> dict[str, int]:
-    """The names and places of the arguments that an operation writes into."""
-    arguments = getattr(getattr(func, "_schema", None), "arguments", ())
-    return {
+    written = {
         argument.name: k
-        for k, argument in enumerate(arguments)
+        for k, argument in enumerate(getattr(schema, "arguments", ()))
         if (argument.alias_info is not None and argument.alias_info.is_write)
         or (func in _STATISTICS and argument.name in ("running_mean", "running_var"))
     }
+    return Kind(
+        not is_known or torch.Tag.nondeterministic_seeded in tags,
+        written,
+        schema is not None and schema.is_mutable and func not in WRITES_ASIDE,
+        func in _OF_SHAPE_ALONE,
+        torch.Tag.dynamic_output_shape in tags,
+    )
 
 
 @functools.cache

@@ -146,13 +146,11 @@ class _LinearPrior(Prior):
         return list(self._of_prior([x[i] for i in sorted(self.beliefs)]))
 
 
-def safe_step(product: Product, like: Sequence[Tensor], passes: int = PASSES) -> float:
-    """1 / lambda for the Hessian that ``product`` multiplies with; 1 where nothing curves."""
-    curvature = largest_eigenvalue(product, like, passes) if like else 0.0
+def safe_step(curvature: float) -> float:
+    """1 / lambda for the largest eigenvalue lambda of a Hessian; 1 where nothing curves."""
     return 1 / curvature if curvature > 0 else 1.0
 
 
-@torch.no_grad()
 def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = PASSES) -> float:
     """The largest eigenvalue of a symmetric matrix, from below.
 
@@ -168,16 +166,33 @@ def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = P
         >>> largest_eigenvalue(lambda u: [A @ u[0]], [torch.empty(100)], passes=20)
         2.99...
     """
-    T = tridiagonal(product, [_noise(x) for x in like], passes)
+    return largest_in(lanczos(product, list(map(start_vector, like)), passes))
+
+
+def largest_in(entries: Tensor) -> float:
+    """The largest eigenvalue of the matrix whose entries ``lanczos`` has found; waits for the device."""
+    T = tridiagonal(entries)
     return float("nan") if T is None else torch.linalg.eigvalsh(T)[-1].item()
 
 
-@torch.no_grad()
-def tridiagonal(product: Product, start: list[Tensor], passes: int) -> Tensor | None:
-    """The matrix in the first vectors of Lanczos' basis, from ``start`` on, in float64 on the host.
+def tridiagonal(entries: Tensor) -> Tensor | None:
+    """The matrix whose entries ``lanczos`` has found, in float64 on the host; None if they are not finite.
 
-    Its eigenvalues approach the outermost ones of the matrix that ``product`` multiplies with. None
-    if the products are not finite.
+    Its eigenvalues approach the outermost ones of the matrix that was multiplied with.
+    """
+    numbers = entries.double().cpu()
+    if not numbers.isfinite().all():
+        return None
+    passes = (len(numbers) + 1) // 2
+    T = torch.diag(numbers[:passes])
+    return T + torch.diag(numbers[passes:], 1) + torch.diag(numbers[passes:], -1)
+
+
+@torch.no_grad()
+def lanczos(product: Product, start: list[Tensor], passes: int) -> Tensor:
+    """The entries of a matrix in the first vectors of Lanczos' basis, from ``start`` on.
+
+    ``passes`` of its diagonal, and those beside it; the others are 0.
     """
     u = start
     before, beta = u, _inner(u, u).sqrt()
@@ -196,14 +211,11 @@ def tridiagonal(product: Product, start: list[Tensor], passes: int) -> Tensor | 
         beside.append(beta)
         # Zeros, which change nothing, once the vectors have been used up.
         before, u = u, _multiplied(w, torch.where(beta == 0, 0.0, 1 / beta))
-    numbers = torch.stack([*diagonal, *beside]).double().cpu()
-    if not numbers.isfinite().all():
-        return None
-    T = torch.diag(numbers[:passes])
-    return T + torch.diag(numbers[passes:], 1) + torch.diag(numbers[passes:], -1)
+    return torch.stack([*diagonal, *beside])
 
 
-def _noise(like: Tensor) -> Tensor:
+def start_vector(like: Tensor) -> Tensor:
+    """The same pseudo-random numbers each time."""
     generator = torch.Generator(like.device).manual_seed(0)
     drawn = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
     return drawn - 0.5

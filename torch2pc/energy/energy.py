@@ -21,12 +21,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch2pc.energy.factors import Above, Multiplied, Number, Output, Parts, Prediction, Prior
+from torch2pc.energy.factors import (
+    Above,
+    Multiplied,
+    Number,
+    Output,
+    Parts,
+    Prediction,
+    Prior,
+    is_one,
+)
 from torch2pc.graph.autograd import in_belief_dtype, outside_autocast
 
 # What a sweep tells of each variable: its place, and the gradient there. Whoever is told may move the
@@ -35,17 +45,23 @@ Move = Callable[[int, Parts], object]
 
 
 class Energy:
-    """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none."""
+    """What the two sets of variables share. ``x[i]`` is variable i, None where place i has none.
+
+    ``start``: the beliefs to start from, if they are others than the feed-forward values.
+    """
 
     def __init__(
-        self, factors: Sequence[Any], vhat: Sequence[Tensor], free: Collection[int]
+        self,
+        factors: Sequence[Any],
+        vhat: Sequence[Tensor],
+        free: Collection[int],
+        start: Sequence[Any] | None = None,
     ) -> None:
-        self.factors, self.vhat, self.free = list(factors), vhat, sorted(free)
+        self.factors, self.vhat, self.free, self.start = list(factors), vhat, sorted(free), start
         self.x: list[Any] = [None] * len(vhat)
-        self.start: Sequence[Any] | None = None
-        """The beliefs that it started from, if they were others than the feed-forward values."""
         self.multiplied = [f for f in self.factors if isinstance(f, Multiplied)]
         """The factors with multipliers. With them F is no function that is descended."""
+        self.restart()
 
     @property
     def output(self) -> Output:
@@ -182,24 +198,13 @@ class Energy:
 
 
 class Beliefs(Energy):
-    """F in the beliefs: ``x[i]`` is how far belief i has moved.
+    """F in the beliefs: ``x[i]`` is how far belief i has moved."""
 
-    ``start``: beliefs to start from; at their feed-forward values otherwise.
-    """
-
-    def __init__(
-        self,
-        factors: Sequence[Any],
-        vhat: Sequence[Tensor],
-        free: Collection[int],
-        start: Sequence[Any] | None = None,
-    ) -> None:
-        super().__init__(factors, vhat, free)
-        self.start = start
-        # For each factor, the beliefs that no later one pulls at.
+    @cached_property
+    def _order(self) -> list[tuple[Any, list[int]]]:
+        """Each factor, with the beliefs that no later one pulls at."""
         last = {i: k for k, factor in enumerate(self.factors) for i in factor.beliefs}
-        self._order = [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
-        self.restart()
+        return [(f, [i for i in last if last[i] == k]) for k, f in enumerate(self.factors)]
 
     @property
     def delta(self) -> list[Any]:  # type: ignore[override]
@@ -285,27 +290,12 @@ class Beliefs(Energy):
 
 
 class Errors(Energy):
-    """F in the errors, from which the beliefs follow: ``x[i]`` is the error at place i.
-
-    It is its factor's own. ``start``: beliefs whose errors to start from; from 0 otherwise.
-    """
-
-    def __init__(
-        self,
-        factors: Sequence[Any],
-        vhat: Sequence[Tensor],
-        free: Collection[int],
-        start: Sequence[Any] | None = None,
-    ) -> None:
-        super().__init__(factors, vhat, free)
-        self.start = start
-        self.delta = [None] * len(vhat)
-        self.restart()
+    """F in the errors, from which the beliefs follow: ``x[i]`` is the error at place i, its factor's own."""
 
     @torch.no_grad()
     def restart(self) -> None:
         """Put the errors where they start."""
-        of = self.predictions
+        of, self.delta = self.predictions, [None] * len(self.vhat)
         for i in self.free:
             of[i].rest()
             self.delta[i] = torch.zeros_like(of[i].error)
@@ -342,10 +332,8 @@ class Errors(Energy):
         for factor in reversed(self.factors):
             moved, saved = factor.displaced(self.delta)
             kept.append(saved)
-            if factor.target is None:
-                factor.take(moved)
-            elif isinstance(factor, Above):
-                factor.take(moved, self.delta[factor.target])
+            if factor.target is None or isinstance(factor, Above):
+                factor.take(moved, self.delta)
             elif moved is None:
                 torch.neg(factor.error, out=self.delta[factor.target])
             else:
@@ -369,7 +357,7 @@ class Errors(Energy):
             for factor in self.factors:
                 kept = saved.pop()
                 if isinstance(factor, Output | Above):
-                    arrived = factor.weighted() if sent is None else sent[factor]
+                    arrived: Tensor | None = factor.weighted() if sent is None else sent[factor]
                     if isinstance(factor, Above) and factor.target in self.free:
                         assert arrived is not None
                         add(factor.target, -arrived)
@@ -419,14 +407,10 @@ class Errors(Energy):
 def _add_parts(to: Parts, parts: Parts) -> None:
     """Add to a gradient in parts. A belief of many children does not hold as many tensors."""
     for part in parts:
-        if len(to) < 2 or not (_is_plain(part) and _is_plain(to[1])):
+        if len(to) < 2 or not (is_one(part[1]) and is_one(to[1][1])):
             to.append(part)
         else:  # the third and those that follow are added to the second
             to[1] = (to[1][0] + part[0], 1.0)
-
-
-def _is_plain(part: tuple[Tensor, Number]) -> bool:
-    return type(part[1]) is float and part[1] == 1.0
 
 
 __all__ = ["Beliefs", "Energy", "Errors", "Move", "Number", "Parts"]

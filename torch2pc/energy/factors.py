@@ -13,12 +13,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torch2pc.displacement.closed import Gradient
 from torch2pc.energy.divergences import LayerEnergy
 from torch2pc.graph.autograd import gradient, in_belief_dtype
 from torch2pc.graph.network import Network
 
 # A number, or in a compiled call a tensor without dimensions.
 Number = Any
+
+
+def is_one(c: Number) -> bool:
+    """Whether a factor need not be multiplied by. (A tensor's value is not looked at.)"""
+    return type(c) is float and c == 1.0
+
+
 # A gradient as a sum of coefficient times tensor. They are never copied, so nobody may write into them.
 Parts = list[tuple[Tensor, Number]]
 
@@ -77,6 +85,14 @@ class _OfLayer:
         """How far the prediction has moved, None if it does not, and what its way back needs."""
         return (None, None) if self.d is None else self.d.forward(*[x[p] for p in self.parents])
 
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take the error of a prediction that has moved so far."""
+        raise NotImplementedError
+
+    def retake(self, x: Sequence[Any]) -> None:
+        """Take the error anew."""
+        self.take(self.displaced(x)[0], x)
+
     def arriving(self, saved: Any, error: Tensor) -> dict[int, Tensor]:
         """J^T error at each parent where anything arrives."""
         found: dict[int, Tensor] = {}
@@ -109,20 +125,20 @@ class Prediction(_OfLayer):
         """Nothing has moved yet."""
         self.error.zero_()
 
-    def take(self, moved: Tensor | None, own: Any) -> None:
-        """Take the error of a prediction and a belief that have moved so far."""
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take the error of a prediction that has moved so far."""
         if moved is None:
-            torch.neg(own, out=self.error)
+            torch.neg(x[self.target], out=self.error)
         else:
-            torch.sub(moved, own, out=self.error)
+            torch.sub(moved, x[self.target], out=self.error)
 
     def pulls(self, x: Sequence[Any], down: bool) -> Iterator[tuple[int, Parts]]:
         """-pi e at the target, and pi J^T e at the parents."""
         moved, saved = self.displaced(x)
-        self.take(moved, x[self.target])
+        self.take(moved, x)
         yield self.target, self.own()
         if down:
-            self.take(moved, x[self.target])
+            self.take(moved, x)
         del moved
         yield from _plain(self.arriving(saved, self.weighted()))
 
@@ -132,12 +148,7 @@ class Prediction(_OfLayer):
 
     def weighted(self) -> Tensor:
         """pi e, which goes down, and which the layer's update is made of."""
-        is_one = isinstance(self.precision, float) and self.precision == 1
-        return self.error if is_one else self.error * self.precision
-
-    def retake(self, x: Sequence[Any]) -> None:
-        """Take the error anew."""
-        self.take(self.displaced(x)[0], x[self.target])
+        return self.error if is_one(self.precision) else self.error * self.precision
 
     @property
     def difference(self) -> Tensor:
@@ -174,9 +185,9 @@ class Multiplied(Prediction):
         super().rest()
         self.multiplier.zero_()
 
-    def take(self, moved: Tensor | None, own: Tensor) -> None:
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
         """Take e + lambda."""
-        super().take(moved, own)
+        super().take(moved, x)
         self.error.add_(self.multiplier)
 
     @property
@@ -214,11 +225,11 @@ class Above(Prediction):
         """Nothing has moved yet."""
         self.error.copy_(self.first)
 
-    def take(self, moved: Tensor | None, own: Any) -> None:
-        """Take the error of a prediction and a belief that have moved so far."""
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take the error of a prediction that has moved so far."""
         self.rest()
-        if own is not None:
-            self.error.sub_(own)
+        if x[self.target] is not None:
+            self.error.sub_(x[self.target])
         if moved is not None:
             self.error.add_(moved)
 
@@ -257,8 +268,9 @@ class Between(Prediction):
         """dE/df and dE/dv, where the two have moved so far."""
         return self.between.slopes(self.vhat, df, dv)
 
-    def take(self, moved: Tensor | None, own: Any) -> None:
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
         """Take both slopes."""
+        own = x[self.target]
         df = torch.zeros_like(own) if moved is None else moved.to(own.dtype)
         self.error, self.of_belief = self.slopes(df, own)
 
@@ -286,8 +298,8 @@ class Output(_OfLayer):
         Loss: Tensor,
         dLdy: Tensor,
         loss: Callable[[Tensor], Tensor],
-        beta: float = 1.0,
-        loss_gradient: Callable[[Tensor], Tensor] | None = None,
+        beta: Number = 1.0,
+        loss_gradient: Gradient | None = None,
     ) -> None:
         super().__init__(d, parents)
         self.beliefs = frozenset(parents)
@@ -305,8 +317,8 @@ class Output(_OfLayer):
                 self._Loss = self.beta * self.loss(self.y)
         return self._Loss
 
-    def take(self, moved: Tensor | None) -> None:
-        """Take the loss, and its gradient as the error, of a prediction that has moved so far."""
+    def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
+        """Take the loss's gradient as the error, and the loss with it where it comes by the way."""
         if moved is not None:
             self.y = self.vhat.to(moved.dtype) + moved
             self._Loss, self.error = self.loss_gradient(self.y)
@@ -324,24 +336,20 @@ class Output(_OfLayer):
 
     def _times_beta(self, Loss: Tensor | None, error: Tensor) -> tuple[Tensor | None, Tensor]:
         # After the gradient is taken, which half precision may limit.
-        if self.beta == 1:
+        if is_one(self.beta):
             return Loss, error
         return None if Loss is None else self.beta * Loss, self.beta * error
 
     def pulls(self, x: Sequence[Any], down: bool) -> list[tuple[int, Parts]]:
         """J^T e at the parents."""
         moved, saved = self.displaced(x)
-        self.take(moved)
+        self.take(moved, x)
         del moved
         return _plain(self.arriving(saved, self.error))
 
     def weighted(self) -> Tensor:
         """What goes down, and what the layer's update is made of."""
         return self.error
-
-    def retake(self, x: Sequence[Any]) -> None:
-        """Take the loss and the error anew."""
-        self.take(self.displaced(x)[0])
 
     def energy(self, x: Sequence[Any]) -> Tensor:
         """beta times the loss."""
@@ -391,7 +399,7 @@ class Terms(NamedTuple):
 
     precision: Sequence[Number] | None = None
     """One number for each hidden layer, in their order, then for each prediction from above; 1 if None."""
-    beta: float = 1.0
+    beta: Number = 1.0
     """What the loss is multiplied by."""
     between: Mapping[int, LayerEnergy] = {}
     """By their places, the energies of layers that have another one than half the squared difference."""

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from torch2pc.energy import Energy
-from torch2pc.energy.curvature import Product, largest_eigenvalue, tridiagonal
+from torch2pc.energy.curvature import Product, lanczos, largest_eigenvalue, tridiagonal
 from torch2pc.follow.look import look, wide
 from torch2pc.inference.fixed_pred import error_factors
 from torch2pc.inference.steps import round_off
@@ -289,7 +289,7 @@ def _quadrature(landscape: Landscape, at: Point) -> tuple[tuple[float, ...], tup
     largest = torch.stack([g_i.abs().max().to(g[0]) for g_i in g if g_i.numel()]).max()
     # Not squares of numbers that are very small.
     unit = torch.where(largest > 0, largest, 1.0)
-    T = tridiagonal(landscape.hessian(at.x), [g_i / unit.to(g_i) for g_i in g], PASSES)
+    T = tridiagonal(lanczos(landscape.hessian(at.x), [g_i / unit.to(g_i) for g_i in g], PASSES))
     if T is None:
         return (), ()
     theta, vectors = torch.linalg.eigh(T)

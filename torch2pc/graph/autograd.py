@@ -188,8 +188,8 @@ def gradient_of_small(
     small as they are. So they are divided by a power of two first, and what comes of them is multiplied
     by it: nothing is rounded.
     """
-    unit = unit_of(error).clamp(max=1)
-    found = gradient([prediction], leaves, [(error * unit.reciprocal()).to(prediction.dtype)])
+    unit = unit_of(error, largest=0)
+    found = gradient([prediction], leaves, [(error / unit).to(prediction.dtype)])
     # In place where no two share memory: they are as large as the weights.
     storages = [0 if x is None or x.is_sparse else storage(x) for x in found]
     return [

@@ -7,8 +7,9 @@ buffers. How layers make a network is in ``network.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch2pc.displacement.check import agrees, is_new
 from torch2pc.displacement.closed import Gradient, LossWatch
 from torch2pc.displacement.lines import Displacement, OwnBackward, Reevaluation
-from torch2pc.displacement.recorder import Recorder, Uncovered, Watch, uncompiled
+from torch2pc.displacement.recorder import Recorder, Uncovered, Watch
 from torch2pc.displacement.rules.core import storage, tensors_in
 from torch2pc.displacement.vjp import kept_tensor, nodes_below
 from torch2pc.graph.apart import Habits, UnguardedError, apart, copied, unchanged
@@ -173,7 +174,7 @@ class Layer:
         given = self._given(x)
         places = [next(k for k, a in enumerate(x) if a is b) for b in moving]
         recorder = self._watch([given[k] for k in places])
-        with uncompiled, recorder:
+        with recorder:
             output = self._evaluated(given, x)
         if compared is not None:
             self._compare(x, compared)
@@ -241,9 +242,8 @@ class Layer:
 
         ``before`` are the values of ``output``, which only the recorder knows.
         """
-        device = output.device
-        in_autocast = torch.is_autocast_enabled(device.type)
-        moving = [x[k] for k in places]
+        in_autocast = torch.is_autocast_enabled(output.device.type)
+        moving, aside = [x[k] for k in places], partial(self._aside, output.device)
 
         def at(*moved: Tensor) -> Tensor:
             given = list(x)
@@ -260,8 +260,7 @@ class Layer:
 
         with torch.no_grad():
             if not isinstance(recorder, Recorder):
-                with outside_autocast(device), generators_kept(self.drawn_sources):
-                    self.displacement = reevaluation()
+                self.displacement = reevaluation()
                 self.is_replayable(before, *x)
                 return
             try:
@@ -270,18 +269,21 @@ class Layer:
                 self.own_backward = self.own_backward or found
                 self.is_linear = self.own_backward is None
                 is_own = self.own_backward is not None
-                with outside_autocast(device), generators_kept(self.drawn_sources):
-                    is_right = agrees(self.function, recorded, reevaluation, moving, is_own)
-                    if is_own:
-                        self.displacement = OwnBackward(recorded, reevaluation())
+                is_right = agrees(self.function, recorded, reevaluation, moving, is_own, aside)
+                if is_own:
+                    self.displacement = OwnBackward(recorded, reevaluation())
                 # What was recorded once stays right for a layer that is another one each time.
                 if (not is_right or is_own) and self.is_replayable(before, *x) and not is_right:
                     raise Uncovered("its operations alone do not give its outputs and gradients")
             except Uncovered as reason:
                 self.uncovered, self.own_backward = str(reason), None
-                with outside_autocast(device), generators_kept(self.drawn_sources):
-                    self.displacement = reevaluation()
+                self.displacement = reevaluation()
                 self.is_replayable(before, *x)
+
+    @contextmanager
+    def _aside(self, device: torch.device) -> Iterator[None]:
+        with outside_autocast(device), generators_kept(self.drawn_sources):
+            yield
 
     def forget(self) -> None:
         """Let go of the displacement and of all that it holds."""

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torch2pc.displacement.closed import Gradient
+from torch2pc.displacement.recorder import uncompiled
 from torch2pc.displacement.rules.core import tensors_in
 from torch2pc.displacement.vjp import node_of, nodes_below
 from torch2pc.graph.apart import UnguardedError, habits_of
@@ -75,7 +77,7 @@ class Network:
     """The feed-forward values, once they have been recorded."""
     Loss: Tensor
     dLdy: Tensor
-    loss_gradient: Callable[[Tensor], Tensor] | None = None
+    loss_gradient: Gradient | None = None
     """dLdy at any output, where the recorded loss has a closed form of it."""
     from_above: Sequence[FromAbove] = ()
     _autocast: tuple[str, torch.dtype] | None
@@ -137,16 +139,17 @@ class Network:
         vhat = [self.X.clone() if from_X else _input_copy(self.X)]
 
         def walk(x: Tensor) -> Tensor:
-            values = [x]
-            for layer, node in zip(self.layers, self.nodes, strict=True):
-                x = layer(*[values[p] for p in node.parents])
+            values, seen = [x], {id(x)}
+            for layer, parents in zip(self.layers, self.parents, strict=True):
+                x = layer(*[values[p] for p in parents])
                 if not x.requires_grad:
                     # No parameters so far, or frozen ones, on an input that needs no gradient.
                     x = x.detach().requires_grad_()
-                elif any([x is before for before in values]):
+                elif id(x) in seen:
                     # The belief at a parent has other children's errors, too.
                     x = x.view_as(x)
                 values.append(x)
+                seen.add(id(x))
             vhat.extend(values[1:])
             return x
 
@@ -188,17 +191,22 @@ class Network:
         if self._is_recorded:
             return
         self._is_recorded = True
+        with uncompiled:
+            self._record(evaluate)
+
+    def _record(self, evaluate: Callable[[int, list[Tensor]], Tensor]) -> None:
         vhat = self.vhat = self._layer_by_layer(evaluate)
         prediction = vhat[-1].detach().requires_grad_()
         with self._derivatives_refused():
             Loss = check_loss(self.loss.record(prediction, moving=[prediction]))
         self.loss.is_replayable(Loss.detach(), prediction.detach().requires_grad_())
         # Copies, as the loss may write its next gradient where this one is.
-        self.Loss, self.loss_gradient = Loss.detach().clone(), self.loss.gradient
-        if self.loss_gradient is None:
+        self.Loss = Loss.detach().clone()
+        self.loss_gradient = closed = self.loss.gradient
+        if closed is None:
             self.dLdy = output_gradient(Loss, prediction).clone()
         else:
-            self.dLdy = self.loss_gradient(prediction.detach())
+            self.dLdy = closed(prediction.detach())
         if self.prior is not None:
             beliefs = self._beliefs_of_prior()
             energy = self.prior.record(beliefs)

@@ -367,11 +367,12 @@ def write_gradients(
             for parameter, update in updates:
                 _add_to_gradient(parameter, update, before)
         else:
-            written = [(parameter, None) for parameter in _others(modules, updates)]
-            written += updates
-            before += [(parameter, parameter.grad, None) for parameter, _ in written]
-            for parameter, update in written:
-                parameter.grad = update
+            others: list[tuple[Tensor, Tensor | None]] = [
+                (parameter, None) for parameter in _others(modules, updates)
+            ]
+            before += [(parameter, parameter.grad, None) for parameter, _ in [*others, *updates]]
+            for parameter, new in [*others, *updates]:
+                parameter.grad = new
         for parameter, _ in updates:
             hooks: Any = parameter._post_accumulate_grad_hooks
             if hooks:

@@ -41,7 +41,7 @@ from torch2pc.graph.network import Inference, Network, detached
 from torch2pc.graph.nodes import Parents, nodes_from_above, nodes_of, parents_of, steps_above
 from torch2pc.graph.warn import warn_caller
 from torch2pc.inference.exact import Factors, within
-from torch2pc.inference.steps import Rule
+from torch2pc.inference.steps import Descent, Rule
 
 # A share of the gradient that this is less than, an optimizer's epsilon and round-off take for none.
 LEAST_SHARE = 1e-6
@@ -60,23 +60,34 @@ def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -
     arrives m layers below the output after n >= 1 + m/eta iterations, the median of that coin's number
     of heads. With Strict no more arrives at first, and less later on, as its predictions follow the
     beliefs.
+
+    In sweeps from the top it goes on without waiting where the coin shows heads, so that there
+    are m tosses more, and n >= 1 + m (1 - eta)/eta will do.
     """
     below, given = steps_above(parents_of(model))[1:], eta
     L, farthest = len(below), max(below)
-    if isinstance(eta, Rule) and eta.down:
-        return  # one sweep reaches all
     if nodes_from_above(model):
         return  # errors come from there, too
-    if isinstance(eta, str | Rule):
+    down = isinstance(eta, Rule) and eta.down
+    if isinstance(eta, Rule):
+        eta = float(eta.eta) if type(eta) is Descent else AUTO_ETA
+    elif isinstance(eta, str):
         eta = AUTO_ETA  # what Strict's steps will be is not known yet, and brings no more
-    shares = error_factors(eta, n - 1, farthest + 1)
-    if min(map(abs, shares)) >= LEAST_SHARE or model in _warned:
+
+    def share(m: int) -> float:
+        """Of the gradient m layers below the output."""
+        if down:
+            return error_factors(eta, n - 1 + m, m + 1)[m]
+        return error_factors(eta, n - 1, farthest + 1)[m]
+
+    asked = [farthest] if down else range(farthest + 1)
+    if min([abs(share(m)) for m in asked]) >= LEAST_SHARE or model in _warned:
         return
     nodes = nodes_of(model)
     short = [
         l
         for l, (node, m) in enumerate(zip(nodes, below, strict=True), start=1)
-        if abs(shares[m]) < LEAST_SHARE
+        if abs(share(m)) < LEAST_SHARE
         and isinstance(node.function, nn.Module)
         and any(p.requires_grad for p in node.function.parameters())
     ]
@@ -90,13 +101,15 @@ def warn_of_short_inference(model: nn.Module, eta: float | str | Rule, n: int) -
     if len(short) != 1 + short[-1] - short[0]:  # not one after the other, in a graph
         layers, which = f"{len(short)} layers", ", ".join([nodes[l - 1].where for l in short])
     step = min(eta, 1.0) if eta > 1e-3 else 0.1
-    remedy = f"n={1 + math.ceil(farthest / step)}" + (f" with eta={step}" if step != eta else "")
-    if n > farthest:
-        remedy += f", or eta={math.ceil(100 * farthest / (n - 1)) / 100:g},"
+    tosses = farthest * (1 - step) if down else farthest
+    remedy = f"n={1 + math.ceil(tosses / step)}" + (f" with eta={step}" if step != eta else "")
+    if down or n > farthest:
+        enough = farthest / (n - 1 + farthest) if down else farthest / (n - 1)
+        remedy += f", or eta={math.ceil(100 * enough) / 100:g},"
     warn_caller(
         f"The error hardly reaches {layers} of {L} ({which}) "
         f"with eta={given} and n={n}: the share of the gradient that arrives at layer {short[0]} is "
-        f"{shares[below[short[0] - 1]]:.0e}; {remedy} would bring half of it to all "
+        f"{share(below[short[0] - 1]):.0e}; {remedy} would bring half of it to all "
         "(FixedPred; with Strict it takes somewhat longer). Modules nested in one nn.Sequential "
         "count as one layer"
     )

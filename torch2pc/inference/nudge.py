@@ -43,10 +43,10 @@ def nudged(
     sides = dict(found.updates)
     # A layer that branches on values may use a parameter on one side only.
     parameters = dict.fromkeys([*sides, *of_parameters])
-    updates = [(p, _slope(sides.get(p), of_parameters.get(p), beta)) for p in parameters]
+    updates = [(p, slope(sides.get(p), of_parameters.get(p), beta)) for p in parameters]
     epsilon = list(found.epsilon)
     if epsilon[0] is not None:
-        epsilon[0] = _slope(epsilon[0], of_input, beta)
+        epsilon[0] = slope(epsilon[0], of_input, beta)
     found = found._replace(epsilon=epsilon, updates=updates)
     if distance is None or found.distance is None or found.evaluations is None:
         return found
@@ -56,7 +56,7 @@ def nudged(
     )
 
 
-def _slope(above: Tensor | None, below: Tensor | None, beta: float) -> Tensor:
+def slope(above: Tensor | None, below: Tensor | None, beta: float) -> Tensor:
     """(above - below) / (2 beta), where what is missing is 0."""
     if above is None or below is None:
         one, sign = (below, -1) if above is None else (above, 1)

@@ -34,20 +34,21 @@ def relax(
     """``n`` sweeps, in each of which the rule moves all variables."""
     while True:
         rule.begin(energy)
+        rule.choose()
         for k in range(1, n + 1):
             if before_step is not None:
                 before_step(k)
-            _step(energy, rule)
+            take_step(energy, rule)
             if after_step is not None:
                 after_step(k)
         energy.settle()
-        if rule.is_content(energy):
+        if rule.accepts(rule.judge(energy)):
             return
         energy.restart()
 
 
-def _step(energy: Energy, rule: Rule) -> None:
-    """One sweep, and what changes from one to the next."""
+def take_step(energy: Energy, rule: Rule) -> None:
+    """One sweep, in which the rule moves all variables, and what changes from one to the next."""
     energy.raise_multipliers()
     energy.sweep(rule.move, rule.down)
     rule.end()
@@ -108,8 +109,9 @@ class Relaxation:
         """Move all variables once."""
         if not self._has_begun:
             self.rule.begin(self.energy)
+            self.rule.choose()
             self._has_begun = True
-        _step(self.energy, self.rule)
+        take_step(self.energy, self.rule)
         self.energy.settle()
 
     @torch.no_grad()

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from torch2pc.energy import Energy, Parts
-from torch2pc.energy.curvature import hessian, safe_step
+from torch2pc.energy.curvature import (
+    PASSES,
+    hessian,
+    lanczos,
+    largest_in,
+    safe_step,
+    start_vector,
+)
 
 AUTO = "auto"
 SWEEPS = ("together", "down")
@@ -34,8 +41,9 @@ class Rule:
     the top down, and ``end`` after each sweep. ``self.x[i]`` is variable i, a tensor to be moved in place:
     how far belief i has moved from its feed-forward value (ErrorBased: the error). Its gradient is the sum
     of c times tensor over ``parts``, which must not be written into; one of them may be ``self.x[i]``
-    itself. Make all state in ``begin``. What moves a variable otherwise than along its gradients (by
-    noise, say) calls ``energy.wake()`` there.
+    itself. Make all state in ``begin``: tensors, and dicts or lists of them, in attributes; a compiled call
+    takes them from step to step, and holds what else there is for constant. What moves a variable
+    otherwise than along its gradients (by noise, say) calls ``energy.wake()`` there.
 
     >>> import torch
     >>> from torch import nn
@@ -52,6 +60,9 @@ class Rule:
     """The step size, if there is one."""
     down = False
     """Whether a sweep moves a belief before its error goes on down."""
+    numbers: tuple[str, ...] = ()
+    """The attributes that are numbers which a compiled call is given as tensors without dimensions, so
+    that it serves for all of them."""
 
     def fresh(self) -> Rule:
         """What a call works with in the place of this rule."""
@@ -68,8 +79,20 @@ class Rule:
     def end(self) -> None:
         """After each sweep."""
 
-    def is_content(self, energy: Energy) -> bool:
-        """After the last sweep: whether to leave it at that, or else to begin again."""
+    def noise(self, like: Tensor) -> Tensor:
+        """Random numbers, in such a tensor: all that it draws in a call, it draws here."""
+        raise NotImplementedError
+
+    # What looks at values, and so waits for the device, is apart from what a compiled call traces.
+
+    def choose(self) -> None:
+        """After ``begin``: what has to be known before the first step."""
+
+    def judge(self, energy: Energy) -> Tensor | None:
+        """After the last sweep: what ``accepts`` decides by."""
+
+    def accepts(self, verdict: Tensor | None) -> bool:
+        """Whether to leave it at that, or else to begin again from the start."""
         return True
 
     def options(self) -> dict[str, Any]:
@@ -112,6 +135,8 @@ class Descent(Rule):
     Hoier and Scellier (2026).
     """
 
+    numbers: tuple[str, ...] = ("eta",)
+
     def __init__(self, eta: float, sweep: str = "together") -> None:
         self.eta, self.down = number("eta", eta), is_down(sweep)
 
@@ -149,6 +174,8 @@ class Momentum(Descent):
     Source: B. Polyak (1964), Y. Nesterov (1983); on beliefs: Pinchetti et al., arXiv:2407.01163 (2024).
     """
 
+    numbers = ("eta", "mu")
+
     def __init__(
         self, eta: float, mu: float, nesterov: bool = False, sweep: str = "together"
     ) -> None:
@@ -165,12 +192,10 @@ class Momentum(Descent):
     def begin(self, energy: Energy) -> None:
         """From rest."""
         super().begin(energy)
-        self._velocity: dict[int, Tensor] = {}
+        self._velocity = {i: torch.zeros_like(energy.x[i]) for i in energy.free}
 
     def move(self, i: int, parts: Parts) -> None:
         """One step along the velocity."""
-        if i not in self._velocity:
-            self._velocity[i] = torch.zeros_like(self.x[i])
         velocity = self._velocity[i].mul_(self.mu)
         for part, c in parts:
             _add(velocity, part, c)
@@ -207,6 +232,8 @@ class Halving(Descent):
     Source: Y. Song et al., Nature Neuroscience 27, 348-358 (2024), in their code.
     """
 
+    numbers = ("eta", "factor")
+
     def __init__(self, eta: float, factor: float = 0.5, sweep: str = "together") -> None:
         super().__init__(eta, sweep)
         self.factor = number("factor", factor, "a number > 0 and < 1", lambda x: 0 < x < 1)
@@ -220,7 +247,7 @@ class Halving(Descent):
         super().begin(energy)
         self._energy, self._round_off = energy, round_off(energy.vhat[-1].dtype)
         self._F, self._slack = self._look()
-        self.eta = self._F.new_full((), self.eta)  # in the type of the beliefs
+        self.eta = torch.zeros_like(self._F) + self.eta  # in the type of the beliefs
 
     def end(self) -> None:
         """Shorten the next step if this one raised the energy."""
@@ -349,6 +376,8 @@ class Langevin(Descent):
     Monte Carlo predictive coding, PLOS Computational Biology 20(10) (2024).
     """
 
+    numbers = ("eta", "temperature")
+
     def __init__(
         self,
         eta: float,
@@ -377,7 +406,7 @@ class Langevin(Descent):
         found = copy.copy(self)
         device = "cpu" if self.generator is None else self.generator.device
         drawn = torch.randint(2**62, (), generator=self.generator, device=device)
-        found._seed = int(drawn) + self._stream
+        found._seed, found._drawing = int(drawn) + self._stream, {}
         return found
 
     def of_stream(self, number: int) -> Langevin:
@@ -390,18 +419,22 @@ class Langevin(Descent):
         """Noise moves all beliefs, also those that no error has reached."""
         super().begin(energy)
         energy.wake()
-        devices = {x.device for x in energy.variables}
-        self._noise = {d: torch.Generator(d).manual_seed(self._seed) for d in devices}
 
     def move(self, i: int, parts: Parts) -> None:
         """A step of the descent, and noise."""
         super().move(i, parts)
-        x = self.x[i]
-        noise = torch.empty_like(x).normal_(generator=self._noise[x.device])
-        x.add_(noise, alpha=math.sqrt(2 * self.eta * self.temperature))
+        _add(self.x[i], self.noise(self.x[i]), (2 * self.eta * self.temperature) ** 0.5)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """From N(0, 1)."""
+        device = like.device
+        if device not in self._drawing:
+            self._drawing[device] = torch.Generator(device).manual_seed(self._seed)
+        return torch.empty_like(like).normal_(generator=self._drawing[device])
 
     _seed: int
     _stream = 0
+    _drawing: dict[torch.device, torch.Generator]
 
 
 class Safe(Descent):
@@ -409,6 +442,7 @@ class Safe(Descent):
 
     1/lambda, with lambda the largest eigenvalue of the Hessian at the start (``energy/curvature.py``); and
     for as long as the energy is higher in the end than it was, from the start again with a quarter of it.
+    It waits for the device once for the step size, and once each time that it has come to the end.
     """
 
     def __init__(self, sweep: str = "together") -> None:
@@ -417,19 +451,34 @@ class Safe(Descent):
         self._tries = 0
 
     def begin(self, energy: Energy) -> None:
-        """Find the step size, the first time."""
+        """Look at the curvature and the energy, the first time."""
         super().begin(energy)
         if self._tries == 0:
-            self.eta = safe_step(hessian(energy), energy.variables)
-            self._before = energy.terms()
-            self._slack = most_rise(energy, energy.vhat[-1].dtype) * self._before.abs().sum()
+            self._entries = None
+            if x := energy.variables:
+                self._entries = lanczos(hessian(energy), list(map(self.noise, x)), PASSES)
+            terms = energy.terms()
+            self._before = terms.sum()
+            self._slack = most_rise(energy, energy.vhat[-1].dtype) * terms.abs().sum()
 
-    def is_content(self, energy: Energy) -> bool:
-        """Whether the energy is no higher than it was, or to try again with a smaller step."""
-        before = self._before.sum()
-        is_lower = energy.terms().sum() <= before + self._slack
+    def noise(self, like: Tensor) -> Tensor:
+        """The vector that the curvature is looked for from."""
+        return start_vector(like)
+
+    def choose(self) -> None:
+        """Find the step size, the first time."""
+        if self._tries == 0:
+            self.eta = safe_step(0.0 if self._entries is None else largest_in(self._entries))
+
+    def judge(self, energy: Energy) -> Tensor:
+        """Whether the energy is no higher than it was."""
+        is_lower = energy.terms().sum() <= self._before + self._slack
+        return is_lower | ~self._before.isfinite()
+
+    def accepts(self, verdict: Tensor | None) -> bool:
+        """So, or to try again with a smaller step."""
         self._tries += 1
-        if is_lower | ~before.isfinite() or self._tries > MOST_TRIES:
+        if verdict or self._tries > MOST_TRIES:
             return True
         self.eta *= SHRINK
         return False

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch2pc.energy.factors import Number, is_one
 from torch2pc.graph.autograd import (
     Updates,
     add_updates,
@@ -41,7 +42,7 @@ def updates(
     errors: Sequence[Any],
     v: Sequence[Tensor],
     known: Callable[[int, Tensor], OfLayer | None] | None = None,
-    beta: float = 1.0,
+    beta: Number = 1.0,
     of_above: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, dict[Tensor, Tensor]]:
     """The input's error (if the input requires grad) and the parameters' updates.
@@ -120,9 +121,9 @@ def _of_layer(
 
 
 def _add_own(
-    updates: dict[Tensor, Tensor], energy: Tensor, inputs: Sequence[Tensor], beta: float = 1.0
+    updates: dict[Tensor, Tensor], energy: Tensor, inputs: Sequence[Tensor], beta: Number = 1.0
 ) -> None:
     """Add the gradients of a loss's or a prior's own parameters, times ``beta``, to ``updates``."""
     leaves = leaves_between(energy, inputs)
     found = gradient([energy], leaves)
-    add_updates(updates, leaves, [g if g is None or beta == 1 else beta * g for g in found])
+    add_updates(updates, leaves, [g if g is None or is_one(beta) else beta * g for g in found])

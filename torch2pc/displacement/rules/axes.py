@@ -17,6 +17,7 @@ from torch2pc.displacement.rules.core import (
     given_or_zero,
     if_finite,
     only_first_moves,
+    operations,
     prepares,
     unsqueezed,
 )
@@ -166,13 +167,11 @@ def of_channels(values: Tensor, x: Tensor) -> Tensor:
 
 
 @prepares(
-    aten.native_batch_norm.default,
-    aten._native_batch_norm_legit.default,
-    aten._native_batch_norm_legit.no_stats,
-    aten._native_batch_norm_legit_no_training.default,
-    aten._batch_norm_with_update.default,
-    aten._batch_norm_no_update.default,
-    aten.cudnn_batch_norm.default,
+    *operations(
+        """native_batch_norm cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update
+        _native_batch_norm_legit _native_batch_norm_legit.no_stats
+        _native_batch_norm_legit_no_training"""
+    )
 )
 def _(call: Call) -> Step | None:
     if not only_first_moves(call):

@@ -14,14 +14,26 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-# Operations that write into an argument that is no part of what they return.
-WRITES_ASIDE = {
-    aten.native_batch_norm.default,
-    aten._native_batch_norm_legit.default,
-    aten._batch_norm_with_update.default,
-    aten.cudnn_batch_norm.default,
-    aten.rrelu_with_noise.default,
-}
+
+def operations(names: str) -> frozenset[Any]:
+    """PyTorch's operations of these names; of ``add.Tensor`` that overload, of ``neg`` the default one.
+
+    ``sum.*`` are all.
+    """
+    found: list[Any] = []
+    for name in names.split():
+        name, _, overload = name.partition(".")
+        packet = getattr(aten, name)
+        overloads = packet.overloads() if overload == "*" else [overload or "default"]
+        found += [getattr(packet, overload) for overload in overloads]
+    return frozenset(found)
+
+
+# Those that write into an argument that is no part of what they return.
+WRITES_ASIDE = operations(
+    """native_batch_norm _native_batch_norm_legit _batch_norm_with_update cudnn_batch_norm
+    rrelu_with_noise"""
+)
 
 
 class Rule(NamedTuple):
@@ -100,12 +112,15 @@ def belief_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
-def unit_of(d: Tensor) -> Tensor:
-    """The power of two next above the largest entry; 1 for zeros. To divide by it rounds nothing."""
+def unit_of(d: Tensor, largest: int = 120) -> Tensor:
+    """The power of two next above the largest entry; 1 for zeros. To divide by it rounds nothing.
+
+    It is at most 2 to the power of ``largest``.
+    """
     if d.numel() == 0:
         return d.new_ones(())
     _, exponent = torch.frexp(torch.linalg.vector_norm(d, torch.inf))
-    return torch.pow(2.0, exponent.clamp(-120, 120))
+    return torch.pow(2.0, exponent.clamp(-120, largest))
 
 
 def storage(tensor: Tensor) -> int:

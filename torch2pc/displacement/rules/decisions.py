@@ -20,37 +20,27 @@ from torch2pc.displacement.rules.core import (
     WRITES_ASIDE,
     Call,
     Rule,
-    aten,
     belief_dtype,
     evaluate,
+    operations,
     template,
 )
 
 # Functions of numbers that are constant between jumps, or that jump.
-_JUMPS = {
-    getattr(getattr(aten, name), overload)
-    for name, overloads in {
-        "round": "default decimals",
-        "floor": "default",
-        "ceil": "default",
-        "trunc": "default",
-        "frac": "default",
-        "sign": "default",
-        "sgn": "default",
-        "heaviside": "default",
-        "fmod": "Scalar Tensor",
-        "remainder": "Scalar Tensor",
-        "floor_divide": "default Scalar",
-        "div": "Tensor_mode Scalar_mode",
-    }.items()
-    for overload in overloads.split()
-}
+_JUMPS = operations(
+    """
+    round round.decimals floor ceil trunc frac sign sgn heaviside fmod.Scalar fmod.Tensor
+    remainder.Scalar remainder.Tensor floor_divide floor_divide.Scalar div.Tensor_mode
+    div.Scalar_mode
+    """
+)
 
 # Rules whose outputs are equal to a number, or to one another, by chance alone, if their inputs are.
 GENERIC = {
     LINEAR,
     axes.NORMALISED,
     linear.SAME,
+    linear.JOINED,
     linear.AS_DTYPE,
     linear.RESHAPED,
     linear.PERMUTED,

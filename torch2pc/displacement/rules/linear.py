@@ -20,67 +20,25 @@ from torch2pc.displacement.rules.core import (
     if_finite,
     linear_step,
     only_first_moves,
+    operations,
     prepares,
     tensors_in,
     unit_of,
 )
 from torch2pc.displacement.rules.kinks import masked_step
 
-LINEAR_OPERATIONS = {
-    getattr(getattr(aten, name), overload)
-    for name, overloads in {
-        "neg": "default",
-        "mv": "default",
-        "sum": "default dim_IntList",
-        "mean": "default dim",
-        "cumsum": "default",
-        "flip": "default",
-        "roll": "default",
-        "rot90": "default",
-        "index_select": "default",
-        "gather": "default",
-        "index": "Tensor",
-        "cat": "default",
-        "stack": "default",
-        "repeat": "default",
-        "tril": "default",
-        "triu": "default",
-        "avg_pool1d": "default",
-        "avg_pool2d": "default",
-        "avg_pool3d": "default",
-        "_adaptive_avg_pool2d": "default",
-        "_adaptive_avg_pool3d": "default",
-        "reflection_pad1d": "default",
-        "reflection_pad2d": "default",
-        "reflection_pad3d": "default",
-        "replication_pad1d": "default",
-        "replication_pad2d": "default",
-        "replication_pad3d": "default",
-        "upsample_nearest1d": "default",
-        "upsample_nearest2d": "default",
-        "upsample_nearest3d": "default",
-        "upsample_linear1d": "default",
-        "upsample_bilinear2d": "default",
-        "upsample_bicubic2d": "default",
-        "upsample_trilinear3d": "default",
-        "_upsample_nearest_exact1d": "default",
-        "_upsample_nearest_exact2d": "default",
-        "_upsample_nearest_exact3d": "default",
-        "pixel_shuffle": "default",
-        "pixel_unshuffle": "default",
-        "channel_shuffle": "default",
-        "native_channel_shuffle": "default",
-        "im2col": "default",
-        "col2im": "default",
-        "constant_pad_nd": "default",
-        "max_unpool2d": "default",
-        "max_unpool3d": "default",
-        "_fft_r2c": "default",
-        "_fft_c2c": "default",
-        "_fft_c2r": "default",
-    }.items()
-    for overload in overloads.split()
-}
+LINEAR_OPERATIONS = operations(
+    """
+    neg mv sum sum.dim_IntList mean mean.dim cumsum flip roll rot90 index_select gather
+    index.Tensor stack repeat tril triu avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+    replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d pixel_shuffle
+    pixel_unshuffle channel_shuffle native_channel_shuffle im2col col2im constant_pad_nd
+    max_unpool2d max_unpool3d _fft_r2c _fft_c2c _fft_c2r
+    """
+)
 
 
 @prepares(*LINEAR_OPERATIONS)
@@ -94,6 +52,24 @@ def _(call: Call) -> Step | None:
     # is taken, as all of it is, in float32.
     is_cast = call.kwargs.get("dtype") in (torch.bfloat16, torch.float16)
     return None if is_cast or not step.inputs[0].dtype.is_floating_point else step
+
+
+def _joined(*given: Any) -> tuple[Tensor, list[int]]:
+    *d, dim = given
+    return torch.cat(d, dim), [d_i.shape[dim] for d_i in d]
+
+
+JOINED = Rule(_joined, lambda e, sizes, dim: e.split(sizes, dim))
+
+
+@prepares(aten.cat.default)
+def _(call: Call) -> Step | None:
+    tensors, like = call.args[0], (call.output.dim(), call.output.dtype)
+    if not like[1].is_floating_point:
+        return None
+    if all([call.moves(x) and (x.dim(), x.dtype) == like for x in tensors]):
+        return Step(JOINED, tuple(tensors), (), (call.argument(1, "dim", 0),))
+    return linear_step(call)
 
 
 # Passing on.
@@ -136,14 +112,9 @@ RESHAPED = Rule(_reshaped, lambda e, before, *static: e.reshape(before))
 
 
 @prepares(
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten._reshape_alias.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
+    *operations(
+        """view _unsafe_view reshape _reshape_alias unsqueeze squeeze squeeze.dim squeeze.dims"""
+    )
 )
 def _(call: Call) -> Step:
     before, after = call.args[0].shape, call.output.shape
@@ -357,8 +328,12 @@ def _by_float_matrix(d: Tensor, w: Tensor) -> tuple[Tensor, None]:
 
 
 def _by_float_matrix_back(e: Tensor, saved: None, w: Tensor) -> Tensor:
-    return torch.mm(e, w.t())
+    return torch.nn.functional.linear(e, w)  # e w^T, without a view made in Python
 
+
+# Entries of a matrix below which a processor's product in half precision takes longer to set up (20 us, where
+# oneDNN does it) than that in float32 takes as a whole.
+SMALL = 64 * 64
 
 BY_MATRIX = Rule(_by_matrix, _by_matrix_back, is_fresh=True)
 BY_FLOAT_MATRIX = Rule(_by_float_matrix, _by_float_matrix_back, is_fresh=True)
@@ -429,8 +404,11 @@ def _(call: Call) -> Step | None:
         return Step(MATRIX_PRODUCT, (x, y), (x.detach(), y.detach()))
     if call.moves(y):
         return Step(FROM_LEFT, (y,), (x.detach(),))
-    rule = BY_FLOAT_MATRIX if y.dim() == 2 and belief_dtype(y.dtype) == y.dtype else BY_MATRIX
-    return Step(rule, (x,), (y.detach(),))
+    w = y.detach()
+    if w.dim() == 2 and w.numel() <= SMALL and w.device.type == "cpu":
+        w = base(w)
+    rule = BY_FLOAT_MATRIX if w.dim() == 2 and belief_dtype(w.dtype) == w.dtype else BY_MATRIX
+    return Step(rule, (x,), (w,))
 
 
 @prepares(aten.addcmul.default)
