@@ -19,9 +19,9 @@ of the training of a ReLU network by backprop the length of each layer's update 
 and its cosine to backprop's (H); and how far the errors of all layers are from backprop's there, after so
 many sweeps (I) and by the step size (J), with multipliers that grow by alpha.
 
-``--full`` trains all of it, which takes about an hour on one core; else a few depths, for less than two minutes. What is
-finished is kept in ``figure_depth_runs.json`` beside the figure, and not repeated when the command is given
-again. Stopped by Ctrl-C, the command draws what there is.
+``--full`` trains all of it, which takes about an hour on one core; else a few depths, for less than two
+minutes. What is finished is kept in ``figure_depth_runs.json`` beside the figure, and not repeated when
+the command is given again. Stopped by Ctrl-C, the command draws what there is.
 """
 
 from __future__ import annotations
