@@ -13,11 +13,13 @@ Four algorithms start from the same energy,
    v_l = f_l(v_{l-1}) - \epsilon_l .
 
 ``"Strict"`` moves the beliefs. An error climbs down one layer an iteration, and is multiplied by about
-:math:`\eta` at each when it first arrives. ``"Multipliers"`` moves them too, one after the other from the top,
-so that an error gets through many layers in one sweep, and adds up what is left of each error in a Lagrange
-multiplier until prediction and belief are the same,
+:math:`\eta` at each when it first arrives. ``"Multipliers"`` moves them too, one after the other from the
+top, so that an error gets through many layers in one sweep, and adds up what is left of each error in a
+Lagrange multiplier until prediction and belief are the same,
 
-.. math:: v_l \leftarrow v_l + \eta\, \big(\epsilon_l + \lambda_l - J_{l+1}^T (\epsilon_{l+1} + \lambda_{l+1})\big),
+.. math::
+
+   v_l \leftarrow v_l + \eta\, \big(\epsilon_l + \lambda_l - J_{l+1}^T (\epsilon_{l+1} + \lambda_{l+1})\big),
    \qquad \lambda_l \leftarrow \lambda_l + \epsilon_l .
 
 ``"ErrorBased"`` moves the errors, through all layers at once,

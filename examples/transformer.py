@@ -64,20 +64,17 @@ def weighted(weight: float):
 # --------
 # X holds integers: the first item is an embedding, and the input is clamped in any case. All methods start
 # from the same weights and see the same stretches of the text. Adam does not mind how large updates are, so
-# that the weight of the loss decides how far beliefs move, and nothing else.
+# that the weight of the loss decides how far beliefs move, and nothing else. Strict moves all beliefs
+# together, or one after the other from the top down.
 
+TOGETHER = dict(eta=0.1, n=8)
+DOWN = dict(eta=steps.Descent(0.5, sweep="down"), n=3)
 RUNS = {
     "backpropagation": ("between blocks", 1.0, "Exact", {}),
-    "Strict": ("between blocks", 1.0, "Strict", dict(eta=0.1, n=8)),
-    "Strict, sweeps down": (
-        "between blocks",
-        0.1,
-        "Strict",
-        dict(eta=steps.Descent(0.5, sweep="down"), n=3),
-    ),
-    "Multipliers": ("between blocks", 0.01, "Multipliers", dict(eta=0.2, n=6)),
-    "Strict, inside": ("inside", 1.0, "Strict", dict(eta=0.1, n=8)),
-    "Multipliers, inside": ("inside", 0.01, "Multipliers", dict(eta=0.2, n=6)),
+    "Strict": ("between blocks", 1.0, "Strict", TOGETHER),
+    "Strict, down": ("between blocks", 0.1, "Strict", DOWN),
+    "Strict, inside": ("inside", 1.0, "Strict", TOGETHER),
+    "Strict, down, inside": ("inside", 0.1, "Strict", DOWN),
 }
 trained, ends = {}, {}
 figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -132,7 +129,12 @@ def continued(model: torch.nn.Module, beginning: str, length: int) -> str:
     return "".join(text.letters[code] for code in written)
 
 
-print(continued(trained["Multipliers, inside"], "The ", 200))
+print(continued(trained["Strict, down, inside"], "The ", 200))
 
 # %%
-# **Conclusion.** CONCLUSION
+# **Conclusion.** Attention, softmax and layer normalisation have displacement rules as ReLU has, and beliefs
+# may lie inside a block. After these steps sweeps from the top down are 0.3% behind backpropagation's bits
+# with beliefs between the blocks, and 0.1% inside them. All beliefs together are as good between the
+# blocks and 1.5% behind inside; but the stable limit has come down to 0.08, below their eta of 0.1, and with
+# other seeds they fall over it within as many steps. The page on the paper's figures has three seeds, two
+# texts and more methods.

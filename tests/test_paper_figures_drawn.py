@@ -58,7 +58,14 @@ def test_check_fails_when_a_number_is_off(tmp_path, monkeypatch, capsys):
     assert command.main(arguments) == 1
     shown = capsys.readouterr()
     assert "figure 3: bad is 2, not 1" in shown.err
+    # A number that depends on the data is that of a full run.
+    assert "free" not in shown.out and "free" not in shown.err
+    assert command.main([*arguments, "--full"]) == 1
+    shown = capsys.readouterr()
     assert "free" in shown.out and "free" not in shown.err
+    del numbers[0], numbers[1:]
+    assert command.main(arguments) == 0
+    assert "free" in capsys.readouterr().out
 
 
 def test_figure_2_follows_what_PCInfer_computes():

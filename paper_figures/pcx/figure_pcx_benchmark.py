@@ -141,9 +141,9 @@ class Kept(steps.Momentum):
 
     def begin(self, energy: Energy) -> None:
         """From rest before the first call alone."""
-        velocity = getattr(self, "_velocity", {})
+        velocity = getattr(self, "_velocity", None)
         super().begin(energy)
-        self._velocity = velocity
+        self._velocity = self._velocity if velocity is None else velocity
 
 
 class Centre(nn.Module):

@@ -16,7 +16,7 @@ Panels: bits a character above backprop's, in percent of these, of each method w
 
 By default one seed learns one text for a few updates. With ``--full`` three seeds learn both, in about
 half an hour on one core. Finished trainings are kept in ``figure_transformer_runs.json`` beside the
-figure, so that the command goes on where it was stopped.
+figure, so that the command goes on where it was stopped. Stopped by Ctrl-C, it draws what there is.
 """
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ def run(options: Options) -> list[Number]:
     rates = RATES if options.full else RATES[-1:]
     runs = {text.name: Runs("figure_transformer", train, text, options) for text in texts}
     first = runs[TEXTS[0]]
-    rows = [(where, row, *found) for where, of in ROWS.items() for row, found in of.items()]
 
     def trainings(places: str, method: str, lr: float) -> list[Training]:
         return [Training(places, method, lr, options.seed + k, updates) for k in range(seeds)]
 
     tried = {
-        (places, method): [trainings(places, method, lr)[0] for lr in rates]
-        for _, _, places, method in rows
+        which: [trainings(*which, lr)[0] for lr in rates]
+        for of in ROWS.values()
+        for which in of.values()
     }
     first.finish(training for of in tried.values() for training in of)
     # (Not a number, where training is lost, is the worst.)
@@ -148,28 +148,33 @@ def run(options: Options) -> list[Number]:
         for which, of in tried.items()
     }
     chosen = {which: trainings(*which, lr) for which, lr in best.items()}
-    for text in texts:
-        runs[text.name].finish(
-            training for of in zip(*chosen.values(), strict=True) for training in of
-        )
+    try:
+        for text in texts:  # one seed after the other
+            of_seeds = zip(*chosen.values(), strict=True)
+            runs[text.name].finish(training for of_seed in of_seeds for training in of_seed)
+    except KeyboardInterrupt:
+        print("stopped: the picture has what is there")
     found: Outcomes = {
         where: {
-            row: [
-                (text.name, runs[text.name][training])
+            row: {
+                (text.name, training.seed): runs[text.name][training]
                 for text in texts
-                for training in chosen[places, method]
-            ]
-            for w, row, places, method in rows
-            if w == where
+                for training in chosen[which]
+                if training in runs[text.name]
+            }
+            for row, which in of.items()
         }
-        for where in ROWS
+        for where, of in ROWS.items()
     }
     numbers = [
         Number(
-            f"{where}, {row}: % of bits above backprop's", "-", round(statistics.fmean(shares), 2)
+            f"{where}, {row}: % of bits above backprop's",
+            "-",
+            round(statistics.fmean(shares.values()), 2),
         )
         for where, of in found.items()
         for row, shares in above(of).items()
+        if shares
     ]
     save(
         options,
@@ -183,21 +188,31 @@ def run(options: Options) -> list[Number]:
             "best rates": {", ".join(which): lr for which, lr in best.items()},
             "methods": {name: str(method) for name, method in METHODS.items()},
         },
-        series={"bits a character and seconds an update": found},
+        series={
+            "bits a character and seconds an update": {
+                where: {row: [[*which, o] for which, o in of.items()] for row, of in rows.items()}
+                for where, rows in found.items()
+            }
+        },
         numbers=numbers,
     )
     return numbers
 
 
-# By where beliefs lie and by row, for each training the text's name and what came of it.
-Outcomes = dict[str, dict[str, list[tuple[str, dict[str, Any]]]]]
+# By where beliefs lie and by row, what came of each training, by its text and seed.
+Row = dict[tuple[str, int], dict[str, Any]]
+Outcomes = dict[str, dict[str, Row]]
 
 
-def above(rows: dict[str, list[tuple[str, dict[str, Any]]]]) -> dict[str, list[float]]:
+def above(rows: dict[str, Row]) -> dict[str, dict[tuple[str, int], float]]:
     """By how many percent each training's bits are above those of backprop's, of the same text and seed."""
-    base = [outcome["test"] for _, outcome in rows[BACKPROP]]
+    base = rows[BACKPROP]
     return {
-        row: [100 * (outcome["test"] / b - 1) for (_, outcome), b in zip(of, base, strict=True)]
+        row: {
+            which: 100 * (outcome["test"] / base[which]["test"] - 1)
+            for which, outcome in of.items()
+            if which in base
+        }
         for row, of in rows.items()
     }
 
@@ -219,20 +234,16 @@ def draw(found: Outcomes, updates: int) -> Figure:
     return figure
 
 
-def draw_shares(axes: Axes, rows: dict[str, list[tuple[str, dict[str, Any]]]]) -> None:
+def draw_shares(axes: Axes, rows: dict[str, Row]) -> None:
     """A dot for each training, and the mean in figures."""
-    bits = statistics.fmean(outcome["test"] for _, outcome in rows[BACKPROP])
-    for place, (row, shares) in enumerate(above(rows).items()):
-        for (name, _), share in zip(rows[row], shares, strict=True):
-            mark, colour = ("o", "#0072B2") if name == TEXTS[0] else ("s", "#D55E00")
+    bits = statistics.fmean(outcome["test"] for outcome in rows[BACKPROP].values())
+    for place, shares in enumerate(above(rows).values()):
+        for (text, _), share in shares.items():
+            mark, colour = ("o", "#0072B2") if text == TEXTS[0] else ("s", "#D55E00")
             axes.plot(share, place, mark, color=colour, markersize=4, fillstyle="none")
-        axes.annotate(
-            f"{statistics.fmean(shares):+.1f}",
-            (1.01, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=7,
-        )
+        if shares:
+            mean, at = f"{statistics.fmean(shares.values()):+.1f}", ("axes fraction", "data")
+            axes.annotate(mean, (1.01, place), xycoords=at, va="center", fontsize=7)
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_yticks(range(len(rows)), [*rows])
@@ -243,9 +254,13 @@ def draw_shares(axes: Axes, rows: dict[str, list[tuple[str, dict[str, Any]]]]) -
 def draw_times(axes: Axes, found: Outcomes) -> None:
     """Milliseconds an update of the processor's time."""
     for (where, rows), mark in zip(found.items(), "os", strict=True):
-        of_method = {row: of for row, of in rows.items() if row in METHODS}
-        means = [1000 * statistics.fmean(o["seconds"] for _, o in of) for of in of_method.values()]
-        axes.plot(means, range(len(means)), mark, fillstyle="none", label=where)
+        means = {
+            row: 1000 * statistics.fmean(outcome["seconds"] for outcome in of.values())
+            for row, of in rows.items()
+            if row in METHODS and of
+        }
+        places = [[*METHODS].index(row) for row in means]
+        axes.plot([*means.values()], places, mark, fillstyle="none", label=where)
     axes.set_yticks(range(len(METHODS)), [*METHODS])
     axes.invert_yaxis()
     axes.set(xlabel="milliseconds an update", xscale="log", title="time")

@@ -44,6 +44,19 @@ def hessian(energy: Energy) -> Product:
     return product
 
 
+def alternating(product: Product) -> Product:
+    """The same without what couples a variable to the next: on a chain, each one's own curvature."""
+
+    def apart(u: list[Tensor]) -> Sequence[Tensor]:
+        found: list[Tensor] = [*u]
+        for first in (0, 1):
+            kept = [x if i % 2 == first else torch.zeros_like(x) for i, x in enumerate(u)]
+            found[first::2] = product(kept)[first::2]
+        return found
+
+    return apart
+
+
 @torch.no_grad()
 def linearised(energy: Energy) -> Energy:
     """The energy whose gradient at u is H u."""
