@@ -20,8 +20,8 @@ and its cosine to backprop's (H); and how far the errors of all layers are from 
 many sweeps (I) and by the step size (J), with multipliers that grow by alpha.
 
 ``--full`` trains all of it, which takes about an hour on one core; else a few depths, for less than two
-minutes. What is finished is kept in ``figure_depth_runs.json`` beside the figure, and not repeated when the
-command is given again. Stopped by Ctrl-C, the command draws what there is.
+minutes. What is finished is kept in ``figure_depth_runs.json`` beside the figure, and not repeated when
+the command is given again. Stopped by Ctrl-C, the command draws what there is.
 """
 
 from __future__ import annotations
