@@ -37,7 +37,8 @@ from torch2pc.inference.strict import latent, strict
 def step_of(relaxation: Relaxation) -> float:
     """The safe step size where a relaxation stands."""
     energy = relaxation.energy
-    return safe_step(largest_eigenvalue(product_with_hessian(energy), energy.variables))
+    x = energy.variables
+    return safe_step(largest_eigenvalue(product_with_hessian(energy), x) if x else 0.0)
 
 
 def matrix_product(A: Tensor, sizes: list[int]) -> Any:
