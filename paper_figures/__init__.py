@@ -1,9 +1,9 @@
 """Figures of predictive coding's papers drawn with torch2pc: ``python -m paper_figures``.
 
 Each paper has its folder: `rosenbaum`, whose figures 1 to 7 the library reproduces, and with them
-`rao_ballard`, `memory`, `jpc`, `unsupervised`, `pcx` and `prospective`. Each figure is one file there,
-named ``figure_NAME.py``; nothing lists them, so adding the file adds the figure, which ``--figure NAME``
-draws. It reads like the figure's caption and has
+`rao_ballard`, `memory`, `jpc`, `unsupervised`, `pcx`, `prospective`, `depth` and `transformer`. Each
+figure is one file there, named ``figure_NAME.py``; nothing lists them, so adding the file adds the
+figure, which ``--figure NAME`` draws. It reads like the figure's caption and has
 
 - a docstring, whose first line is the title that ``--help`` shows;
 - ``run(options) -> list[Number]``, which computes the figure, calls `report.save` to write its PNG,

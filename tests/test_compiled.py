@@ -186,6 +186,7 @@ def rules(k: int) -> dict[str, Callable[[], Any]]:
         "halving": lambda: steps.Halving(5.0 + k, 0.3),
         "auto": lambda: "auto",
         "own": lambda: Signs(0.1 * eta),
+        "own, of a whole number": lambda: Signs(1 + k),
         "decaying": lambda: Decaying(eta),
     }
 

@@ -18,6 +18,8 @@ from torch._dynamo.utils import counters
 from tests import reference
 from tests.cases import Case, assert_close, cases, graphs, random_beliefs, squared_error
 from torch2pc import PCGraph, PCInfer, follow, steps
+from torch2pc.graph.network import Network
+from torch2pc.inference.multipliers import multipliers
 
 alphas = st.sampled_from([0.0, 0.3, 1.0])
 
@@ -196,6 +198,22 @@ def test_a_step_that_diverges_is_told_of_and_auto_finds_another() -> None:
         result = chain(gain=3.0).infer("Multipliers", eta="auto", n=30)
     exact = case.infer("Exact").epsilon[1:]
     assert all([a.norm() < b.norm() for a, b in zip(result.epsilon[1:], exact, strict=True)])
+
+
+def test_the_step_that_is_found_is_what_a_sweep_bears() -> None:
+    """Three quarters of 2 over the largest curvature of a single belief, 1 + ||J||^2."""
+    torch.manual_seed(0)
+    J = [4.0, 1.0, 0.5]
+    model = nn.Sequential(nn.Linear(3, 3), *[nn.Linear(3, 3, bias=False) for _ in J]).double()
+    for linear, norm in zip(model[1:], J, strict=True):
+        nn.init.orthogonal_(linear.weight, norm)
+    X, Y = torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    light = Case(model, lambda yhat, Y: 1e-6 * (yhat * Y).sum(), X, Y)
+    network = Network(*light)
+    relaxation = multipliers(network, "auto")
+    with network.replaying():
+        relaxation.step()
+    assert relaxation.rule.eta == pytest.approx(1.5 / (1 + 4.0**2), rel=0.02)
 
 
 def test_the_rise_to_the_loss_is_no_divergence() -> None:

@@ -377,8 +377,14 @@ def _numbers(rule: Rule, terms: Terms, beta: float | None, like: Tensor) -> list
     """The rule's, the precisions, the factor of the loss, and how fast multipliers grow."""
     numbers = [getattr(rule, name) for name in rule.numbers]
     numbers += [*(terms.precision or []), *[x for x in (beta, terms.alpha) if x is not None]]
-    # Filled where they are: to copy numbers to a GPU waits for it. (A rule may have to find one first.)
-    return [like.new_full((), x) if isinstance(x, float) else like for x in numbers]
+    return [_as_tensor(x, like) for x in numbers]
+
+
+def _as_tensor(number: Any, like: Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(like)
+    # Filled where it is: to copy a number to a GPU waits for it. (A rule may still have to find it.)
+    return like.new_full((), number if isinstance(number, int | float) else 0.0)
 
 
 @lru_cache(maxsize=32)

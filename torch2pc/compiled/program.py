@@ -872,8 +872,12 @@ def _is_new(x: Tensor, before: tuple[Tensor, int] | None) -> bool:
 
 
 def most_steps(L: int) -> int:
-    """How many steps are one graph; few layers have little to do between two of them."""
-    return max(1, min(4, 16 // L))
+    """How many steps are one graph, once errors have reached all layers.
+
+    What Python does between two of them counts where there are few layers; with many it hardly does, and to
+    compile more than one step would take long.
+    """
+    return max(1, min(3, 12 // L))
 
 
 def _captured(output: Tensor, inputs: Sequence[Tensor], name: str) -> Below:

@@ -44,6 +44,19 @@ def hessian(energy: Energy) -> Product:
     return product
 
 
+def alternating(product: Product) -> Product:
+    """The same without what couples a variable to the next: on a chain, each one's own curvature."""
+
+    def apart(u: list[Tensor]) -> Sequence[Tensor]:
+        found: list[Tensor] = [*u]
+        for first in (0, 1):
+            kept = [x if i % 2 == first else torch.zeros_like(x) for i, x in enumerate(u)]
+            found[first::2] = product(kept)[first::2]
+        return found
+
+    return apart
+
+
 @torch.no_grad()
 def linearised(energy: Energy) -> Energy:
     """The energy whose gradient at u is H u."""
@@ -158,7 +171,7 @@ def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = P
 
     Args:
         product: takes a vector, as a list of tensors like those of ``like``, to the matrix times it.
-        like: at least one tensor; their values are not used.
+        like: the tensors' values are not used; 0 without any.
         passes: the number of products.
 
     Example:
@@ -166,7 +179,7 @@ def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = P
         >>> largest_eigenvalue(lambda u: [A @ u[0]], [torch.empty(100)], passes=20)
         2.99...
     """
-    return largest_in(lanczos(product, list(map(start_vector, like)), passes))
+    return largest_in(lanczos(product, list(map(start_vector, like)), passes)) if like else 0.0
 
 
 def largest_in(entries: Tensor) -> float:
