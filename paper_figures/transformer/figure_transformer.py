@@ -52,6 +52,10 @@ TEXTS = ("shakespeare", "federalist")
 RATES = (0.003, 0.01)
 SEEDS = 3
 BACKPROP = "backprop"
+MARKS: dict[str, dict[str, Any]] = {
+    text: dict(marker=mark, color=colour, markersize=4, fillstyle="none", ls="")
+    for text, mark, colour in zip(TEXTS, "os", ("#0072B2", "#D55E00"), strict=True)
+}
 
 
 class Method(NamedTuple):
@@ -242,11 +246,13 @@ def draw_shares(axes: Axes, rows: dict[str, Row]) -> None:
     bits = statistics.fmean(outcome["test"] for outcome in rows[BACKPROP].values())
     for place, shares in enumerate(above(rows).values()):
         for (text, _), share in shares.items():
-            mark, colour = ("o", "#0072B2") if text == TEXTS[0] else ("s", "#D55E00")
-            axes.plot(share, place, mark, color=colour, markersize=4, fillstyle="none")
+            axes.plot(share, place, **MARKS[text])
         if shares:
             mean, at = f"{statistics.fmean(shares.values()):+.1f}", ("axes fraction", "data")
             axes.annotate(mean, (1.01, place), xycoords=at, va="center", fontsize=7)
+    for text, mark in MARKS.items():
+        axes.plot([], [], **mark, label=text)
+    axes.legend(fontsize=7)
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set_xscale("symlog", linthresh=1)
     axes.margins(x=0.1)
