@@ -15,8 +15,8 @@ Panels: bits a character above backprop's, in percent of these, of each method w
 (A) and inside them (B), a dot for each seed and text; the time of an update, of one run each (C).
 
 By default one seed learns one text for a few updates. With ``--full`` three seeds learn both, in about
-half an hour on one core. Finished trainings are kept in ``figure_transformer_runs.json`` beside the
-figure, so that the command goes on where it was stopped. Stopped by Ctrl-C, it draws what there is.
+half an hour on one core. Finished trainings are kept in ``figure_transformer_TEXT_runs.json`` beside
+the figure, so that the command goes on where it was stopped. Stopped by Ctrl-C, it draws what there is.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ TEXTS = ("shakespeare", "federalist")
 RATES = (0.003, 0.01)
 SEEDS = 3
 BACKPROP = "backprop"
+MARKS: dict[str, dict[str, Any]] = {
+    text: dict(marker=mark, color=colour, markersize=4, fillstyle="none", ls="")
+    for text, mark, colour in zip(TEXTS, "os", ("#0072B2", "#D55E00"), strict=True)
+}
 
 
 class Method(NamedTuple):
@@ -128,7 +132,10 @@ def run(options: Options) -> list[Number]:
     updates, seeds = options.pick((2, 1), (20, 1), (60, SEEDS))
     texts = [load_text(name) for name in options.pick(TEXTS[:1], TEXTS[:1], TEXTS)]
     rates = RATES if options.full else RATES[-1:]
-    runs = {text.name: Runs("figure_transformer", train, text, options) for text in texts}
+    # A file for each text, as each of these writes all that it knows.
+    runs = {
+        text.name: Runs(f"figure_transformer_{text.name}", train, text, options) for text in texts
+    }
     first = runs[TEXTS[0]]
 
     def trainings(places: str, method: str, lr: float) -> list[Training]:
@@ -239,13 +246,16 @@ def draw_shares(axes: Axes, rows: dict[str, Row]) -> None:
     bits = statistics.fmean(outcome["test"] for outcome in rows[BACKPROP].values())
     for place, shares in enumerate(above(rows).values()):
         for (text, _), share in shares.items():
-            mark, colour = ("o", "#0072B2") if text == TEXTS[0] else ("s", "#D55E00")
-            axes.plot(share, place, mark, color=colour, markersize=4, fillstyle="none")
+            axes.plot(share, place, **MARKS[text])
         if shares:
             mean, at = f"{statistics.fmean(shares.values()):+.1f}", ("axes fraction", "data")
             axes.annotate(mean, (1.01, place), xycoords=at, va="center", fontsize=7)
+    for text, mark in MARKS.items():
+        axes.plot([], [], **mark, label=text)
+    axes.legend(fontsize=7)
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set_xscale("symlog", linthresh=1)
+    axes.margins(x=0.1)
     axes.set_yticks(range(len(rows)), [*rows])
     axes.invert_yaxis()
     axes.set(xlabel=f"% above backprop's {bits:.2f} bits")
