@@ -279,7 +279,7 @@ def test_warns_once_where_it_stopped_far_from_equilibrium() -> None:
 def test_runs_plainly_when_asked_to_compile_and_says_so_once() -> None:
     case = trained()
     expected = case.infer("Equilibrium")
-    with pytest.warns(UserWarning, match="runs without compilation, because Equilibrium's"):
+    with pytest.warns(UserWarning, match="runs without compilation, because Equilibrium is not"):
         found = case.infer("Equilibrium", compile=True)
     assert_close(list(found), list(expected), tolerance=0)
     case.infer("Equilibrium", compile=True)

@@ -529,7 +529,8 @@ def test_autocast(ErrType: str) -> None:
     found, right = (
         torch.cat([g.flatten() for g in x.values()]) for x in (case.gradients(), expected)
     )
-    assert (found - right).norm() < 0.05 * right.norm()
+    # After so few evaluations Equilibrium is still on its way, which round-off turns.
+    assert (found - right).norm() < (0.1 if ErrType == "Equilibrium" else 0.05) * right.norm()
 
 
 @err_types

@@ -17,7 +17,6 @@ from torch.autograd.functional import hessian, jacobian
 from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent
-from torch2pc.energy import Energy
 from torch2pc.energy.curvature import (
     hessian as product_with_hessian,
 )
@@ -405,13 +404,13 @@ def test_a_step_that_raises_the_energy_is_shortened(monkeypatch: pytest.MonkeyPa
     case = steep_case()
     safe = found_eta(case)
     tries: list[float] = []
-    begin = Safe.begin
+    choose = Safe.choose
 
-    def counted(self: Safe, energy: Energy) -> None:
-        begin(self, energy)
+    def counted(self: Safe) -> None:
+        choose(self)
         tries.append(self.eta)
 
-    monkeypatch.setattr(Safe, "begin", counted)
+    monkeypatch.setattr(Safe, "choose", counted)
     monkeypatch.setattr("torch2pc.inference.steps.safe_step", lambda *_: 100 * safe)
     before, after = energies(case, eta="auto")
     assert after < before

@@ -171,7 +171,7 @@ def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = P
 
     Args:
         product: takes a vector, as a list of tensors like those of ``like``, to the matrix times it.
-        like: at least one tensor; their values are not used.
+        like: the tensors' values are not used; 0 without any.
         passes: the number of products.
 
     Example:
@@ -179,7 +179,7 @@ def largest_eigenvalue(product: Product, like: Sequence[Tensor], passes: int = P
         >>> largest_eigenvalue(lambda u: [A @ u[0]], [torch.empty(100)], passes=20)
         2.99...
     """
-    return largest_in(lanczos(product, list(map(start_vector, like)), passes))
+    return largest_in(lanczos(product, list(map(start_vector, like)), passes)) if like else 0.0
 
 
 def largest_in(entries: Tensor) -> float:
