@@ -359,6 +359,14 @@ def test_the_defaults_are_those_of_the_models_source():
     assert all(map(torch.equal, by_default, explicit))
 
 
+def test_weights_are_drawn_by_the_generator_and_live_on_the_default_device():
+    with torch.device("meta"):
+        model = PCRNN(3, 7, 2, tau=5, generator=generator())
+    assert {value.device.type for value in model.state_dict().values() if value is not None} == {
+        "meta"
+    }
+
+
 def test_it_says_its_sizes():
     assert repr(network()) == "PCRNN(causes=3, hidden=7, outputs=2, tau=5)"
 

@@ -433,12 +433,11 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be an int >= 1, got {value}")
 
 
-def _check_number(name: str, value: float, *, least: float = -math.inf) -> None:
+def _check_number(name: str, value: float, *, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or value < least:
-        bound = "" if least == -math.inf else f" of at least {least:g}"
-        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+        raise ValueError(f"{name} must be a finite number of at least {least:g}, got {value!r}")
 
 
 def _check_rates(passes: int, *rates: float | Sequence[float]) -> list[_Rates]:
