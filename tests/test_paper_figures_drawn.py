@@ -243,7 +243,7 @@ def test_vgg19_is_drawn_from_its_weights(tmp_path: Path, monkeypatch: pytest.Mon
     ]
     monkeypatch.setattr(figure_7, "subject", lambda options: shown)
     monkeypatch.setattr(figure_7, "N", 2)
-    numbers = figure_7.run(report.Options(tmp_path, tmp_path, CPU))
+    numbers = figure_7.run(report.Options(tmp_path, tmp_path, CPU, full=True))
     assert len(numbers) == 5
     record = json.loads((tmp_path / "figure_7.json").read_text())
     assert record["settings"] == {"model": "VGG-19", "eta": 0.05, "n": 2, "stand-in": ""}
