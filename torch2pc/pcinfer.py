@@ -244,7 +244,7 @@ def PCInfer(
             batch size. Where it cannot be done (a layer whose operations cannot be followed, hooks,
             ``steps.Optim`` or a rule that branches on values, Equilibrium and what the page on semantics
             lists) a warning says so once; also with Exact and FixedPred, a single backward pass, which
-            would gain nothing.
+            gained on narrow layers alone.
         update_at: where the updates of the relaxations are taken, ``"v"``, ``"vhat"`` or ``"before"``. At
             v they descend the energy. At vhat, ``(df_l(vhat_{l-1})/dtheta_l)^T epsilon_l``, they are taken
             as when the paper appeared, and as by FixedPred. Where an item ends in ReLU or its like,
