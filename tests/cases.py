@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +53,12 @@ def calls_of(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[
 
     monkeypatch.setattr(owner, name, noted)
     return found
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))),
+    reason="torch.compile needs a C++ compiler",
+)
 
 
 def squared_error(yhat: Tensor, Y: Tensor) -> Tensor:
@@ -307,3 +314,15 @@ def _check_inferred(
     updates = {names[p]: update for p, update in expected.updates.items()}
     found = {name: g for name, g in case.gradients().items() if g is not None}
     assert_close(found, updates)
+
+
+def tanh_chain(dtype: torch.dtype = torch.float64) -> Case:
+    """Four small layers, cut before the activation."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(4, 6),
+        *[nn.Sequential(nn.Tanh(), nn.Linear(6, 6)) for _ in range(2)],
+        nn.Sequential(nn.Tanh(), nn.Linear(6, 3)),
+    ).to(dtype)
+    X, Y = torch.randn(8, 4, dtype=dtype), torch.randn(8, 3, dtype=dtype)
+    return Case(model, squared_error, X, Y)

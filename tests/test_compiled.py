@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import shutil
 import warnings
 import weakref
 from collections.abc import Callable
@@ -16,16 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from tests.cases import Case, assert_close, random_beliefs, squared_error
+from tests.cases import Case, assert_close, needs_compiler, random_beliefs, squared_error
 from torch2pc import PCInferLatent, PCResult, energies, steps
 from torch2pc.compiled import calls as compiled
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "cl"))),
-    reason="torch.compile needs a C++ compiler",
-)
 
 
 @pytest.fixture(autouse=True)

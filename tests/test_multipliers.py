@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,15 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from tests import reference
-from tests.cases import Case, assert_close, cases, graphs, random_beliefs, squared_error
+from tests.cases import (
+    Case,
+    assert_close,
+    cases,
+    graphs,
+    needs_compiler,
+    random_beliefs,
+    squared_error,
+)
 from torch2pc import PCGraph, PCInfer, follow, steps
 from torch2pc.graph.network import Network
 from torch2pc.inference.multipliers import multipliers
@@ -224,10 +231,7 @@ def test_the_rise_to_the_loss_is_no_divergence() -> None:
             chain().infer("Multipliers", eta=0.5, n=n)
 
 
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "cl"))),
-    reason="torch.compile needs a C++ compiler",
-)
+@needs_compiler
 @pytest.mark.filterwarnings("error:compile=True", "ignore::DeprecationWarning")
 def test_compiled_it_is_the_same_whatever_eta_and_alpha_are() -> None:
     """Multipliers are state, and how fast they grow is an input: nothing is compiled anew."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.cases import Case
-from tests.test_compiled import infer_compiled, needs_compiler
+from tests.cases import Case, needs_compiler
+from tests.test_compiled import infer_compiled
 
 pytest.importorskip("torch._inductor.custom_graph_pass", reason="this PyTorch has no compiler")
 from torch2pc.compiled import products

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, cases, squared_error
+from tests.cases import Case, assert_close, cases, squared_error, tanh_chain
 from torch2pc import PCGraph, PCInfer, PCInferLatent, follow, follow_latent, steps
 
 
@@ -131,20 +131,9 @@ def test_latents_follow_the_naive_rule(name: str, case: Case, n: int, down: bool
         assert_close(result.v[:-1], v, TOLERANCE.get(name, 1e-8))
 
 
-def chain(dtype: torch.dtype = torch.float64) -> Case:
-    torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Linear(4, 6),
-        *[nn.Sequential(nn.Tanh(), nn.Linear(6, 6)) for _ in range(2)],
-        nn.Sequential(nn.Tanh(), nn.Linear(6, 3)),
-    ).to(dtype)
-    X, Y = torch.randn(8, 4, dtype=dtype), torch.randn(8, 3, dtype=dtype)
-    return Case(model, squared_error, X, Y)
-
-
 def test_one_sweep_down_with_eta_1_is_backpropagation() -> None:
     """Nothing below has moved when an error is taken."""
-    case = chain()
+    case = tanh_chain()
     exact, gradients = case.infer("Exact").epsilon[1:], case.gradients()
     found = case.infer("Strict", eta=steps.Descent(1.0, sweep="down"), n=1, update_at="vhat")
     # A belief moves to the error that arrives; what is left there is minus its move.
@@ -167,7 +156,7 @@ def test_an_error_gets_through_m_layers_at_a_share_of_eta_to_the_m(eta: float) -
 @pytest.mark.parametrize("name", [*RULES, "langevin"])
 @pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
 def test_a_rule_is_the_same_after_a_call(name: str, ErrType: str) -> None:
-    case = chain()
+    case = tanh_chain()
     rule = (
         steps.Langevin(0.1, 0.1, torch.Generator().manual_seed(3))
         if name == "langevin"
@@ -182,7 +171,7 @@ def test_a_rule_is_the_same_after_a_call(name: str, ErrType: str) -> None:
 
 @pytest.mark.parametrize("sweep", ["together", "down"])
 def test_plain_descent_is_the_number(sweep: str) -> None:
-    case = chain()
+    case = tanh_chain()
     found = case.infer("Strict", eta=steps.Descent(0.2, sweep=sweep), n=7)
     expected = case.infer("Strict", eta=0.2, n=7)
     same = all([torch.equal(a, b) for a, b in zip(found.v, expected.v, strict=True)])
@@ -193,7 +182,7 @@ def test_plain_descent_is_the_number(sweep: str) -> None:
 
 
 def test_a_step_that_raises_the_energy_is_kept_and_the_next_is_shorter() -> None:
-    case = chain()
+    case = tanh_chain()
     record = follow(*case, "Strict", steps.Halving(4.0), n=40)
     assert record.rises_at == 1
     assert record.F[-1] < record.F[0]
@@ -203,7 +192,7 @@ def test_a_step_that_raises_the_energy_is_kept_and_the_next_is_shorter() -> None
 
 
 def test_round_off_does_not_shorten_the_steps_at_equilibrium() -> None:
-    case = chain(torch.float32)
+    case = tanh_chain(torch.float32)
     taken: list[Any] = []
 
     class Watched(steps.Halving):
@@ -242,13 +231,13 @@ def test_langevin_samples_the_energy(ErrType: str, sweep: str) -> None:
 
 
 def test_without_temperature_langevin_is_descent() -> None:
-    case = chain()
+    case = tanh_chain()
     found = case.infer("Strict", eta=steps.Langevin(0.1, 0.0), n=9)
     assert_close(list(found), list(case.infer("Strict", eta=0.1, n=9)), 1e-12)
 
 
 def test_noise_comes_of_one_number_of_the_generator() -> None:
-    case = chain()
+    case = tanh_chain()
     rule = steps.Langevin(0.1, 0.5)
     torch.manual_seed(5)
     first = case.infer("Strict", eta=rule, n=4)
@@ -296,7 +285,7 @@ def test_noise_is_new_in_each_iteration_where_layers_draw() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_follow_shows_the_iterations_of_the_call(name: str) -> None:
-    case, rule = chain(), RULES[name][0]("together")
+    case, rule = tanh_chain(), RULES[name][0]("together")
     record = follow(*case, "Strict", rule, 6)
     v = case.infer("Strict", eta=rule, n=6).v
     F = reference.energy(case.model, case.LossFun, case.Y, v)
@@ -314,7 +303,7 @@ def test_follow_shows_the_iterations_of_the_call(name: str) -> None:
 
 
 def test_follow_draws_the_noise_of_the_call_and_puts_the_generator_back() -> None:
-    case, generator = chain(), torch.Generator().manual_seed(2)
+    case, generator = tanh_chain(), torch.Generator().manual_seed(2)
     rule = steps.Langevin(0.1, 0.5, generator)
     before = generator.get_state()
     record = follow(*case, "Strict", rule, 3)
@@ -405,7 +394,7 @@ def test_a_rule_of_ones_own() -> None:
         def __call__(self, l: int, x: Tensor, gradient: Tensor) -> Tensor:
             return x - gradient.clamp(-0.01, 0.01)
 
-    case = chain()
+    case = tanh_chain()
     v, epsilon = reference.strict_by(*case, ClippedStep(0.0), 5)
     found = case.infer("Strict", eta=Clipped(), n=5)
     assert_close(found.v, v)
@@ -463,7 +452,7 @@ IN_CALLS: list[tuple[str, Any, type[Exception], str]] = [
 
 @pytest.mark.parametrize(("ErrType", "rule", "kind", "message"), IN_CALLS)
 def test_bad_rules_are_named(ErrType: str, rule: Any, kind: type[Exception], message: str) -> None:
-    case = chain()
+    case = tanh_chain()
     grads = [torch.ones_like(p) for p in case.model.parameters()]
     for p, g in zip(case.model.parameters(), grads, strict=True):
         p.grad = g

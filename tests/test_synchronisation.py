@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cases import Case
-from tests.test_compiled import needs_compiler
+from tests.cases import Case, needs_compiler
 from torch2pc import PCInferLatent
 from torch2pc.compiled import calls as compiled
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, cases, squared_error
+from tests.cases import Case, assert_close, cases, squared_error, tanh_chain
 from torch2pc import PCGraph, PCInfer, PCInferLatent, PCResult, energies, follow, steps
 from torch2pc.energy.curvature import hessian, largest_eigenvalue
 from torch2pc.energy.factors import Terms
@@ -67,17 +67,6 @@ def test_error_based_with_precisions(case: Case, data: st.DataObject, n: int) ->
     assert_close(result.v, expected.v)
     assert_close(result.epsilon[1:], expected.epsilon[1:])
     assert_close(grads(case), updates(case, expected.v, expected.epsilon, pi))
-
-
-def tanh_chain(dtype: torch.dtype = torch.float64) -> Case:
-    torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Linear(4, 6),
-        *[nn.Sequential(nn.Tanh(), nn.Linear(6, 6)) for _ in range(2)],
-        nn.Sequential(nn.Tanh(), nn.Linear(6, 3)),
-    ).to(dtype)
-    X, Y = torch.randn(8, 4, dtype=dtype), torch.randn(8, 3, dtype=dtype)
-    return Case(model, squared_error, X, Y)
 
 
 def in_float32(case: Case) -> Case:
