@@ -47,7 +47,10 @@ def test_signal_and_gradient_keep_their_size_through_40_layers(name: str) -> Non
         assert max(sizes) < 12 * min(sizes)
 
 
-@pytest.mark.parametrize("method", networks.METHODS)
+# A step size that is found is one for all networks of a call.
+@pytest.mark.parametrize(
+    "method", [method for method in networks.METHODS if method != networks.FOUND]
+)
 def test_networks_side_by_side_have_the_updates_of_each_alone(method: str) -> None:
     seeds, batch = [3, 5], batch_of(2)
     together = networks.network("ReLU residual", 4, seeds)
@@ -69,9 +72,14 @@ def test_held_out_images_are_the_last_of_the_training_images() -> None:
     assert torch.equal(found.test_labels, digits.train_labels[9000:])
 
 
-def test_every_network_learns_at_its_own_rate_from_its_own_seed() -> None:
+@pytest.mark.parametrize(
+    ("method", "seeds"), [(networks.FEW_SWEEPS, (0, 1)), (networks.FOUND, (0,))]
+)
+def test_every_network_learns_at_its_own_rate_from_its_own_seed(
+    method: str, seeds: tuple[int, ...]
+) -> None:
     """As a training of torch's Adam has it, one network at a time."""
-    grid = networks.Grid("ReLU", 3, networks.LOCAL, (1e-4, 1e-3), (0, 1), 12)
+    grid = networks.Grid("ReLU", 3, method, (1e-4, 1e-3), seeds, 12)
     found = networks.train(grid, load_digits(None), CPU)["held out"]
     data = networks.held_out(load_digits(None))
     for rate, accuracies in zip(grid.rates, found, strict=True):
@@ -79,7 +87,7 @@ def test_every_network_learns_at_its_own_rate_from_its_own_seed() -> None:
             model = networks.network("ReLU", 3, [seed])
             optimizer = torch.optim.Adam(model.parameters(), lr=rate)
             for batch in networks.batches_of(data, 12, [seed], CPU):
-                networks.update(networks.LOCAL, model, batch)
+                networks.update(method, model, batch)
                 optimizer.step()
             assert accuracy == pytest.approx(networks.accuracies(model, data, CPU).item(), abs=0.3)
 
@@ -131,8 +139,10 @@ def test_the_command_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     record = json.loads((tmp_path / "figure_depth.json").read_text())
     trained = {(found["network"], found["method"]) for found in record["series"]["trainings"]}
     assert {network for network, _ in trained} == {*figure.Plan().networks()}
-    assert {method for network, method in trained if network == "ReLU"} == {*networks.METHODS} - {
-        figure.LONG_STEP
+    assert {method for network, method in trained if network == "ReLU"} == {*networks.METHODS}
+    assert {found["method"] for found in record["series"]["search for eta and n"]} == {
+        "Multipliers, η .5, n 3",
+        "Multipliers, η .5, n 10",
     }
     for found in record["series"]["layers"].values():
         assert len(found["cosine"]) == len(found["length"]) == 4

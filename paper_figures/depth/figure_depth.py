@@ -13,15 +13,16 @@ gradient through all layers in each iteration. Incremental predictive coding mov
 step of the beliefs, 20 times on a batch, so that with as many weight updates it sees a twentieth of the
 images.
 
-Panels: the test accuracy against the depth (A to D); with muPC's parameterisation the held-out accuracy
-against the learning rate, at several depths (E); the time of one update, inference and all (F); in the midst
-of the training of a ReLU network by backprop the length of each layer's update as a share of backprop's (G)
-and its cosine to backprop's (H); and how far the errors of all layers are from backprop's there, after so
-many sweeps (I) and by the step size (J), with multipliers that grow by alpha.
+Panels: the test accuracy against the depth (A to E); with muPC's parameterisation the held-out accuracy
+against the learning rate, at several depths (F); the search for a step size and a number of sweeps that
+serve all networks, at backprop's best rate (G); the time of one update, inference and all (H); in the midst
+of the training of a ReLU network by backprop the length of each layer's update as a share of backprop's (I)
+and its cosine to backprop's (J); and how far the errors of all layers are from backprop's there, after so
+many sweeps (K) and by the step size (L), with multipliers that grow by alpha.
 
-``--full`` trains all of it, which takes about an hour on one core; else a few depths, for less than two
-minutes. What is finished is kept in ``figure_depth_runs.json`` beside the figure, and not repeated when
-the command is given again. Stopped by Ctrl-C, the command draws what there is.
+``--full`` trains all of it, which takes two hours on one core; else a few depths, for two minutes. What
+is finished is kept in ``figure_depth_runs.json`` beside the figure, and not repeated when the command is
+given again. Stopped by Ctrl-C, the command draws what there is.
 """
 
 from __future__ import annotations
@@ -43,10 +44,14 @@ from paper_figures.depth.networks import (
     BACKPROP,
     BATCH_SIZE,
     BELIEF_STEPS,
+    ETAS,
+    FEW_SWEEPS,
+    FOUND,
     HELD_OUT,
     INCREMENTAL,
-    LOCAL,
     METHODS,
+    SEARCH,
+    SWEEPS,
     WIDTH,
     Grid,
     batches_of,
@@ -68,8 +73,7 @@ SECONDS = 90, 3600
 DOWNLOADS = ("mnist",)
 
 MUPC = "ReLU muPC"
-LONG_STEP = "Multipliers, η .8, n 10"
-MULTIPLIERS = [method for method in METHODS if method.startswith("Multipliers")]
+SEARCH_RATE = 1e-3
 ALPHAS = {0.0: "#D55E00", 0.5: "#E69F00", 1.0: "#009E73"}
 
 
@@ -87,27 +91,38 @@ class Plan:
     layers_at: int = 20
     sweeps: int = 100
     etas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    searched: tuple[float, ...] = ETAS
     rounds: int = 5
 
     def networks(self) -> dict[str, tuple[tuple[int, ...], list[str]]]:
         """By network, the depths and the methods."""
-        every = [method for method in METHODS if method != LONG_STEP]
-        few = [BACKPROP, LOCAL, LONG_STEP]
-        smooth = [m for m in every if m not in (INCREMENTAL, "FixedPred, η .1, n 20")]
+        every = list(METHODS)
+        smooth = [m for m in every if m not in (INCREMENTAL, FOUND, "FixedPred, η .1, n 20")]
         return {
             "ReLU": (self.depths, every),
             "tanh": (self.depths, smooth),
-            "ReLU residual": (self.residual_depths, few),
-            MUPC: (self.mupc_depths, few),
+            "ReLU residual": (self.residual_depths, [BACKPROP, FEW_SWEEPS, FOUND]),
+            "GELU residual": (self.residual_depths[:3], [BACKPROP, FEW_SWEEPS]),
+            MUPC: (self.mupc_depths, [BACKPROP, FEW_SWEEPS, FOUND]),
         }
 
     def grids(self) -> Iterator[Grid]:
-        """All trainings, of each network the shallow ones first."""
+        """All trainings for the accuracies, of each network the shallow ones first."""
         for name, (depths, methods) in self.networks().items():
             rates = self.mupc_rates if name == MUPC else self.rates
             for depth in depths:
                 for method in methods:
                     yield Grid(name, depth, method, rates, self.seeds, self.steps)
+
+    def search(self) -> Iterator[Grid]:
+        """Those by step size and number of sweeps, at the rate that is best for backprop in most of them."""
+        places = {"ReLU": self.depths[-2:], "ReLU residual": self.residual_depths[:1]}
+        for name, depths in (places | {MUPC: self.mupc_depths[:1]}).items():
+            rate = self.mupc_rates[-2] if name == MUPC else SEARCH_RATE
+            for depth in depths:
+                for n in SWEEPS:
+                    for eta in self.searched:
+                        yield Grid(name, depth, SEARCH[eta, n], (rate,), self.seeds, self.steps)
 
 
 def plan_of(options: Options) -> Plan:
@@ -116,9 +131,12 @@ def plan_of(options: Options) -> Plan:
         return Plan(seeds=seeds)
     if options.quick:
         return Plan(
-            2, (1e-3,), (0.1,), (3, 4), (3, 4), (3, 4), seeds[:1], 4, 3, (0.5, 1.0), rounds=1
+            2, (1e-3,), (0.1, 0.3), (3, 4), (3, 4), (3, 4), seeds[:1], 4, 3, (0.5, 1.0), (0.5,), 1
         )
-    return Plan(50, (1e-3, 3e-3), (0.03, 0.1), (5, 20), (20,), (8, 20), seeds, sweeps=50)
+    few = (0.4, 0.6, 0.8)
+    return Plan(
+        50, (1e-3, 3e-3), (0.1, 0.3), (5, 20), (20,), (8, 20), seeds, sweeps=50, searched=few
+    )
 
 
 class Outcome(NamedTuple):
@@ -155,11 +173,12 @@ def run(options: Options) -> list[Number]:
         "figure_depth", lambda grid, data, options: train(grid, data, options.device), data, options
     )
     try:
-        for grid in track(list(plan.grids()), "depth"):
+        for grid in track([*plan.grids(), *plan.search()], "depth"):
             runs.finish([grid])
     except KeyboardInterrupt:
         print("stopped: the figure is drawn with what there is")
     outcomes = [Outcome.of(grid, runs[grid]) for grid in plan.grids() if grid in runs]
+    search = [Outcome.of(grid, runs[grid]) for grid in plan.search() if grid in runs]
     seconds = {depth: seconds_at(depth, plan, data, options) for depth in plan.depths}
     model, batch = trained_by_backprop(plan, data, options)
     layers, sweeps = layers_of(model, batch), distances(model, batch, plan)
@@ -167,7 +186,7 @@ def run(options: Options) -> list[Number]:
     save(
         options,
         "figure_depth",
-        draw(plan, outcomes, seconds, layers, sweeps, data),
+        draw(plan, outcomes, search, seconds, layers, sweeps, data),
         data=data.summary(),
         settings={
             **asdict(plan),
@@ -182,6 +201,7 @@ def run(options: Options) -> list[Number]:
         },
         series={
             "trainings": [outcome._asdict() for outcome in outcomes],
+            "search for eta and n": [outcome._asdict() for outcome in search],
             "seconds of an update": seconds,
             "layers": layers,
             "distance from backprop's errors": sweeps,
@@ -282,21 +302,20 @@ def distances(model: nn.Sequential, batch: Batch, plan: Plan) -> dict[str, dict[
 
 
 def numbers_of(outcomes: Sequence[Outcome]) -> list[Number]:
-    """Backprop against multipliers, network by network."""
+    """Backprop against Multipliers, network by network: the same few sweeps, or a step that is found."""
     places: dict[tuple[str, int], dict[str, float]] = {}
     for outcome in outcomes:
         places.setdefault(outcome[:2], {})[outcome.method] = outcome.mean
     numbers = []
     for (name, depth), mean in places.items():
-        local = {method: value for method, value in mean.items() if method in MULTIPLIERS}
-        if BACKPROP not in mean or not local:
+        recipe = FOUND if name == MUPC else FEW_SWEEPS
+        if BACKPROP not in mean or recipe not in mean:
             continue
-        best = max(local, key=local.__getitem__)
         where = f"{name}, {depth} layers"
-        numbers.append(Number(f"{where}: backprop (%), {best}", mean[BACKPROP], local[best]))
+        numbers.append(Number(f"{where}: backprop (%), {recipe}", mean[BACKPROP], mean[recipe]))
         if depth >= 20:
             allowed = 0 if depth == 20 else 1 if depth <= 40 else 2
-            behind = mean[BACKPROP] - local[best]
+            behind = mean[BACKPROP] - mean[recipe]
             what = f"{where}: at most {allowed} points behind backprop"
             numbers.append(Number(what, "yes", yes(behind <= allowed)))
     return numbers
@@ -305,6 +324,7 @@ def numbers_of(outcomes: Sequence[Outcome]) -> list[Number]:
 def draw(
     plan: Plan,
     outcomes: Sequence[Outcome],
+    search: Sequence[Outcome],
     seconds: dict[int, dict[str, float]],
     layers: dict[str, dict[str, list[float]]],
     sweeps: dict[str, dict[str, list[float]]],
@@ -316,13 +336,14 @@ def draw(
         f"rates {rates} on held-out training images\n"
         f"{data.described(plan.steps, BATCH_SIZE)}; dots: seeds, lines: their mean"
     )
-    figure, axes = panels(2, 5, (17, 7), title)
-    for one, name in zip(axes, "ABCDEFGHIJ", strict=True):
+    figure, axes = panels(3, 4, (15, 10.5), title)
+    for one, name in zip(axes, "ABCDEFGHIJKL", strict=True):
         letter(one, name)
-    *accuracy, rate, times, lengths, cosines, by_sweep, by_eta = axes
+    *accuracy, rate, searched, times, lengths, cosines, by_sweep, by_eta = axes
     for one, name in zip(accuracy, plan.networks(), strict=True):
         draw_accuracy(one, name, [o for o in outcomes if o.network == name])
     draw_rates(rate, [o for o in outcomes if o.network == MUPC], plan)
+    draw_search(searched, search)
     for method in METHODS:
         points = {depth: spent[method] for depth, spent in seconds.items()}
         times.plot(points.keys(), points.values(), marker="o", ms=3, **_style(method))
@@ -370,11 +391,11 @@ def draw_accuracy(axes: Axes, name: str, outcomes: Sequence[Outcome]) -> None:
 
 def draw_rates(axes: Axes, outcomes: Sequence[Outcome], plan: Plan) -> None:
     for outcome in outcomes:
-        if outcome.method in (BACKPROP, LONG_STEP):
+        if outcome.method in (BACKPROP, FEW_SWEEPS, FOUND):
             width = 0.7 + 0.6 * plan.mupc_depths.index(outcome.depth)
             label = f"{outcome.depth} layers" if outcome.method == BACKPROP else None
-            style = {"color": METHODS[outcome.method].colour, "lw": width, "label": label}
-            axes.plot(plan.mupc_rates, outcome.held_out, "o-", ms=3, **style)
+            style = _style(outcome.method) | {"lw": width, "label": label}
+            axes.plot(plan.mupc_rates, outcome.held_out, marker="o", ms=3, **style)
     axes.set(
         xscale="log",
         xlabel="learning rate",
@@ -385,6 +406,26 @@ def draw_rates(axes: Axes, outcomes: Sequence[Outcome], plan: Plan) -> None:
     axes.set_xticks(plan.mupc_rates, [f"{rate:g}" for rate in plan.mupc_rates])
     axes.minorticks_off()
     if outcomes:
+        axes.legend()
+
+
+def draw_search(axes: Axes, outcomes: Sequence[Outcome]) -> None:
+    lines: dict[tuple[str, int, int], dict[float, float]] = {}
+    for outcome in outcomes:
+        eta, n = next(of for of, name in SEARCH.items() if name == outcome.method)
+        lines.setdefault((outcome.network, outcome.depth, n), {})[eta] = outcome.held_out[0]
+    colours = {place: f"C{k}" for k, place in enumerate(dict.fromkeys(line[:2] for line in lines))}
+    for (name, depth, n), found in lines.items():
+        style = {"color": colours[name, depth], "linestyle": "-" if n == min(SWEEPS) else ":"}
+        label = f"{name}, {depth}" if n == min(SWEEPS) else None
+        axes.plot(found.keys(), found.values(), marker="o", ms=3, label=label, **style)
+    axes.set(
+        xlabel="η",
+        ylabel="held-out accuracy (%)",
+        ylim=(0, 100),
+        title="n 3 (lines), n 10 (dotted)",
+    )
+    if lines:
         axes.legend()
 
 

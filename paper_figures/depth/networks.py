@@ -1,14 +1,16 @@
 """Deep networks, and their training side by side: several seeds at several learning rates as one model.
 
 Networks that share nothing and whose losses are summed are relaxed and learn as each would alone, so that
-one call serves them all. Values are (K, batch, features) and weights (K, in, out) for K networks.
+one call serves them all. Values are (K, batch, features) and weights (K, in, out) for K networks. A step
+size that a call finds is one for all of its networks; so each learning rate has a call of its own there,
+and its seeds share the step.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -95,32 +97,40 @@ class Method(NamedTuple):
     """PCInfer's arguments, and how the lines look; ErrType None is backprop."""
 
     ErrType: str | None
-    eta: float | Rule = 0.1
+    eta: float | str | Rule = 0.1
     n: int = 1
     colour: str = ""
     style: Any = "-"
     update_at: str = "v"
 
 
-BACKPROP, INCREMENTAL, LOCAL = "backprop", "incremental, η .1", "Multipliers, η .5, n 10"
+BACKPROP, INCREMENTAL = "backprop", "incremental, η .1"
+FEW_SWEEPS, MANY_SWEEPS = "Multipliers, η .8, n 3", "Multipliers, η .5, n 10"
+FOUND = "Multipliers, η auto, n 10"
 METHODS = {
     BACKPROP: Method(None, colour="black", style=(0, (4, 1.5))),
     "FixedPred, η .1, n 20": Method("FixedPred", 0.1, 20, "#999999"),
     "Strict, η .1, n 20": Method("Strict", 0.1, 20, "#E69F00"),
     "Strict, sweeps, η .3, n 10": Method("Strict", Descent(0.3, "down"), 10, "#D55E00"),
-    LOCAL: Method("Multipliers", 0.5, 10, "#009E73"),
-    "Multipliers, η .5, n 20": Method("Multipliers", 0.5, 20, "#009E73", ":"),
-    "Multipliers, η .8, n 10": Method("Multipliers", 0.8, 10, "#009E73", "--"),
+    FEW_SWEEPS: Method("Multipliers", 0.8, 3, "#009E73"),
+    MANY_SWEEPS: Method("Multipliers", 0.5, 10, "#009E73", "--"),
+    FOUND: Method("Multipliers", "auto", 10, "#009E73", ":"),
     "ErrorBased, η .3, n 5, at vhat": Method("ErrorBased", 0.3, 5, "#0072B2", "-", "vhat"),
     INCREMENTAL: Method("Strict", 0.1, 1, "#CC79A7"),
 }
+# What was looked through for a step and a number of sweeps that serve all networks.
+ETAS, SWEEPS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (3, 10)
+SEARCH = {
+    (eta, n): f"Multipliers, η {eta:g}, n {n}".replace("0.", ".") for eta in ETAS for n in SWEEPS
+}
+ALL_METHODS = {name: Method("Multipliers", *of) for of, name in SEARCH.items()} | METHODS
 # Steps of the beliefs on a batch of incremental predictive coding, each with one of the weights.
 BELIEF_STEPS = 20
 
 
 def update(method: str, model: nn.Sequential, batch: Batch) -> None:
     """One method's updates in ``.grad``."""
-    ErrType, eta, n, _, _, update_at = METHODS[method]
+    ErrType, eta, n, _, _, update_at = ALL_METHODS[method]
     if ErrType is None:
         model.zero_grad()
         summed(model(batch.X), batch.labels).backward()
@@ -186,6 +196,9 @@ class Grid:
 
 def train(grid: Grid, data: DataSet, device: torch.device) -> dict[str, list[list[float]]]:
     """The accuracies at the end (%), by rate and seed: on the held-out images, and on the test images."""
+    if grid.method == FOUND and len(grid.rates) > 1:
+        each = [train(replace(grid, rates=(rate,)), data, device) for rate in grid.rates]
+        return {name: [row for found in each for row in found[name]] for name in each[0]}
     seeds = [seed for _ in grid.rates for seed in grid.seeds]
     rates = torch.tensor(grid.rates).repeat_interleave(len(grid.seeds)).view(-1, 1, 1).to(device)
     seen = held_out(data)
