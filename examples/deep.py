@@ -77,7 +77,7 @@ def network(activation: type[nn.Module]) -> nn.Sequential:
 METHODS = {
     "backprop": {"ErrType": "Exact"},
     "Strict": {"ErrType": "Strict", "eta": 0.1, "n": 20},
-    "Multipliers": {"ErrType": "Multipliers", "eta": 0.5, "n": 10},
+    "Multipliers": {"ErrType": "Multipliers", "eta": 0.8, "n": 3},
     "ErrorBased": {"ErrType": "ErrorBased", "eta": "auto", "n": 5, "update_at": "vhat"},
     "Equilibrium": {"ErrType": "Equilibrium", "n": 10, "update_at": "vhat"},
 }
