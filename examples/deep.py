@@ -212,7 +212,7 @@ for activation in nn.ReLU, nn.Tanh:
 # and some stay far away.
 #
 # **Conclusion.** At 20 layers Strict learns with its upper layers alone, and ends far behind. The others
-# reach every layer, and end about where backpropagation does after these few steps, at a multiple of its time.
+# reach every layer, and end near backpropagation after these few steps, at a multiple of its time.
 # Multipliers do so locally: each belief and each multiplier needs no more than its neighbours, though a sweep
 # has an order, from the top, as backpropagation's pass has. An iteration of the other two carries the loss's
 # gradient through all layers, and only the updates are each layer's own. These are one seed and one learning
