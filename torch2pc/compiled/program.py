@@ -609,7 +609,7 @@ class Program:
             return Graphed(partial(_unpacked, graph.forward), used)
         # What was traced has chosen its types, and would be given others when it is traced again.
         with outside_autocast(self._device):
-            return Graphed(_compiled(graph, [given[k] for k in used], self._options), used)
+            return Graphed(compiled_graph(graph, [given[k] for k in used], self._options), used)
 
     # What is traced.
 
@@ -810,7 +810,7 @@ class Program:
         return own
 
 
-def _compiled(
+def compiled_graph(
     graph: fx.GraphModule, given: Sequence[Any], options: dict[str, Any]
 ) -> Callable[[list[Any]], Any]:
     """``graph``, compiled, as a function of the list of what it is given.
