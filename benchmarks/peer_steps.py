@@ -292,7 +292,7 @@ PACKAGES: dict[str, tuple[str, str, Callable[[list[int], int], Run]]] = {
 
 
 def serve(name: str, threads: int) -> None:
-    """Answer commands, one JSON object a line: {"sizes": [...], "batch": b}, then {"steps": k} any number of times.
+    """Answer commands, one JSON object a line: {"sizes": [...], "batch": b}, then {"steps": k} at will.
 
     The answers hold the seconds: of the first step (which compiles) after the preparation, and of
     k steps. Whatever the package prints is dropped.

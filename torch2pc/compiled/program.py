@@ -815,14 +815,14 @@ def compiled_graph(
 ) -> Callable[[list[Any]], Any]:
     """``graph``, compiled, as a function of the list of what it is given.
 
-    What PyTorch wraps around each compiled graph, for autograd's sake and to make views of inputs again, takes
-    as long as a small product of matrices: it is left out where the graph inside has the same inputs and
-    results, on a CPU. (It returns tensors of its own then: no views of what it is given.)
+    What PyTorch wraps around each compiled graph, for autograd's sake and to make views of inputs again,
+    takes as long as a small product of matrices. On a CPU it is left out where the graph inside has the
+    same inputs and results, and writes into none of what it is given, which would have to be counted.
     """
     inside: list[Any] = []
 
     def compile_inner(inner: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        is_same = _count(inner) == _count(graph)
+        is_same = _shape_of(inner) == _shape_of(graph) and _is_plain(inner)
         found = compile_fx_inner(inner, *args, **kwargs)
         inside.append(found if is_same else None)
         return found
@@ -838,11 +838,23 @@ def _unpacked(function: Callable[..., Any], given: list[Any]) -> Any:
     return function(*given)
 
 
-def _count(graph: fx.GraphModule) -> tuple[int, int]:
-    """How many inputs a graph has, and results that are neither inputs nor returned twice."""
+def _shape_of(graph: fx.GraphModule) -> tuple[int, int]:
+    """How many inputs a graph has, and how many results."""
+    return len(inputs_of(graph)), len(_results_of(graph))
+
+
+def _results_of(graph: fx.GraphModule) -> Sequence[Any]:
     (results,) = list(graph.graph.nodes)[-1].args
-    own = {node for node in results if node.op != "placeholder"}
-    return len(inputs_of(graph)), len(own) if len(own) == len(results) else -1
+    return results  # type: ignore[no-any-return]
+
+
+def _is_plain(graph: fx.GraphModule) -> bool:
+    """Whether all results are tensors that it computes, each once, and nothing is written into."""
+    results = _results_of(graph)
+    own = {x for x in results if isinstance(x, fx.Node) and x.op == "call_function"}
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    writes = [isinstance(f, torch._ops.OpOverload) and f._schema.is_mutable for f in called]
+    return len(own) == len(results) and not any(writes)
 
 
 _CREATES = {aten.zeros_like.default, aten.clone.default, aten.sym_size.int}
