@@ -830,7 +830,7 @@ def compiled_graph(
     whole: Any = compile_fx(graph, given, compile_inner, config_patches=dict(options))
     is_cpu = all([x.device.type == "cpu" for x in given if isinstance(x, Tensor)])
     if is_cpu and len(inside) == 1 and inside[0] is not None:
-        return inside[0].current_callable  # type: ignore[no-any-return]
+        return inside[0].current_callable
     return partial(_unpacked, whole)
 
 
@@ -845,7 +845,7 @@ def _shape_of(graph: fx.GraphModule) -> tuple[int, int]:
 
 def _results_of(graph: fx.GraphModule) -> Sequence[Any]:
     (results,) = list(graph.graph.nodes)[-1].args
-    return results  # type: ignore[no-any-return]
+    return results
 
 
 def _is_plain(graph: fx.GraphModule) -> bool:
