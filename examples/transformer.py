@@ -32,6 +32,9 @@ from paper_figures.transformer.network import (
 from torch2pc import PCInfer, follow, steps
 
 STEPS = 60  # short: 2
+TESTED = 20  # short: 1
+FOLLOWED = 32  # short: 1
+WRITTEN = 200  # short: 5
 LEARNING_RATE = 0.01
 
 text = load_text("shakespeare")
@@ -86,7 +89,7 @@ for name, (places, weight, ErrType, options) in RUNS.items():
         result = PCInfer(model, weighted(weight), X, Y, ErrType, **options)
         optimizer.step()
         bits.append(result.Loss.item() / (weight * Y.numel() * math.log(2)))
-    ends[name] = bits_per_character(model, text, "test")
+    ends[name] = bits_per_character(model, text, "test", batches=TESTED)
     share = ends[name] / ends["backpropagation"] - 1
     print(f"{name:20} {ends[name]:.3f} bits a character, {share:+.1%} of backpropagation's")
     axes.plot(torch.tensor(bits).unfold(0, min(10, STEPS), 1).mean(1), label=name)
@@ -110,7 +113,7 @@ for name, model in {
     "larger ones, before training": layers(len(text.letters), "between blocks", seed=0),
     "larger ones, trained by Strict": trained["Strict"],
 }.items():
-    record = follow(model, weighted(1.0), X, Y, "Strict", eta=0.05, n=3)
+    record = follow(model, weighted(1.0), X[:FOLLOWED], Y[:FOLLOWED], "Strict", eta=0.05, n=3)
     print(f"{name:34} stable for eta < {record.stable_eta:.2f}")
 
 # %%
@@ -129,7 +132,7 @@ def continued(model: torch.nn.Module, beginning: str, length: int) -> str:
     return "".join(text.letters[code] for code in written)
 
 
-print(continued(trained["Strict, down, inside"], "The ", 200))
+print(continued(trained["Strict, down, inside"], "The ", WRITTEN))
 
 # %%
 # **Conclusion.** Attention, softmax and layer normalisation have displacement rules as ReLU has, and beliefs

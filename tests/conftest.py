@@ -47,7 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a compiled call has traced runs as it is."""
-    program = pytest.importorskip(
-        "torch2pc.compiled.program", reason="this PyTorch has no compiler"
-    )
-    monkeypatch.setattr(program, "compile_fx", lambda graph, given, config_patches: graph)
+    from tests.cases import run_as_traced
+
+    run_as_traced(monkeypatch)

@@ -20,7 +20,6 @@ from tests.cases import (
     assert_close,
     cases,
     graphs,
-    needs_compiler,
     random_beliefs,
     squared_error,
 )
@@ -231,7 +230,7 @@ def test_the_rise_to_the_loss_is_no_divergence() -> None:
             chain().infer("Multipliers", eta=0.5, n=n)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("error:compile=True", "ignore::DeprecationWarning")
 def test_compiled_it_is_the_same_whatever_eta_and_alpha_are() -> None:
     """Multipliers are state, and how fast they grow is an input: nothing is compiled anew."""
