@@ -91,7 +91,7 @@ def run(options: Options) -> list[Number]:
     ns = NS[: options.pick(quick=5, default=8, full=len(NS))]
     steps, every = options.pick(quick=(4, 4), default=(40, 20), full=(400, 20))
     measured = range(0, steps + 1, every)
-    batch_size = options.pick(quick=10, default=100, full=BATCH_SIZE)
+    batch_size = options.pick(quick=50, default=100, full=BATCH_SIZE)
     errors = {name: errors_of(name, data, ns, measured, batch_size, options) for name in NETWORKS}
     numbers = [
         number for name in NETWORKS for number in numbers_of(name, errors[name], NETWORKS[name][1])
