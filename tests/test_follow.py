@@ -883,7 +883,7 @@ def test_plots(ErrType: str, eta: float) -> None:
         if ErrType == "Latent"
         else (follow_case(case, ErrType, eta=eta, n=9))
     )
-    figure = Figure(layout="constrained")
+    figure = Figure()
     assert record.plot(figure) is figure
     figure.draw_without_rendering()
     panels = [axes for axes in figure.axes if axes.get_title()]
