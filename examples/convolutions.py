@@ -25,7 +25,7 @@ from paper_figures.data import load_digits
 from torch2pc import PCInfer
 
 STEPS = 80  # short: 2
-BATCH = 50
+BATCH = 50  # short: 10
 CPU = torch.device("cpu")
 
 digits = load_digits(None)

@@ -25,9 +25,10 @@ from torch import nn
 from paper_figures.data import load_digits
 from torch2pc import PCInfer, follow
 
-STEPS = 300  # short: 8
+STEPS = 300  # short: 5
 EVERY = 20  # short: 4
 BATCH = 100
+INSIDE = 4  # short: 1
 CPU = torch.device("cpu")
 
 digits = load_digits(None)
@@ -40,7 +41,7 @@ digits = load_digits(None)
 torch.manual_seed(0)
 model = nn.Sequential(
     nn.Sequential(nn.Flatten(), nn.Linear(784, 128)),
-    *[nn.Sequential(nn.Tanh(), nn.Linear(128, 128)) for _ in range(4)],
+    *[nn.Sequential(nn.Tanh(), nn.Linear(128, 128)) for _ in range(INSIDE)],
     nn.Sequential(nn.Tanh(), nn.Linear(128, 10)),
 )
 LossFun = nn.CrossEntropyLoss(reduction="sum")

@@ -24,7 +24,7 @@ from paper_figures.data import load_digits
 from torch2pc import PCGraph, PCInfer, follow
 
 STEPS = 100  # short: 3
-BATCH = 100
+BATCH = 100  # short: 10
 CPU = torch.device("cpu")
 
 digits = load_digits(None)

@@ -32,6 +32,8 @@ from paper_figures.transformer.network import (
 from torch2pc import PCInfer, follow, steps
 
 STEPS = 100  # short: 2
+TESTED = 20  # short: 1
+WRITTEN = 200  # short: 5
 LEARNING_RATE = 0.01
 
 text = load_text("shakespeare")
@@ -90,7 +92,7 @@ for name, (places, weight, ErrType, options) in RUNS.items():
         result = PCInfer(model, weighted(weight), X, Y, ErrType, **options)
         optimizer.step()
         bits.append(result.Loss.item() / (weight * Y.numel() * math.log(2)))
-    ends[name] = bits_per_character(model, text, "test")
+    ends[name] = bits_per_character(model, text, "test", batches=TESTED)
     share = ends[name] / ends["backpropagation"] - 1
     print(f"{name:26} {ends[name]:.3f} bits a character, {share:+.1%} of backpropagation's")
     axes.plot(torch.tensor(bits).unfold(0, min(10, STEPS), 1).mean(1), label=name)
@@ -138,7 +140,7 @@ def continued(model: torch.nn.Module, beginning: str, length: int) -> str:
     return "".join(text.letters[code] for code in written)
 
 
-print(continued(trained["Strict, one sweep, inside"], "The ", 200))
+print(continued(trained["Strict, one sweep, inside"], "The ", WRITTEN))
 
 # %%
 # **Conclusion.** Attention, softmax and layer normalisation have displacement rules as ReLU has, and beliefs

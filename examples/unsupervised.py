@@ -28,6 +28,7 @@ from torch2pc import PCInferLatent
 STEPS = 120  # short: 3
 INFERENCE = 150  # short: 5
 BATCH, LATENTS = 200, 32
+COMPLETED = 200  # short: 10
 CPU = torch.device("cpu")
 
 digits = load_digits(None)
@@ -87,7 +88,7 @@ for strength in STRENGTHS:
 seen = torch.zeros(28, 28)
 seen[:14] = 1
 seen = seen.flatten()
-images = digits.test_images[:200].flatten(1) / 255
+images = digits.test_images[:COMPLETED].flatten(1) / 255
 
 
 def complete(decoder: nn.Sequential, strength: float) -> tuple[Tensor, Tensor]:

@@ -216,7 +216,7 @@ def papers_setup(
 
 def papers_cifar_setup(options: Options, eta: float, n: int) -> Setup:
     """How the paper trains its network for CIFAR-10: five epochs by FixedPred."""
-    steps, batch_size = options.pick(quick=(4, 16), default=(40, 64), full=(975, 256))
+    steps, batch_size = options.pick(quick=(2, 8), default=(40, 64), full=(975, 256))
     return Setup("FixedPred", eta, n, cross_entropy, steps, batch_size, learning_rate=0.01)
 
 

@@ -47,9 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a compiled call has traced runs as it is."""
-    program = pytest.importorskip(
-        "torch2pc.compiled.program", reason="this PyTorch has no compiler"
-    )
-    monkeypatch.setattr(
-        program, "compiled_graph", lambda graph, given, options: lambda x: graph(*x)
-    )
+    from tests.cases import run_as_traced
+
+    run_as_traced(monkeypatch)

@@ -241,7 +241,8 @@ def fake_outcomes(task: learning.Task, value: float) -> dict[str, learning.Outco
 
 def test_the_papers_errors_are_shown_beside_those_of_its_own_data_set(tmp_path: Path) -> None:
     plan = replace(prospective.Plan(), depths=(2, 15), aligned=3)
-    aligned = prospective.aligned_networks(plan)
+    of_rules = {rule: [0.5, 0.6, 0.7] for rule in alignment.STYLES}
+    aligned = {kind: dict.fromkeys(plan.depths, of_rules) for kind in alignment.ACTIVATIONS}
     found = {task.name: fake_outcomes(task, 0.4) for task in plan.tasks}
     digits = load_digits(None)
     for name, shown in (digits.name, False), (prospective.FASHION, True):

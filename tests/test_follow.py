@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import torch2pc.steps
@@ -376,15 +374,16 @@ def steep(seed: int, kind: str) -> Case:
     return Case(model, squared_error, X, Y)
 
 
-@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+@pytest.mark.parametrize(
+    ("ErrType", "seed"), [("Strict", 0), ("Strict", 3), ("ErrorBased", 1), ("ErrorBased", 2)]
+)
 @pytest.mark.parametrize("kind", ["tanh", "gelu", "relu"])
-@pytest.mark.parametrize("seed", range(4))
 def test_below_the_largest_stable_eta_F_falls_or_it_is_said_that_it_may_not(
     ErrType: str, kind: str, seed: int
 ) -> None:
     case = steep(seed, kind)
     record = follow_case(case, ErrType, eta="auto", n=10)
-    below = follow_case(case, ErrType, eta=0.9 * record.stable_eta, n=60)
+    below = follow_case(case, ErrType, eta=0.9 * record.stable_eta, n=40)
     if record.falls:
         assert below.rises_at is None
         assert f"largest stable eta {record.stable_eta:.3g} along the way" in str(record)
@@ -745,7 +744,7 @@ def test_integer_inputs_and_sparse_gradients() -> None:
 
 
 def test_what_is_not_finite_is_said() -> None:
-    record = follow_case(network("linear", 0), "Strict", eta=50.0, n=600)
+    record = follow_case(network("linear", 0), "Strict", eta=50.0, n=120)
     assert not record.F[-1].isfinite()
     assert "above the largest stable" in record.verdict[0]
     assert record.stable_eta < 1 and record.n_needed is None
@@ -758,7 +757,9 @@ def test_a_loss_that_starts_at_its_minimum() -> None:
     for ErrType in [*ERR_TYPES, "Latent"]:
         record = follow_all(still, ErrType, n=3)
         assert not record.distance.any() and not record.energies[:, 1:].any()
-        assert str(record) and "image/png" in record._repr_html_()
+        assert str(record)
+        record.plot(Figure()).draw_without_rendering()
+    assert "image/png" in record._repr_html_()
 
 
 def test_what_float32_would_leave_is_what_the_plain_iteration_loses() -> None:
@@ -865,7 +866,7 @@ def test_a_notebook_shows_what_the_summary_says(ErrType: str, options: dict[str,
 
 
 def test_what_is_unknown_is_no_number_to_log() -> None:
-    record = follow_case(network("tanh", 0), "Strict", eta=50.0, n=400)
+    record = follow_case(network("tanh", 0), "Strict", eta=50.0, n=120)
     assert record.n_needed is None and not record.F[-1].isfinite()
     numbers = record.to_dict()
     assert "n_needed" not in numbers
@@ -876,17 +877,15 @@ def test_what_is_unknown_is_no_number_to_log() -> None:
     ("ErrType", "eta"), [*[(ErrType, 0.1) for ErrType in [*ERR_TYPES, "Latent"]], ("Strict", 50.0)]
 )
 def test_plots(ErrType: str, eta: float) -> None:
-    from matplotlib.figure import Figure
-
     case = network("tanh", 0)
     record = (
         follower(case, "Latent")(eta, 9)
         if ErrType == "Latent"
         else (follow_case(case, ErrType, eta=eta, n=9))
     )
-    figure = Figure(layout="constrained")
+    figure = Figure()
     assert record.plot(figure) is figure
-    figure.savefig(io.BytesIO())
+    figure.draw_without_rendering()
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert len(panels) == 6
     lines = {axes.get_title(): axes.get_lines() for axes in panels}
@@ -919,14 +918,3 @@ def test_what_is_out_of_reach_is_not_foretold() -> None:
     assert came.iterations_to(0.01, eta=0.1, now=0.1) == 7
     left = Spectrum(5, (1.0, 0.5, 0.009, 0.02), 2, (), ())
     assert left.iterations_to(0.01, eta=0.1, now=0.1) is None
-
-
-def test_matplotlib_is_not_imported_before_a_plot_is_drawn() -> None:
-    program = (
-        "import sys, torch, torch2pc as t\n"
-        "m, X = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), torch.ones(1, 2)\n"
-        "r = t.follow(m, torch.nn.MSELoss(), X, X, 'Strict', n=2)\n"
-        "str(r), r.to_dict()\n"
-        "assert 'matplotlib' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)

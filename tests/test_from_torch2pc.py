@@ -59,8 +59,9 @@ for j,(X,Y) in enumerate(train_loader):
 """
 
 
-@pytest.mark.parametrize("n", [20, None])
-@pytest.mark.parametrize("ErrType", ERR_TYPES)
+@pytest.mark.parametrize(
+    ("ErrType", "n"), [*[(ErrType, 20) for ErrType in ERR_TYPES], ("FixedPred", None)]
+)
 def test_a_training_script(ErrType: str, n: int | None) -> None:
     digits = load_digits(None)
     images = digits.train_images[:3000].float() / 255

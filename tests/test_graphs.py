@@ -51,6 +51,7 @@ from torch2pc.inference.strict import strict
 
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
 iterations = st.integers(1, 8)
+places = st.sampled_from(["v", "vhat"])
 
 
 def updates_of(case: Case) -> dict[Tensor, Tensor]:
@@ -246,10 +247,9 @@ def test_relaxations_equal_the_iteration(
         assert_close(case.X.grad, expected.epsilon[0])
 
 
-@pytest.mark.parametrize("update_at", ["v", "vhat"])
 @err_types
-@given(case=graphs(random=True))
-def test_a_layer_is_one_function_during_a_call(ErrType: str, update_at: str, case: Case) -> None:
+@given(case=graphs(random=True), update_at=places)
+def test_a_layer_is_one_function_during_a_call(ErrType: str, case: Case, update_at: str) -> None:
     """Masks are drawn once, statistics move once, layers work in place on copies."""
     options = {} if ErrType in ("Exact", "FixedPred") else {"update_at": update_at}
     twin = copy.deepcopy(case.model)
@@ -341,10 +341,9 @@ def test_the_iterator_and_the_callback_follow_one_relaxation(case: Case) -> None
             assert_close(epsilon[1:], e_seen[1:], tolerance=0)
 
 
-@pytest.mark.parametrize("update_at", ["v", "vhat"])
 @pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
-@given(case=graphs(random=True))
-def test_differences_equal_the_iteration_too(ErrType: str, update_at: str, case: Case) -> None:
+@given(case=graphs(random=True), update_at=places)
+def test_differences_equal_the_iteration_too(ErrType: str, case: Case, update_at: str) -> None:
     check_against_reference(case, ErrType, n=5, update_at=update_at, precise=False)
 
 
@@ -696,7 +695,7 @@ def test_a_record_draws_the_graph() -> None:
     assert [text.get_text() for text in legend.get_texts()] == [
         *("stem", "q", "k", "v", "added", "hidden", "mlp", "out")
     ]
-    figure.canvas.draw()
+    figure.draw_without_rendering()
 
 
 # Graphs themselves, and what is none.

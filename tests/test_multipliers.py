@@ -20,7 +20,6 @@ from tests.cases import (
     assert_close,
     cases,
     graphs,
-    needs_compiler,
     random_beliefs,
     squared_error,
 )
@@ -242,7 +241,7 @@ def test_the_rise_to_the_loss_is_no_divergence() -> None:
             chain().infer("Multipliers", eta=0.5, n=n)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("error:compile=True", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(("n", "expected"), [(1, 0), (3, 1)])
 def test_one_sweep_is_no_divergence(n: int, expected: int) -> None:

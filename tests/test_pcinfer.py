@@ -137,8 +137,16 @@ def test_replaces_or_accumulates(ErrType: str, case: Case, update_at: str) -> No
     assert_close(case.gradients(), once, tolerance=0)
 
 
-def test_can_be_imported_in_inference_mode() -> None:
-    code = "import torch\nwith torch.inference_mode():\n    import torch2pc"
+def test_can_be_imported_in_inference_mode_and_needs_matplotlib_to_draw_alone() -> None:
+    code = (
+        "import sys, torch\n"
+        "with torch.inference_mode():\n"
+        "    import torch2pc as t\n"
+        "m, X = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), torch.ones(1, 2)\n"
+        "r = t.follow(m, torch.nn.MSELoss(), X, X, 'Strict', n=2)\n"
+        "str(r), r.to_dict()\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

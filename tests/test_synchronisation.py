@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cases import Case, needs_compiler
+from tests.cases import Case
 from torch2pc import PCInferLatent
 from torch2pc.compiled import calls as compiled
 
@@ -97,7 +97,7 @@ def test_nothing_waits_for_latents() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "error:compile=True")
-@needs_compiler
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("has_precisions", [False, True])
 def test_nothing_waits_in_a_compiled_call(
     has_precisions: bool, monkeypatch: pytest.MonkeyPatch

@@ -65,7 +65,7 @@ def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
     setup = papers_setup(options, "Strict", eta=0.1, n=20, LossFun=squared_error)
     # Its steps take the longest, and it is drawn first.
-    steps, batch_size = options.pick(quick=(12, 100), default=(60, 100), full=(PAPER_STEPS, 300))
+    steps, batch_size = options.pick(quick=(6, 20), default=(60, 100), full=(PAPER_STEPS, 300))
     setup = replace(setup, steps=steps, batch_size=batch_size)
     today = compare_with_backprop(
         mnist_net, data, setup, options, "figure 1: today", other=plain_updates

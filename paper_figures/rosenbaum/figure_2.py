@@ -60,7 +60,7 @@ PAPER_FATE = {0.1: "converges", 0.2: "converges", 0.5: "diverges", 1.0: "diverge
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
     iterations, batch_size = options.pick(
-        quick=(40, 100), default=(100, 100), full=(PAPER_ITERATIONS, 300)
+        quick=(20, 20), default=(100, 100), full=(PAPER_ITERATIONS, 300)
     )
     seed = options.seed + NETWORK_SEED
     model, settings = trained_mnist_net(data, squared_error, replace(options, seed=seed))

@@ -45,7 +45,7 @@ PAPER_LEVEL = (0.16, 0.17, 0.06, 0.03, 0)
 
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
-    iterations, batch_size = options.pick(quick=(60, 50), default=(100, 300), full=(200, 300))
+    iterations, batch_size = options.pick(quick=(60, 10), default=(100, 300), full=(200, 300))
     model, settings = trained_mnist_net(data, cross_entropy, options)
     batch = next(data.train_batches(1, batch_size, options.seed + 1, options.device))
     precise = Batch(batch.X.double(), batch.labels)

@@ -89,7 +89,7 @@ class Errors:
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
     ns = NS[: options.pick(quick=5, default=8, full=len(NS))]
-    steps, every = options.pick(quick=(4, 4), default=(40, 20), full=(400, 20))
+    steps, every = options.pick(quick=(1, 1), default=(40, 20), full=(400, 20))
     measured = range(0, steps + 1, every)
     batch_size = options.pick(quick=50, default=100, full=BATCH_SIZE)
     errors = {name: errors_of(name, data, ns, measured, batch_size, options) for name in NETWORKS}

@@ -60,7 +60,7 @@ NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
 
 def run(options: Options) -> list[Number]:
     data = load_digits(options.data)
-    n, batch_size = options.pick(quick=(12, 20), default=(40, 50), full=(N, BATCH_SIZE))
+    n, batch_size = options.pick(quick=(12, 5), default=(40, 50), full=(N, BATCH_SIZE))
     batch = next(data.train_batches(1, batch_size, options.seed, options.device))
     series: dict[str, dict[str, list[float]]] = {}
     for name, make in NETWORKS.items():
