@@ -728,6 +728,21 @@ def test_forward_hooks_fire_as_without_compilation(is_late: bool) -> None:
     assert len(seen) == 2 * count > 0
 
 
+def test_a_hook_on_all_modules_is_run() -> None:
+    """Its table is in no module of the model."""
+    case, seen = small_case(), []
+    infer_compiled(case)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        case.infer("Strict")
+        count = len(seen)
+        with pytest.warns(UserWarning, match="because the model itself has a hook"):
+            case.infer("Strict", compile=True)
+    finally:
+        handle.remove()
+    assert len(seen) == 2 * count > 0
+
+
 def test_hooks_that_cannot_be_captured_are_named() -> None:
     case = small_case()
     case.model[2].register_full_backward_hook(lambda *args: None)

@@ -682,6 +682,19 @@ def test_the_advice_on_n_and_eta_converges() -> None:
     assert int(n) < record.n_needed / 3
 
 
+@pytest.mark.parametrize(
+    ("n", "now", "is_proposed"),
+    [(40, 60, True), (41, 60, False), (40, None, True), (None, 60, False)],
+)
+def test_another_eta_is_proposed_where_it_saves_a_third(
+    n: int | None, now: int | None, is_proposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = follow_case(network("tanh", 1), "Strict", eta=0.03, n=9)
+    monkeypatch.setattr(Record, "iterations_to", lambda *_: n)
+    monkeypatch.setattr(Record, "n_needed", now)
+    assert (record._better_eta() is not None) == is_proposed
+
+
 def test_no_advice_that_the_record_does_not_support() -> None:
     case = network("linear", 0)
     settled = follow_case(case, "Strict", eta=0.1, n=200)
