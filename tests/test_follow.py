@@ -900,7 +900,7 @@ def test_plots(ErrType: str, eta: float) -> None:
     assert record.plot(figure) is figure
     figure.draw_without_rendering()
     panels = [axes for axes in figure.axes if axes.get_title()]
-    assert len(panels) == 6
+    assert len(panels) == 6 and {axes.title.get_fontsize() for axes in panels} == {9}
     lines = {axes.get_title(): axes.get_lines() for axes in panels}
     drawn = lines["energy of each layer"]
     assert len(drawn) in (0, 3)

@@ -612,6 +612,13 @@ ERRORS = [
     (nn.Sequential(nn.ReLU(), nn.PReLU()), ValueError, "a module with weights"),
     (nn.Sequential(), ValueError, "a tensor that depends on its input|module with weights"),
     (nn.Sequential(nn.LazyLinear(4)), ValueError, "lazy modules"),
+    (
+        nn.Sequential(
+            nn.Linear(6, 6), nn.LazyBatchNorm1d(affine=False)
+        ),  # lazy in its buffers alone
+        ValueError,
+        "lazy modules",
+    ),
     (DistributedDataParallel(nn.Linear(6, 6)), TypeError, "must not be wrapped, got Distributed"),
     (nn.Sequential(ShardedLinear(6, 6)), TypeError, "whole parameters, got ShardedLinear"),
     (
