@@ -62,7 +62,7 @@ def test_bits_of_a_model_that_knows_nothing() -> None:
 def test_the_errors_of_a_divergence_are_those_of_distributions() -> None:
     text = load_text("shakespeare")
     X, Y = next(text.batches(1, 0))
-    method = figure.METHODS["Strict, down"]
+    method = figure.METHODS[figure.ONE_SWEEP]
     found = []
     for energies in (None, {"1_scores": figure.energies.Categorical(-1)}):
         model = layers(len(text.letters), figure.SCORES, seed=0)
@@ -80,7 +80,7 @@ def test_the_command_draws_it(
 ) -> None:
     kept = {
         figure.BETWEEN: [figure.BACKPROP, "Multipliers"],
-        figure.INSIDE: [figure.BACKPROP, "Strict, down, divergence"],
+        figure.INSIDE: [figure.BACKPROP, figure.ONE_SWEEP + figure.DIVERGENCE],
     }
     rows = {where: {row: figure.ROWS[where][row] for row in of} for where, of in kept.items()}
     monkeypatch.setattr(figure, "ROWS", rows)
@@ -106,5 +106,5 @@ def test_the_best_rate_is_taken_and_lost_trainings_are_none(
     figure.run(options)
     record = json.loads((tmp_path / "figure_transformer.json").read_text())
     assert {*record["settings"]["best rates"].values()} == {min(figure.RATES)}
-    of_row = record["series"]["bits a character and seconds an update"][figure.INSIDE]["Strict"]
+    of_row = record["series"]["bits a character and seconds an update"][figure.INSIDE]["ErrorBased"]
     assert len(of_row) == 6

@@ -166,6 +166,17 @@ def test_with_eta_1_each_sweep_of_a_linear_network_is_backpropagation() -> None:
         assert_close(found.epsilon[1:], exact)
 
 
+@given(case=cases(), eta=st.floats(0.05, 1))
+def test_after_one_sweep_each_error_is_a_share_of_backpropagations(case: Case, eta: float) -> None:
+    """No layer's Jacobian has been taken elsewhere than at the feed-forward pass by then."""
+    exact = case.infer("Exact").epsilon[1:]
+    result = case.infer("Multipliers", eta=eta, n=1)
+    for below, (epsilon_l, of_exact) in enumerate(
+        zip(result.epsilon[:0:-1], exact[::-1], strict=True)
+    ):
+        assert_close(epsilon_l, eta**below * of_exact)
+
+
 @given(case=cases(max_layers=4))
 def test_the_callback_and_the_record_follow_one_relaxation(case: Case) -> None:
     seen: list[Any] = []
@@ -232,6 +243,14 @@ def test_the_rise_to_the_loss_is_no_divergence() -> None:
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("error:compile=True", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("n", "expected"), [(1, 0), (3, 1)])
+def test_one_sweep_is_no_divergence(n: int, expected: int) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chain(gain=3).infer("Strict", eta=steps.Descent(0.9, sweep="down"), n=n)
+    assert ["steps are too long" in str(warning.message) for warning in caught] == [True] * expected
+
+
 def test_compiled_it_is_the_same_whatever_eta_and_alpha_are() -> None:
     """Multipliers are state, and how fast they grow is an input: nothing is compiled anew."""
     case, graphs = chain(3), 0

@@ -49,6 +49,7 @@ from paper_figures.depth.networks import (
     FOUND,
     HELD_OUT,
     INCREMENTAL,
+    LONG_STEP,
     METHODS,
     SEARCH,
     SWEEPS,
@@ -73,7 +74,8 @@ SECONDS = 90, 3600
 DOWNLOADS = ("mnist",)
 
 MUPC = "ReLU muPC"
-SEARCH_RATE = 1e-3
+SEARCH_RATE, MUPC_SEARCH_RATE = 1e-3, 0.1
+MOST_LAYERS = 32  # that a step found in each call is tried with
 ALPHAS = {0.0: "#D55E00", 0.5: "#E69F00", 1.0: "#009E73"}
 
 
@@ -96,14 +98,14 @@ class Plan:
 
     def networks(self) -> dict[str, tuple[tuple[int, ...], list[str]]]:
         """By network, the depths and the methods."""
-        every = list(METHODS)
+        every, few = list(METHODS), [BACKPROP, FEW_SWEEPS, LONG_STEP]
         smooth = [m for m in every if m not in (INCREMENTAL, FOUND, "FixedPred, η .1, n 20")]
         return {
             "ReLU": (self.depths, every),
             "tanh": (self.depths, smooth),
-            "ReLU residual": (self.residual_depths, [BACKPROP, FEW_SWEEPS, FOUND]),
-            "GELU residual": (self.residual_depths[:3], [BACKPROP, FEW_SWEEPS]),
-            MUPC: (self.mupc_depths, [BACKPROP, FEW_SWEEPS, FOUND]),
+            "ReLU residual": (self.residual_depths, [*few, FOUND]),
+            "GELU residual": (self.residual_depths[:3], few),
+            MUPC: (self.mupc_depths, [*few, FOUND]),
         }
 
     def grids(self) -> Iterator[Grid]:
@@ -112,13 +114,15 @@ class Plan:
             rates = self.mupc_rates if name == MUPC else self.rates
             for depth in depths:
                 for method in methods:
-                    yield Grid(name, depth, method, rates, self.seeds, self.steps)
+                    if method != FOUND or depth <= MOST_LAYERS:
+                        yield Grid(name, depth, method, rates, self.seeds, self.steps)
 
     def search(self) -> Iterator[Grid]:
         """Those by step size and number of sweeps, at the rate that is best for backprop in most of them."""
-        places = {"ReLU": self.depths[-2:], "ReLU residual": self.residual_depths[:1]}
-        for name, depths in (places | {MUPC: self.mupc_depths[:1]}).items():
-            rate = self.mupc_rates[-2] if name == MUPC else SEARCH_RATE
+        plain = tuple(sorted({self.depths[0], self.depths[-2]}))
+        shallow = {"ReLU residual": self.residual_depths[:1], MUPC: self.mupc_depths[:1]}
+        for name, depths in ({"ReLU": plain} | shallow).items():
+            rate = MUPC_SEARCH_RATE if name == MUPC else SEARCH_RATE
             for depth in depths:
                 for n in SWEEPS:
                     for eta in self.searched:
@@ -131,11 +135,11 @@ def plan_of(options: Options) -> Plan:
         return Plan(seeds=seeds)
     if options.quick:
         return Plan(
-            2, (1e-3,), (0.1, 0.3), (3, 4), (3, 4), (3, 4), seeds[:1], 4, 3, (0.5, 1.0), (0.5,), 1
+            2, (1e-3,), (0.1,), (3, 4), (3, 4), (3, 4), seeds[:1], 4, 3, (0.5, 1.0), (0.5,), 1
         )
-    few = (0.4, 0.6, 0.8)
+    few = (0.4, 0.8)
     return Plan(
-        50, (1e-3, 3e-3), (0.1, 0.3), (5, 20), (20,), (8, 20), seeds, sweeps=50, searched=few
+        30, (1e-3,), (0.03, 0.1), (5, 20), (20,), (8, 20), seeds, sweeps=50, searched=few, rounds=2
     )
 
 
@@ -308,7 +312,7 @@ def numbers_of(outcomes: Sequence[Outcome]) -> list[Number]:
         places.setdefault(outcome[:2], {})[outcome.method] = outcome.mean
     numbers = []
     for (name, depth), mean in places.items():
-        recipe = FOUND if name == MUPC else FEW_SWEEPS
+        recipe = LONG_STEP if depth > 40 else FOUND if name == MUPC else FEW_SWEEPS
         if BACKPROP not in mean or recipe not in mean:
             continue
         where = f"{name}, {depth} layers"
@@ -391,7 +395,7 @@ def draw_accuracy(axes: Axes, name: str, outcomes: Sequence[Outcome]) -> None:
 
 def draw_rates(axes: Axes, outcomes: Sequence[Outcome], plan: Plan) -> None:
     for outcome in outcomes:
-        if outcome.method in (BACKPROP, FEW_SWEEPS, FOUND):
+        if outcome.method in (BACKPROP, LONG_STEP, FOUND):
             width = 0.7 + 0.6 * plan.mupc_depths.index(outcome.depth)
             label = f"{outcome.depth} layers" if outcome.method == BACKPROP else None
             style = _style(outcome.method) | {"lw": width, "label": label}

@@ -105,15 +105,16 @@ class Method(NamedTuple):
 
 
 BACKPROP, INCREMENTAL = "backprop", "incremental, η .1"
-FEW_SWEEPS, MANY_SWEEPS = "Multipliers, η .8, n 3", "Multipliers, η .5, n 10"
-FOUND = "Multipliers, η auto, n 10"
+FEW_SWEEPS, LONG_STEP = "Multipliers, η .8, n 3", "Multipliers, η .9, n 3"
+MANY_SWEEPS, FOUND = "Multipliers, η .5, n 10", "Multipliers, η auto, n 10"
 METHODS = {
     BACKPROP: Method(None, colour="black", style=(0, (4, 1.5))),
     "FixedPred, η .1, n 20": Method("FixedPred", 0.1, 20, "#999999"),
     "Strict, η .1, n 20": Method("Strict", 0.1, 20, "#E69F00"),
     "Strict, sweeps, η .3, n 10": Method("Strict", Descent(0.3, "down"), 10, "#D55E00"),
     FEW_SWEEPS: Method("Multipliers", 0.8, 3, "#009E73"),
-    MANY_SWEEPS: Method("Multipliers", 0.5, 10, "#009E73", "--"),
+    LONG_STEP: Method("Multipliers", 0.9, 3, "#009E73", "--"),
+    MANY_SWEEPS: Method("Multipliers", 0.5, 10, "#009E73", "-."),
     FOUND: Method("Multipliers", "auto", 10, "#009E73", ":"),
     "ErrorBased, η .3, n 5, at vhat": Method("ErrorBased", 0.3, 5, "#0072B2", "-", "vhat"),
     INCREMENTAL: Method("Strict", 0.1, 1, "#CC79A7"),

@@ -49,9 +49,9 @@ from torch2pc import PCInfer, energies, steps
 DEFAULT = False
 
 TEXTS = ("shakespeare", "federalist")
-RATES = (0.003, 0.01)
+RATES = (0.01, 0.03)
 SEEDS = 3
-BACKPROP = "backprop"
+BACKPROP, ONE_SWEEP = "backprop", "Strict, one sweep"
 MARKS: dict[str, dict[str, Any]] = {
     text: dict(marker=mark, color=colour, markersize=4, fillstyle="none", ls="")
     for text, mark, colour in zip(TEXTS, "os", ("#0072B2", "#D55E00"), strict=True)
@@ -69,12 +69,14 @@ class Method(NamedTuple):
 
 METHODS = {
     BACKPROP: Method("Exact"),
-    "FixedPred": Method("FixedPred", 0.5, 6),
-    "Strict, weight 1": Method("Strict", 0.1, 8),
-    "Strict": Method("Strict", 0.1, 8, 0.1),
-    "Strict, down": Method("Strict", steps.Descent(0.5, sweep="down"), 3, 0.1),
-    "Multipliers": Method("Multipliers", 0.2, 6, 0.01),
-    "ErrorBased": Method("ErrorBased", 0.1, 5, 0.1),
+    "FixedPred": Method("FixedPred", 0.5, 12),
+    "Strict, η .1": Method("Strict", 0.1, 8),
+    "Strict, η .002": Method("Strict", 0.002, 8),
+    "Strict, three sweeps": Method("Strict", steps.Descent(0.5, sweep="down"), 3, 0.1),
+    ONE_SWEEP: Method("Strict", steps.Descent(0.9, sweep="down"), 1, 0.1),
+    "Multipliers": Method("Multipliers", "auto", 5, 0.01),
+    "ErrorBased": Method("ErrorBased", "auto", 5, 0.01),
+    "Equilibrium": Method("Equilibrium", 0.1, 5, 0.01),
 }
 BETWEEN, INSIDE, SCORES = "between blocks", "inside", "inside, with scores"
 DIVERGENCE = ", divergence"
@@ -82,8 +84,8 @@ ROWS = {
     BETWEEN: {name: (BETWEEN, name) for name in METHODS},
     INSIDE: {
         **{name: (INSIDE, name) for name in METHODS},
-        "Strict, down, scores": (SCORES, "Strict, down"),
-        "Strict, down, divergence": (SCORES, "Strict, down" + DIVERGENCE),
+        ONE_SWEEP + ", scores": (SCORES, ONE_SWEEP),
+        ONE_SWEEP + DIVERGENCE: (SCORES, ONE_SWEEP + DIVERGENCE),
     },
 }
 
@@ -129,9 +131,9 @@ def train(training: Training, text: Text, options: Options) -> dict[str, Any]:
 
 
 def run(options: Options) -> list[Number]:
-    updates, seeds = options.pick((2, 1), (20, 1), (60, SEEDS))
+    updates, seeds = options.pick((2, 1), (20, 1), (150, SEEDS))
     texts = [load_text(name) for name in options.pick(TEXTS[:1], TEXTS[:1], TEXTS)]
-    rates = RATES if options.full else RATES[-1:]
+    rates = RATES if options.full else RATES[:1]
     # A file for each text, as each of these writes all that it knows.
     runs = {
         text.name: Runs(f"figure_transformer_{text.name}", train, text, options) for text in texts

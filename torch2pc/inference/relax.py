@@ -211,7 +211,13 @@ def _warn_if_risen(relaxation: Relaxation, n: int, name: str) -> None:
     start = network.Loss if knows_start and not isinstance(relaxation.rule, Langevin) else None
     if start is not None:
         start = sum([factor.energy_at_first() for factor in energy.above], start)
-    is_higher = start is not None and bool(start + most_rise(energy, start.dtype) * start.abs() < F)
+    # One sweep from the top leaves shares of the gradient, whatever F is.
+    is_one_sweep = n == 1 and getattr(relaxation.rule, "down", False)
+    is_higher = (
+        start is not None
+        and not is_one_sweep
+        and bool(start + most_rise(energy, start.dtype) * start.abs() < F)
+    )
     if bool(F.isfinite()) and not is_higher:
         return
     if start is not None and not bool(start.isfinite()):
