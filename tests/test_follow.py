@@ -211,6 +211,21 @@ def test_equilibrium(case: Case, n: int, vinit: bool) -> None:
     assert record.eta is None and record.rises_at is None
 
 
+def test_where_equilibrium_goes_back_the_last_row_is_of_where_it_ends() -> None:
+    torch.manual_seed(69)  # its second step leads over an edge of F
+    first, *others = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+    model = nn.Sequential(first, *[nn.Sequential(nn.ReLU(), x) for x in others]).double()
+    arguments = nn.L1Loss(reduction="sum"), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    seen: list[tuple[int, list[Tensor]]] = []
+    noted = lambda k, v, _: seen.append((k, copy.deepcopy(v)))  # noqa: E731
+    end = PCInfer(model, *arguments, "Equilibrium", n=2, callback=noted)
+    assert [k for k, _ in seen] == [1, 2, 2]
+    record = follow(model, *arguments, "Equilibrium", n=2)
+    same(record.energies[2, 1:-1], end.energy)
+    moves = [(a - b).norm() for a, b in zip(end.v, seen[0][1], strict=True)]
+    same(record.moves[2, :-1], column(moves[:-1]))
+
+
 def quadratic(v: list[Tensor]) -> Tensor:
     return torch.stack([0.1 * (l + 1) * v_l.square().sum() for l, v_l in enumerate(v)]).sum()
 
