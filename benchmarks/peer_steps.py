@@ -20,29 +20,29 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-N, ETA, LEARNING_RATE, BATCH = 20, 0.1, 1e-5, 64
+N, ETA, LEARNING_RATE = 20, 0.1, 1e-5
 
 # Makes this many training steps and waits until they are done.
 Run = Callable[[int], Any]
 
 
-def torch_batch(sizes: list[int]) -> tuple[Any, Any]:
+def torch_batch(sizes: list[int], batch: int) -> tuple[Any, Any]:
     import torch
 
     torch.manual_seed(0)
-    classes = torch.randint(sizes[-1], (BATCH,))
-    return torch.rand(BATCH, sizes[0]), torch.nn.functional.one_hot(classes, sizes[-1]).float()
+    classes = torch.randint(sizes[-1], (batch,))
+    return torch.rand(batch, sizes[0]), torch.nn.functional.one_hot(classes, sizes[-1]).float()
 
 
-def jax_batch(sizes: list[int]) -> tuple[Any, Any]:
+def jax_batch(sizes: list[int], batch: int) -> tuple[Any, Any]:
     import jax
 
     x, classes = jax.random.split(jax.random.PRNGKey(0))
-    Y = jax.random.randint(classes, (BATCH,), 0, sizes[-1])
-    return jax.random.uniform(x, (BATCH, sizes[0])), jax.nn.one_hot(Y, sizes[-1])
+    Y = jax.random.randint(classes, (batch,), 0, sizes[-1])
+    return jax.random.uniform(x, (batch, sizes[0])), jax.nn.one_hot(Y, sizes[-1])
 
 
-def torch2pc(sizes: list[int], **options: Any) -> Run:
+def torch2pc(sizes: list[int], batch: int, **options: Any) -> Run:
     """PCInfer with Strict, then the optimizer."""
     import torch
     from torch import nn
@@ -50,7 +50,7 @@ def torch2pc(sizes: list[int], **options: Any) -> Run:
     from benchmarks.nets import mlp
     from torch2pc import PCInfer
 
-    X, Y = torch_batch(sizes)
+    X, Y = torch_batch(sizes, batch)
     model = mlp(len(sizes) - 1, sizes[1], sizes[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     squared_error = nn.MSELoss(reduction="sum")
@@ -66,11 +66,11 @@ def torch2pc(sizes: list[int], **options: Any) -> Run:
     return run
 
 
-def torch2pc_compiled(sizes: list[int]) -> Run:
-    return torch2pc(sizes, compile=True)
+def torch2pc_compiled(sizes: list[int], batch: int) -> Run:
+    return torch2pc(sizes, batch, compile=True)
 
 
-def pcx(sizes: list[int]) -> Run:
+def pcx(sizes: list[int], batch: int) -> Run:
     """A model of layers and vodes, energies by vmap and one jitted step, as in its tutorial."""
     import jax
     import optax
@@ -127,7 +127,7 @@ def pcx(sizes: list[int]) -> Run:
         optim_w.step(model, g["model"])
 
     model = Model()
-    X, Y = jax_batch(sizes)
+    X, Y = jax_batch(sizes, batch)
     with pxu.step(model, pxc.STATUS.INIT, clear_params=pxc.VodeParam.Cache):
         forward(X, None, model=model)
         optim_h = pxu.Optim(lambda: optax.sgd(ETA), beliefs()(model))
@@ -141,7 +141,7 @@ def pcx(sizes: list[int]) -> Run:
     return run
 
 
-def jpc(sizes: list[int]) -> Run:
+def jpc(sizes: list[int], batch: int) -> Run:
     """Its updates of activities and of parameters; a step of training is jitted as a whole."""
     import equinox
     import jax
@@ -153,7 +153,7 @@ def jpc(sizes: list[int]) -> Run:
         import jpc
 
     # Its energy is a mean over the batch where the others' are sums.
-    of_beliefs, of_weights = (optax.sgd(rate * BATCH) for rate in (ETA, LEARNING_RATE))
+    of_beliefs, of_weights = (optax.sgd(rate * batch) for rate in (ETA, LEARNING_RATE))
     model = jpc.make_mlp(
         jax.random.PRNGKey(0),
         input_dim=sizes[0],
@@ -163,7 +163,7 @@ def jpc(sizes: list[int]) -> Run:
         act_fn="relu",
         use_bias=True,
     )
-    X, Y = jax_batch(sizes)
+    X, Y = jax_batch(sizes, batch)
     state = of_weights.init((equinox.filter(model, equinox.is_array), None))
 
     @equinox.filter_jit
@@ -188,7 +188,7 @@ def jpc(sizes: list[int]) -> Run:
     return run
 
 
-def fabricpc(sizes: list[int]) -> Run:
+def fabricpc(sizes: list[int], batch: int) -> Run:
     """A graph of Linear nodes and its jitted training step."""
     import jax
     import optax
@@ -222,11 +222,11 @@ def fabricpc(sizes: list[int]) -> Run:
     )
     key = jax.random.PRNGKey(0)
     # Its gradients are means over the batch where the others' are sums.
-    optimizer = optax.sgd(LEARNING_RATE * BATCH)
+    optimizer = optax.sgd(LEARNING_RATE * batch)
     params = initialize_params(structure, key)
     state = optimizer.init(params)
     train_step = make_train_step(structure, optimizer)
-    X, Y = jax_batch(sizes)
+    X, Y = jax_batch(sizes, batch)
 
     def run(steps: int) -> None:
         nonlocal params, state
@@ -237,14 +237,14 @@ def fabricpc(sizes: list[int]) -> Run:
     return run
 
 
-def pcn_torch(sizes: list[int]) -> Run:
+def pcn_torch(sizes: list[int], batch: int) -> Run:
     """Its own training loop; as regression, since classification adds an evaluation to each step.
 
     Its layers predict the input from the latents, and have no biases; the sizes are the same.
     """
     from pcn_torch import PredictiveCodingNetwork, TrainCallback, TrainConfig, train_pcn
 
-    X, Y = torch_batch(sizes)
+    X, Y = torch_batch(sizes, batch)
     model = PredictiveCodingNetwork(
         dims=sizes[:-1], activation="relu", output_dim=sizes[-1], mode="regression"
     )
@@ -253,25 +253,25 @@ def pcn_torch(sizes: list[int]) -> Run:
         T_infer=N,
         T_learn=1,
         lr_infer=ETA,
-        lr_learn=LEARNING_RATE * BATCH,
+        lr_learn=LEARNING_RATE * batch,
         num_epochs=1,
         callback=TrainCallback(),
     )
     return lambda steps: train_pcn(model, [(X, Y)] * steps, config)
 
 
-def torch_pc(sizes: list[int]) -> Run:
+def torch_pc(sizes: list[int], batch: int) -> Run:
     """Its own training loop. Its layers predict the input from the latents, too."""
     import torch_pc
 
-    X, Y = torch_batch(sizes)
+    X, Y = torch_batch(sizes, batch)
     model = torch_pc.PCNetwork(dims=sizes[:-1], output_dim=sizes[-1], use_bias=True)
     return lambda steps: torch_pc.train_pcn(
         model,
         [(X, Y)] * steps,
         num_epochs=1,
         eta_infer=ETA,
-        eta_learn=LEARNING_RATE * BATCH,
+        eta_learn=LEARNING_RATE * batch,
         infer_steps=N,
         T_learn=1,
         target_transform=lambda y: y,
@@ -280,7 +280,7 @@ def torch_pc(sizes: list[int]) -> Run:
 
 
 # Name: the distribution it is part of, what it rests on, the function that prepares a step.
-PACKAGES: dict[str, tuple[str, str, Callable[[list[int]], Run]]] = {
+PACKAGES: dict[str, tuple[str, str, Callable[[list[int], int], Run]]] = {
     "torch2pc": ("torch2pc", "torch", torch2pc),
     "torch2pc, compile=True": ("torch2pc", "torch", torch2pc_compiled),
     "pcx": ("pcx", "jax", pcx),
@@ -292,7 +292,7 @@ PACKAGES: dict[str, tuple[str, str, Callable[[list[int]], Run]]] = {
 
 
 def serve(name: str, threads: int) -> None:
-    """Answer commands, one JSON object a line: {"sizes": [...]}, then {"steps": k} any number of times.
+    """Answer commands, one JSON object a line: {"sizes": [...], "batch": b}, then {"steps": k} at will.
 
     The answers hold the seconds: of the first step (which compiles) after the preparation, and of
     k steps. Whatever the package prints is dropped.
@@ -310,7 +310,7 @@ def serve(name: str, threads: int) -> None:
             try:
                 command = json.loads(line)
                 if "sizes" in command:
-                    run = prepare(command["sizes"])
+                    run = prepare(command["sizes"], command["batch"])
                 start = time.perf_counter()
                 run(command.get("steps", 1))
                 answer: dict[str, Any] = {"seconds": time.perf_counter() - start}

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import torch2pc
-from benchmarks.peer_steps import BATCH, ETA, PACKAGES, N
+from benchmarks.peer_steps import ETA, PACKAGES, N
 from benchmarks.report import Options, device_name, save, table
 from benchmarks.timing import SAMPLE, Times
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 METHOD = (
     f"One training step (n={N} steps of inference, eta={ETA}, one weight update by plain gradient "
-    f"descent) of an MLP with ReLU, batch {BATCH}, float32, squared error, on the CPU. Each package "
+    f"descent) of an MLP with ReLU, float32, squared error, on the CPU. Each package "
     "has a process of its own, bound to as many cores as it may use threads; the processes take "
     "turns, and a number is the median of the ratios to torch2pc's time (PCInfer with Strict, not "
     "compiled) within the rounds. The first step, in which the JAX packages and compile=True "
@@ -89,9 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked.out, list(MLPS), asked.threads, 3.0 if asked.quick else 15.0, asked.quick
     )
     rows: list[dict[str, Any]] = []
-    work = [(network, count) for count in options.threads for network in MLPS]
-    for network, count in tqdm(work, "peers"):
-        rows += measure(network, count, found, options.seconds, checkouts)
+    work = [(b, count, network) for b in asked.batch for count in asked.threads for network in MLPS]
+    for batch, count, network in tqdm(work, "peers"):
+        rows += measure(network, count, found, options.seconds, checkouts, batch)
     lines = [f"{name} is skipped: {reason}." for name, reason in missing.items()]
     text = "\n\n".join([rows_table(rows), *lines])
     print(text)
@@ -121,6 +121,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "diffrax and optax (pcx runs there too)",
     )
     parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N")
+    parser.add_argument("--batch", nargs="+", type=int, default=[64], metavar="N")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="a shorter, less precise run")
     return parser.parse_args(arguments)
@@ -169,6 +170,7 @@ def measure(
     found: dict[str, tuple[str, str]],
     seconds: float,
     checkouts: Mapping[str, Path] | None = None,
+    batch: int = 64,
 ) -> list[dict[str, Any]]:
     """A row for each package: its median time, its ratio to ours, and the first step's seconds."""
     with ExitStack() as stack:
@@ -178,12 +180,13 @@ def measure(
             peer = stack.enter_context(started(name, interpreter, threads, path))
             row = {
                 "network": network,
+                "batch": batch,
                 "device": device_name(torch.device("cpu"), threads),
                 "package": name,
                 "version": version,
             }
             try:
-                rows[name] = row | {"first step (s)": peer.ask(sizes=MLPS[network])}
+                rows[name] = row | {"first step (s)": peer.ask(sizes=MLPS[network], batch=batch)}
                 peers[name] = peer
                 rows[name]["rests on"] = peer.versions
             except RuntimeError as error:
@@ -245,6 +248,7 @@ def started(
 def rows_table(rows: Sequence[dict[str, Any]]) -> str:
     header = [
         "network",
+        "batch",
         "device",
         "package",
         "version",
@@ -255,7 +259,7 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     lines = []
     for row in rows:
-        start = [row["network"], row["device"], row["package"]]
+        start = [row["network"], str(row["batch"]), row["device"], row["package"]]
         if "error" in row:
             lines.append([*start, row["version"], "fails", row["error"], "", ""])
             continue

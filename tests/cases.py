@@ -66,7 +66,9 @@ def run_as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     program = pytest.importorskip(
         "torch2pc.compiled.program", reason="this PyTorch has no compiler"
     )
-    monkeypatch.setattr(program, "compile_fx", lambda graph, given, config_patches: graph)
+    monkeypatch.setattr(
+        program, "compiled_graph", lambda graph, given, options: lambda x: graph(*x)
+    )
 
 
 def squared_error(yhat: Tensor, Y: Tensor) -> Tensor:

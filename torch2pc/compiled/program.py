@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import tracing
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.test_operators import realize as _realize  # noqa: F401  (it defines the operator)
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch2pc.compiled.parts import Held, OwnEnergy, Parts, Place, Watched, find, split
@@ -120,11 +121,11 @@ class Asked(NamedTuple):
 class Graphed(NamedTuple):
     """A compiled graph, and which of the tensors that it may be given it takes."""
 
-    function: Callable[..., Any]
+    function: Callable[[list[Any]], Any]
     used: list[int]
 
     def __call__(self, given: Sequence[Any]) -> Any:
-        return self.function(*[given[k] for k in self.used])
+        return self.function([given[k] for k in self.used])
 
 
 class _TracedLayer:
@@ -601,16 +602,14 @@ class Program:
         for node in [inputs_of(graph)[k] for k in unused]:
             graph.graph.erase_node(node)
         used = [k for k in range(len(given)) if k not in unused]
+        _hold_units(graph.graph)
         graph.recompile()
         called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
         if _CREATES.issuperset(called):
-            return Graphed(graph, used)
+            return Graphed(partial(_unpacked, graph.forward), used)
         # What was traced has chosen its types, and would be given others when it is traced again.
         with outside_autocast(self._device):
-            function: Any = compile_fx(
-                graph, [given[k] for k in used], config_patches=dict(self._options)
-            )
-        return Graphed(function, used)
+            return Graphed(compiled_graph(graph, [given[k] for k in used], self._options), used)
 
     # What is traced.
 
@@ -811,6 +810,53 @@ class Program:
         return own
 
 
+def compiled_graph(
+    graph: fx.GraphModule, given: Sequence[Any], options: dict[str, Any]
+) -> Callable[[list[Any]], Any]:
+    """``graph``, compiled, as a function of the list of what it is given.
+
+    What PyTorch wraps around each compiled graph, for autograd's sake and to make views of inputs again,
+    takes as long as a small product of matrices. On a CPU it is left out where the graph inside has the
+    same inputs and results, and writes into none of what it is given, which would have to be counted.
+    """
+    inside: list[Any] = []
+
+    def compile_inner(inner: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        is_same = _shape_of(inner) == _shape_of(graph) and _is_plain(inner)
+        found = compile_fx_inner(inner, *args, **kwargs)
+        inside.append(found if is_same else None)
+        return found
+
+    whole: Any = compile_fx(graph, given, compile_inner, config_patches=dict(options))
+    is_cpu = all([x.device.type == "cpu" for x in given if isinstance(x, Tensor)])
+    if is_cpu and len(inside) == 1 and inside[0] is not None:
+        return inside[0].current_callable
+    return partial(_unpacked, whole)
+
+
+def _unpacked(function: Callable[..., Any], given: list[Any]) -> Any:
+    return function(*given)
+
+
+def _shape_of(graph: fx.GraphModule) -> tuple[int, int]:
+    """How many inputs a graph has, and how many results."""
+    return len(inputs_of(graph)), len(_results_of(graph))
+
+
+def _results_of(graph: fx.GraphModule) -> Sequence[Any]:
+    (results,) = list(graph.graph.nodes)[-1].args
+    return results
+
+
+def _is_plain(graph: fx.GraphModule) -> bool:
+    """Whether all results are tensors that it computes, each once, and nothing is written into."""
+    results = _results_of(graph)
+    own = {x for x in results if isinstance(x, fx.Node) and x.op == "call_function"}
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    writes = [isinstance(f, torch._ops.OpOverload) and f._schema.is_mutable for f in called]
+    return len(own) == len(results) and not any(writes)
+
+
 _CREATES = {aten.zeros_like.default, aten.clone.default, aten.sym_size.int}
 
 
@@ -824,6 +870,21 @@ def _clean(graph: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
+
+
+def _hold_units(graph: fx.Graph) -> None:
+    """Let the powers of two that errors are divided by (``gradient_of_small``) be computed once.
+
+    They would be computed again for every few entries of what is multiplied by them, by slow functions.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.pow.Scalar):
+        with graph.inserting_after(node):
+            held = graph.call_function(torch.ops._inductor_test.realize.default, (node,))
+        node.replace_all_uses_with(held, delete_user_cb=partial(_is_other, held))
+
+
+def _is_other(node: fx.Node, user: fx.Node) -> bool:
+    return user is not node
 
 
 class _Alike:
