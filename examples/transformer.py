@@ -33,6 +33,7 @@ from torch2pc import PCInfer, follow, steps
 
 STEPS = 100  # short: 2
 TESTED = 20  # short: 1
+FOLLOWED = 32  # short: 1
 WRITTEN = 200  # short: 5
 LEARNING_RATE = 0.01
 
@@ -116,7 +117,7 @@ for name, model in {
     "larger ones, before training": layers(len(text.letters), "between blocks", seed=0),
     "larger ones, trained": trained["backpropagation"],
 }.items():
-    record = follow(model, weighted(1.0), X, Y, "Strict", eta=0.001, n=3)
+    record = follow(model, weighted(1.0), X[:FOLLOWED], Y[:FOLLOWED], "Strict", eta=0.001, n=3)
     print(f"{name:34} stable for eta < {record.stable_eta:.3f}")
 
 # %%

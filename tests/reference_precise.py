@@ -79,6 +79,14 @@ def strict(
         def back(l: int, v: Array, e: Array) -> Array:
             return e * each(f[l][1], inside(l, v))
 
+        # Below the layers that errors have reached nothing moves: what is known of them is not computed anew.
+        known: list[Any] = [(None, None)] * (L + 1)
+
+        def predicted(l: int) -> Array:
+            if known[l][0] is not v[l - 1]:
+                known[l] = v[l - 1], predict(l, v[l - 1])
+            return known[l][1]
+
         vhat = [precisely(X)]
         for l in range(1, L + 1):
             vhat.append(predict(l, vhat[-1]))
@@ -88,10 +96,12 @@ def strict(
         epsilon: list[Any] = [None] * (L + 1)
         for _ in range(n):
             for l in range(1, L):
-                epsilon[l] = predict(l, v[l - 1]) - v[l]
-            epsilon[L] = 2 * (predict(L, v[L - 1]) - target) / (target.size if mean else 1)
+                epsilon[l] = predicted(l) - v[l]
+            epsilon[L] = 2 * (predicted(L) - target) / (target.size if mean else 1)
             v[1:L] = [
                 v[l] + step * (epsilon[l] - back(l + 1, v[l], epsilon[l + 1]).dot(W[l + 1]))
+                if epsilon[l].any() or epsilon[l + 1].any()
+                else v[l]
                 for l in range(1, L)
             ]
         updates: list[Any] = [None]

@@ -18,7 +18,7 @@ from tests.cases import Case, assert_close, calls_of, cases, random_beliefs, squ
 from tests.test_error_based import linear_case
 from torch2pc import PCResult
 from torch2pc.energy import Errors
-from torch2pc.inference.equilibrium import largest
+from torch2pc.inference.equilibrium import NODES, largest
 from torch2pc.pcinfer import EquilibriumResult
 
 
@@ -42,6 +42,11 @@ def test_equals_another_minimiser(case: Case, vinit: bool, dX: bool, update_at: 
     if dX:
         assert_close(result.epsilon[0], expected.epsilon[0], tolerance=1e-6)
     assert (result.distance <= 2e-8).all() and result.evaluations < 200
+
+
+def test_the_rule_of_gauss_and_legendre_is_exact_up_to_the_fifth_power() -> None:
+    for k in range(6):
+        assert sum(weight * x**k for x, weight in NODES) == pytest.approx(1 / (k + 1))
 
 
 @given(case=cases(), n=st.integers(1, 8), vinit=st.booleans())

@@ -271,8 +271,9 @@ def test_the_embedded_digits_are_learned_for_less_long() -> None:
 
 
 def test_the_command_draws_it_and_passes_its_check(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setitem(alignment.RELAXATIONS, alignment.FURTHER, ("Strict", 130))
     arguments = ["--figure", "prospective", "--quick", "--check", "--out", str(tmp_path)]
     assert command.main([*arguments, "--device", "cpu"]) == 0
     record = json.loads((tmp_path / "figure_prospective.json").read_text())

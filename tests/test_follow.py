@@ -211,6 +211,21 @@ def test_equilibrium(case: Case, n: int, vinit: bool) -> None:
     assert record.eta is None and record.rises_at is None
 
 
+def test_where_equilibrium_goes_back_the_last_row_is_of_where_it_ends() -> None:
+    torch.manual_seed(69)  # its second step leads over an edge of F
+    first, *others = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+    model = nn.Sequential(first, *[nn.Sequential(nn.ReLU(), x) for x in others]).double()
+    arguments = nn.L1Loss(reduction="sum"), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    seen: list[tuple[int, list[Tensor]]] = []
+    noted = lambda k, v, _: seen.append((k, copy.deepcopy(v)))  # noqa: E731
+    end = PCInfer(model, *arguments, "Equilibrium", n=2, callback=noted)
+    assert [k for k, _ in seen] == [1, 2, 2]
+    record = follow(model, *arguments, "Equilibrium", n=2)
+    same(record.energies[2, 1:-1], end.energy)
+    moves = [(a - b).norm() for a, b in zip(end.v, seen[0][1], strict=True)]
+    same(record.moves[2, :-1], column(moves[:-1]))
+
+
 def quadratic(v: list[Tensor]) -> Tensor:
     return torch.stack([0.1 * (l + 1) * v_l.square().sum() for l, v_l in enumerate(v)]).sum()
 
@@ -682,6 +697,19 @@ def test_the_advice_on_n_and_eta_converges() -> None:
     assert int(n) < record.n_needed / 3
 
 
+@pytest.mark.parametrize(
+    ("n", "now", "is_proposed"),
+    [(40, 60, True), (41, 60, False), (40, None, True), (None, 60, False)],
+)
+def test_another_eta_is_proposed_where_it_saves_a_third(
+    n: int | None, now: int | None, is_proposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = follow_case(network("tanh", 1), "Strict", eta=0.03, n=9)
+    monkeypatch.setattr(Record, "iterations_to", lambda *_: n)
+    monkeypatch.setattr(Record, "n_needed", now)
+    assert (record._better_eta() is not None) == is_proposed
+
+
 def test_no_advice_that_the_record_does_not_support() -> None:
     case = network("linear", 0)
     settled = follow_case(case, "Strict", eta=0.1, n=200)
@@ -887,7 +915,7 @@ def test_plots(ErrType: str, eta: float) -> None:
     assert record.plot(figure) is figure
     figure.draw_without_rendering()
     panels = [axes for axes in figure.axes if axes.get_title()]
-    assert len(panels) == 6
+    assert len(panels) == 6 and {axes.title.get_fontsize() for axes in panels} == {9}
     lines = {axes.get_title(): axes.get_lines() for axes in panels}
     drawn = lines["energy of each layer"]
     assert len(drawn) in (0, 3)

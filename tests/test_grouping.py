@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.cases import Case, assert_close, check_against_reference
 from torch2pc import PCInfer, group_layers
+from torch2pc.cutting.same import check_same
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -611,6 +612,13 @@ ERRORS = [
     (nn.Sequential(nn.ReLU(), nn.PReLU()), ValueError, "a module with weights"),
     (nn.Sequential(), ValueError, "a tensor that depends on its input|module with weights"),
     (nn.Sequential(nn.LazyLinear(4)), ValueError, "lazy modules"),
+    (
+        nn.Sequential(
+            nn.Linear(6, 6), nn.LazyBatchNorm1d(affine=False)
+        ),  # lazy in its buffers alone
+        ValueError,
+        "lazy modules",
+    ),
     (DistributedDataParallel(nn.Linear(6, 6)), TypeError, "must not be wrapped, got Distributed"),
     (nn.Sequential(ShardedLinear(6, 6)), TypeError, "whole parameters, got ShardedLinear"),
     (
@@ -718,3 +726,22 @@ def test_models_of_timm(name: str, options: dict[str, Any], count: int) -> None:
     timm = library("timm")
     side = 32 if name.startswith("vit") else 64
     check_known(timm.create_model(name, **options), torch.randn(2, 3, side, side), count)
+
+
+class Doubles(nn.Module):
+    """Does something in one of the modes alone."""
+
+    def __init__(self, in_training: bool) -> None:
+        super().__init__()
+        self.in_training = in_training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if self.training == self.in_training else x
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_layers_are_compared_in_each_mode(mode: str) -> None:
+    linear = nn.Linear(3, 2)
+    layers = nn.Sequential(linear, Doubles(mode == "train"))
+    with pytest.raises(ValueError, match=f"in {mode} mode they give another output"):
+        check_same(nn.Sequential(linear), layers, torch.randn(4, 3), "a chain")

@@ -231,15 +231,15 @@ def test_vgg19_is_drawn_from_its_weights(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(nets, "VGG19_FILE", "vgg19.pth")
     torch.save(vgg19_state(weights), tmp_path / "vgg19.pth")
-    monkeypatch.setattr(maps, "SIDE", 32)
+    monkeypatch.setattr(maps, "SIDE", 64)
     shown = maps.subject(options(tmp_path, tmp_path))
     assert shown.name == "VGG-19" and not shown.stand_in
-    assert shown.X.shape == (2, 3, 32, 32)
+    assert shown.X.shape == (2, 3, 64, 64)
     found = maps.infer(shown.model, shown.X[:1], maps.guess(shown.model, shown.X[:1]), 2, "test")
     assert len(found.vhat) == 20
     assert [maps.norms(found.vhat[l], c).shape for l, c in figure_6.layers_of(shown)] == [
-        (32, 32),
-        (4, 4),
+        (64, 64),
+        (8, 8),
     ]
     monkeypatch.setattr(figure_7, "subject", lambda options: shown)
     monkeypatch.setattr(figure_7, "N", 2)

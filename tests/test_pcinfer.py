@@ -126,6 +126,14 @@ def test_twice_gives_the_same(ErrType: str, case: Case) -> None:
     assert_close(case.gradients(), gradients, tolerance=0)
 
 
+def test_an_input_that_was_computed_gets_no_gradient_of_its_own() -> None:
+    case = small_case()
+    X = case.X.clone().requires_grad_().mul(2)
+    X.retain_grad()
+    assert case._replace(X=X).infer("Strict").epsilon[0] is not None
+    assert X.grad is None
+
+
 @err_types
 @given(case=cases(), update_at=st.sampled_from(["v", "vhat", "before"]))
 def test_replaces_or_accumulates(ErrType: str, case: Case, update_at: str) -> None:

@@ -104,7 +104,7 @@ def test_networks_with_kinks(depth: int) -> None:
 def test_after_training(activation: type[nn.Module], tolerance: float, ErrType: str) -> None:
     # More examples than can be learned: where an output meets its target, their difference is
     # rounding, in backpropagation too.
-    model, (X, Y) = mlp(6, activation, width=10), data(batch=12)
+    model, (X, Y) = mlp(6, activation), data(batch=12)
     train(model, nn.MSELoss(), X, Y, ErrType)
     assert check(model, True, X, Y, tolerance) == 6
 
