@@ -55,7 +55,8 @@ LossFun = nn.CrossEntropyLoss()
 # ---------------------
 # The items are cut before the activation, and the weights start so that signals keep their size from
 # layer to layer: for ReLU by Kaiming's rule, for tanh by Xavier's. (PyTorch's own start shrinks a ReLU's
-# signal to 0.4 of its size in each layer. Not even backpropagation learns from what that leaves.)
+# signal to :math:`1/\sqrt 6` of its size in each layer. Not even backpropagation learns from what that
+# leaves.)
 
 
 def network(activation: type[nn.Module]) -> nn.Sequential:
