@@ -241,8 +241,6 @@ def test_the_rise_to_the_loss_is_no_divergence() -> None:
             chain().infer("Multipliers", eta=0.5, n=n)
 
 
-@pytest.mark.usefixtures("traced")
-@pytest.mark.filterwarnings("error:compile=True", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(("n", "expected"), [(1, 0), (3, 1)])
 def test_one_sweep_is_no_divergence(n: int, expected: int) -> None:
     with warnings.catch_warnings(record=True) as caught:
@@ -251,6 +249,8 @@ def test_one_sweep_is_no_divergence(n: int, expected: int) -> None:
     assert ["steps are too long" in str(warning.message) for warning in caught] == [True] * expected
 
 
+@pytest.mark.usefixtures("traced")
+@pytest.mark.filterwarnings("error:compile=True", "ignore::DeprecationWarning")
 def test_compiled_it_is_the_same_whatever_eta_and_alpha_are() -> None:
     """Multipliers are state, and how fast they grow is an input: nothing is compiled anew."""
     case, graphs = chain(3), 0

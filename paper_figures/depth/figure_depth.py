@@ -70,7 +70,7 @@ from paper_figures.training import quietly
 from torch2pc import PCInfer
 
 DEFAULT = False
-SECONDS = 90, 3600
+SECONDS = 90, 7200
 DOWNLOADS = ("mnist",)
 
 MUPC = "ReLU muPC"
