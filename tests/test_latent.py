@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests import reference
 from tests.cases import Case, assert_close, cases, squared_error
-from torch2pc import PCInferLatent
+from torch2pc import PCInferLatent, steps
 from torch2pc.energy.factors import Terms
 from torch2pc.graph.network import Network
 from torch2pc.inference.strict import latent
@@ -278,3 +278,12 @@ def test_bad_argument(changed: dict[str, Any], error: type[Exception], message: 
         PCInferLatent(**(arguments | changed))
     assert_close(model.state_dict(), before, tolerance=0)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_sweep_that_is_too_long_for_a_free_input_is_told_of() -> None:
+    """What is sought is the latent, and not the errors."""
+    torch.manual_seed(0)
+    model, Y = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 8)).double(), torch.randn(4, 8).double()
+    latents = torch.randn(4, 3).double()
+    with pytest.warns(UserWarning, match="steps are too long"):
+        PCInferLatent(model, squared_error, Y, latents, steps.Descent(9.0, sweep="down"), 1)

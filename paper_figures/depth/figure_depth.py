@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from paper_figures.data import Batch, DataSet, load_digits
 from paper_figures.depth.networks import (
+    ALL_METHODS,
     BACKPROP,
     BATCH_SIZE,
     BELIEF_STEPS,
@@ -414,10 +415,11 @@ def draw_rates(axes: Axes, outcomes: Sequence[Outcome], plan: Plan) -> None:
 
 
 def draw_search(axes: Axes, outcomes: Sequence[Outcome]) -> None:
-    lines: dict[tuple[str, int, int], dict[float, float]] = {}
+    lines: dict[tuple[str, int, int], dict[Any, float]] = {}
     for outcome in outcomes:
-        eta, n = next(of for of, name in SEARCH.items() if name == outcome.method)
-        lines.setdefault((outcome.network, outcome.depth, n), {})[eta] = outcome.held_out[0]
+        method = ALL_METHODS[outcome.method]
+        line = lines.setdefault((outcome.network, outcome.depth, method.n), {})
+        line[method.eta] = outcome.held_out[0]
     colours = {place: f"C{k}" for k, place in enumerate(dict.fromkeys(line[:2] for line in lines))}
     for (name, depth, n), found in lines.items():
         style = {"color": colours[name, depth], "linestyle": "-" if n == min(SWEEPS) else ":"}

@@ -104,9 +104,14 @@ class Method(NamedTuple):
     update_at: str = "v"
 
 
+# What was looked through for a step and a number of sweeps that serve all networks.
+ETAS, SWEEPS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (3, 10)
+SEARCH = {
+    (eta, n): f"Multipliers, η {eta:g}, n {n}".replace("0.", ".") for eta in ETAS for n in SWEEPS
+}
 BACKPROP, INCREMENTAL = "backprop", "incremental, η .1"
-FEW_SWEEPS, LONG_STEP = "Multipliers, η .8, n 3", "Multipliers, η .9, n 3"
-MANY_SWEEPS, FOUND = "Multipliers, η .5, n 10", "Multipliers, η auto, n 10"
+FEW_SWEEPS, LONG_STEP, MANY_SWEEPS = SEARCH[0.8, 3], SEARCH[0.9, 3], SEARCH[0.5, 10]
+FOUND = "Multipliers, η auto, n 10"
 METHODS = {
     BACKPROP: Method(None, colour="black", style=(0, (4, 1.5))),
     "FixedPred, η .1, n 20": Method("FixedPred", 0.1, 20, "#999999"),
@@ -118,11 +123,6 @@ METHODS = {
     FOUND: Method("Multipliers", "auto", 10, "#009E73", ":"),
     "ErrorBased, η .3, n 5, at vhat": Method("ErrorBased", 0.3, 5, "#0072B2", "-", "vhat"),
     INCREMENTAL: Method("Strict", 0.1, 1, "#CC79A7"),
-}
-# What was looked through for a step and a number of sweeps that serve all networks.
-ETAS, SWEEPS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (3, 10)
-SEARCH = {
-    (eta, n): f"Multipliers, η {eta:g}, n {n}".replace("0.", ".") for eta in ETAS for n in SWEEPS
 }
 ALL_METHODS = {name: Method("Multipliers", *of) for of, name in SEARCH.items()} | METHODS
 # Steps of the beliefs on a batch of incremental predictive coding, each with one of the weights.
@@ -197,7 +197,7 @@ class Grid:
 
 def train(grid: Grid, data: DataSet, device: torch.device) -> dict[str, list[list[float]]]:
     """The accuracies at the end (%), by rate and seed: on the held-out images, and on the test images."""
-    if grid.method == FOUND and len(grid.rates) > 1:
+    if ALL_METHODS[grid.method].eta == "auto" and len(grid.rates) > 1:
         each = [train(replace(grid, rates=(rate,)), data, device) for rate in grid.rates]
         return {name: [row for found in each for row in found[name]] for name in each[0]}
     seeds = [seed for _ in grid.rates for seed in grid.seeds]

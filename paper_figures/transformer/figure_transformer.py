@@ -12,10 +12,10 @@ not mind that the updates are as much smaller.) In the rows "divergence", attent
 beliefs too, and the energy between them and their prediction is the divergence of the two softmaxes.
 
 Panels: bits a character above backprop's, in percent of these, of each method with beliefs between the blocks
-(A) and inside them (B), a dot for each seed and text; the time of an update, of one run each (C).
+(A) and inside them (B), a dot for each seed and text; the processor's time of an update, means of these (C).
 
-By default one seed learns one text for a few updates. With ``--full`` three seeds learn both, in about
-half an hour on one core. Finished trainings are kept in ``figure_transformer_TEXT_runs.json`` beside
+By default one seed learns one text for a few updates. With ``--full`` three seeds learn both, in most
+of an hour on one core. Finished trainings are kept in ``figure_transformer_TEXT_runs.json`` beside
 the figure, so that the command goes on where it was stopped. Stopped by Ctrl-C, it draws what there is.
 """
 

@@ -211,8 +211,8 @@ def _warn_if_risen(relaxation: Relaxation, n: int, name: str) -> None:
     start = network.Loss if knows_start and not isinstance(relaxation.rule, Langevin) else None
     if start is not None:
         start = sum([factor.energy_at_first() for factor in energy.above], start)
-    # One sweep from the top leaves shares of the gradient, whatever F is.
-    is_one_sweep = n == 1 and getattr(relaxation.rule, "down", False)
+    # One sweep from the top leaves shares of the gradient as errors, whatever F is. (A free input is sought.)
+    is_one_sweep = n == 1 and getattr(relaxation.rule, "down", False) and 0 not in network.free
     is_higher = (
         start is not None
         and not is_one_sweep
