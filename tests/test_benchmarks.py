@@ -373,7 +373,7 @@ def test_a_checkout_says_its_version(tmp_path: Path) -> None:
 def test_peers_are_timed_in_their_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "MLPS", {"tiny": [8, 6, 6, 10]})
     found = dict.fromkeys(("torch2pc", "no such package"), (sys.executable, "1.0"))
-    ours, other = peers.measure("tiny", 1, found, seconds=0.0)
+    ours, other = peers.measure("tiny", 1, found, seconds=0.0, checkouts={}, batch=8)
     assert ours["ratio"] == 1.0
     assert ours["milliseconds"] > 0
     assert ours["rests on"] == {"torch": torch.__version__}
