@@ -46,8 +46,11 @@ def compiled(
     _hold_units(graph.graph)
     sum_small_products(graph.graph)
     graph.recompile()
-    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    if _CREATES.issuperset(called):
+    called = [node for node in graph.graph.nodes if node.op == "call_function"]
+    if all([node.target in _CREATES for node in called]):
+        for node in called:
+            if node.kwargs == {"pin_memory": False} or not node.kwargs:
+                node.target, node.kwargs = _CREATES[node.target], {}
         # (Not by way of ``graph`` itself, which looks for hooks whenever it is called.)
         return Graphed(partial(_unpacked, fx.GraphModule({}, graph.graph).forward), used)
     # What was traced has chosen its types, and would be given others when it is traced again.
@@ -102,7 +105,12 @@ def _is_plain(graph: fx.GraphModule) -> bool:
     return len(own) == len(results) and not any(writes)
 
 
-_CREATES = {aten.zeros_like.default, aten.clone.default, aten.sym_size.int}
+# The same by shorter names; the operations themselves are called by way of Python.
+_CREATES = {
+    aten.zeros_like.default: torch.zeros_like,
+    aten.clone.default: torch.clone,
+    aten.sym_size.int: aten.sym_size.int,
+}
 
 
 def clean(graph: fx.GraphModule) -> None:
