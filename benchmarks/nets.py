@@ -71,6 +71,7 @@ NETWORKS: dict[str, tuple[str, Callable[[], nn.Sequential], tuple[int, ...], int
     "mlp3x300": ("MLP", lambda: mlp(3, 300), (784,), 64),
     "mlp8x300": ("MLP", lambda: mlp(8, 300), (784,), 64),
     "mlp20x64": ("MLP", lambda: mlp(20, 64), (784,), 64),
+    "mlp3x32": ("MLP", lambda: mlp(3, 32), (784,), 1),
 }
 
 

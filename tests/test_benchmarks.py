@@ -267,7 +267,7 @@ def test_networks_are_those_that_the_table_names() -> None:
         case = nets.case(name, CPU)
         assert (case.name, case.kind, len(case.X)) == (name, kind, batch)
         with torch.no_grad():
-            assert case.model(case.X[:2]).shape == (2, nets.CLASSES)
+            assert case.model(case.X[:1]).shape == (1, nets.CLASSES)
         if name.startswith("mlp"):
             layers, width = map(int, name.removeprefix("mlp").split("x"))
             assert len(case.model) == layers
