@@ -210,7 +210,7 @@ def rules(k: int) -> dict[str, Callable[[], Any]]:
     return {
         "down": lambda: steps.Descent(eta, sweep="down"),
         "momentum": lambda: steps.Momentum(eta, 0.5 + eta, nesterov=True),
-        "langevin": lambda: steps.Langevin(eta, k, torch.Generator().manual_seed(3)),
+        "langevin": lambda: steps.Langevin(eta, 0.5 + k, torch.Generator().manual_seed(3)),
         "halving": lambda: steps.Halving(5.0 + k, 0.3),
         "auto": lambda: "auto",
         "own": lambda: Signs(0.1 * eta),
