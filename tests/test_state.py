@@ -391,7 +391,8 @@ class Wasteful(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.runs += 1
-        return self.gain * x * [torch.rand(()) for _ in range(self.runs)][0]
+        numbers = [torch.rand(()) for _ in range(self.runs)]
+        return self.gain * x * numbers[0]
 
 
 @pytest.mark.parametrize("part", ["item", "loss", "prior", "above"])
