@@ -545,7 +545,8 @@ def scaled_error(yhat: Tensor, Y: Tensor, beta: float) -> Tensor:
 def test_a_number_that_changes_is_compiled_a_few_times(
     hold: Callable[[float], Callable[..., Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch2pc.compiled.calls.MOST_CAPTURES", 2)
+    monkeypatch.setattr(compiled, "MOST_CAPTURES", 2)
+    monkeypatch.setattr(compiled, "_local", compiled._OfThread())
     case = small_case()
     graphs = counters["stats"]["unique_graphs"]
     for beta in (0.5, 0.7, 0.5):

@@ -521,6 +521,24 @@ def test_displacements_of_half_precision_are_float32(name: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "is_small"), [(20, True), (30, False)])
+def test_small_products_of_half_precision_are_taken_in_float32(
+    rows: int, is_small: bool, dtype: torch.dtype
+) -> None:
+    """2^21 multiplications are as many as half precision takes to begin. Larger ones are rounded."""
+    layer = nn.Linear(300, 300).to(dtype)
+    w, d, e = layer.weight.detach().double(), torch.randn(rows, 300), torch.randn(rows, 300)
+    recorded = displacement_of(layer, torch.randn(rows, 300, dtype=dtype))
+    with torch.no_grad():
+        found, saved = recorded.forward(d.clone())
+        (back,) = recorded.backward(saved, e.clone())
+    for product, expected in [(found, d.double() @ w.T), (back, e.double() @ w)]:
+        error = (product - expected).norm() / expected.norm()
+        assert (error < 1e-6) == is_small
+        assert error < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bounds_are_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
     """How far a number is from the bounds -1 and 1 has more digits than either has."""
     a = torch.tensor([0.0012, 0.0012, 3.14], dtype=dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from platform import machine
 from types import CodeType, FunctionType
@@ -62,7 +63,23 @@ class _Model:
 
 
 _models: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()
-_local = threading.local()
+
+
+class _OfThread(threading.local):
+    """What belongs to one thread."""
+
+    call: Any = None
+    """The call that is being captured, or run."""
+
+    def __init__(self) -> None:
+        # A number is compiled in: what is captured for another one is another program. (Made once, as
+        # that takes as long as some steps of a small network.)
+        self.settings = torch._dynamo.config.patch(
+            specialize_float=True, recompile_limit=MOST_CAPTURES
+        )
+
+
+_local = _OfThread()
 
 
 class _PlainlyError(Exception):
@@ -155,13 +172,9 @@ class Relaxing:
         self.reason = self.reason or kept.error
         if self.reason is not None:
             return None
-        before, _local.call = getattr(_local, "call", None), self
+        before, _local.call = _local.call, self
         try:
-            with torch._dynamo.config.patch(
-                # A number is compiled in: what is captured for another one is another program.
-                specialize_float=True,
-                recompile_limit=MOST_CAPTURES,
-            ):
+            with _local.settings if before is None else nullcontext():
                 kept.capture(
                     self.asked,
                     tuple([layer.function for layer in network.layers]),

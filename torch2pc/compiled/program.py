@@ -606,7 +606,8 @@ class Program:
         graph.recompile()
         called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
         if _CREATES.issuperset(called):
-            return Graphed(partial(_unpacked, graph.forward), used)
+            # (Not by way of ``graph`` itself, which looks for hooks whenever it is called.)
+            return Graphed(partial(_unpacked, fx.GraphModule({}, graph.graph).forward), used)
         # What was traced has chosen its types, and would be given others when it is traced again.
         with outside_autocast(self._device):
             return Graphed(compiled_graph(graph, [given[k] for k in used], self._options), used)

@@ -331,9 +331,10 @@ def _by_float_matrix_back(e: Tensor, saved: None, w: Tensor) -> Tensor:
     return torch.nn.functional.linear(e, w)  # e w^T, without a view made in Python
 
 
-# Entries of a matrix below which a processor's product in half precision takes longer to set up (20 us, where
-# oneDNN does it) than that in float32 takes as a whole.
-SMALL = 64 * 64
+# A processor takes 40 us to set up a product in half precision, where oneDNN does it, and to convert what
+# goes in and comes out: as long as a product in float32 of so many multiplications. The matrix is copied,
+# so that it has at most so many entries.
+SMALL, SMALL_MATRIX = 2**21, 2**18
 
 BY_MATRIX = Rule(_by_matrix, _by_matrix_back, is_fresh=True)
 BY_FLOAT_MATRIX = Rule(_by_float_matrix, _by_float_matrix_back, is_fresh=True)
@@ -394,6 +395,15 @@ def _sum_of_product_step(call: Call, product: Any, beta: float, alpha: float) ->
     return Step(SUM_OF_PRODUCT, moving, bases, (product, kinds, beta, alpha))
 
 
+def _is_small(x: Tensor, w: Tensor) -> bool:
+    rows = x.shape[0]
+    if isinstance(
+        rows, torch.SymInt
+    ):  # as it is in this call: the next batch size compiles nothing anew
+        rows = rows.node.hint
+    return bool(rows * w.numel() <= SMALL and w.numel() <= SMALL_MATRIX)
+
+
 @prepares(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
 def _(call: Call) -> Step | None:
     *added, x, y = call.args[: 3 if call.func in (aten.addmm.default, aten.baddbmm.default) else 2]
@@ -405,7 +415,7 @@ def _(call: Call) -> Step | None:
     if call.moves(y):
         return Step(FROM_LEFT, (y,), (x.detach(),))
     w = y.detach()
-    if w.dim() == 2 and w.numel() <= SMALL and w.device.type == "cpu":
+    if w.dim() == 2 and w.device.type == "cpu" and _is_small(x, w):
         w = base(w)
     rule = BY_FLOAT_MATRIX if w.dim() == 2 and belief_dtype(w.dtype) == w.dtype else BY_MATRIX
     return Step(rule, (x,), (w,))
