@@ -169,12 +169,21 @@ def test_the_error_that_arrives_at_the_input(ErrType: str, ignores: bool) -> Non
 
 
 @pytest.mark.filterwarnings("error:compile=True")
+def test_a_loss_may_write_into_what_it_is_given() -> None:
+    case = small_case()._replace(LossFun=lambda y, Y: y.sub_(Y).square().sum())
+    plain, gradients = case.infer("Strict", n=3), case.gradients()
+    found = infer_compiled(case, n=3)
+    assert_close(list(found), list(plain))
+    assert_close(case.gradients(), gradients)
+
+
+@pytest.mark.filterwarnings("error:compile=True")
 def test_latent_equals_the_plain_relaxation() -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     Y, Xinit = torch.randn(5, 3).double(), torch.zeros(5, 2).double()
 
     def prior(v: list[Tensor]) -> Tensor:
-        return 0.1 * v[0].square().sum() + 0.2 * v[1].abs().sum()
+        return 0.2 * v[1].abs().sum() + 0.1 * (v[0].sum(1) - v[2].sum(1)).square().sum()
 
     arguments = (model, squared_error, Y, Xinit, 0.1, 12)
     plain = PCInferLatent(*arguments, precision=[0.5, 2.0], prior=prior)
