@@ -682,6 +682,8 @@ def test_what_changes_in_the_model_is_noticed() -> None:
 @needs_compiler
 @pytest.mark.filterwarnings("error:compile=True")
 def test_autocast_is_taken_as_it_is_in_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    # (Blocks of steps are the same code several times, and take as long to compile.)
+    monkeypatch.setattr("torch2pc.compiled.program.most_steps", lambda L: 1)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3),
         nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 4)),
