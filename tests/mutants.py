@@ -204,7 +204,9 @@ class Tests:
                 for test in tests.keys() & contexts:
                     lines = tests[test]["lines"].setdefault(str(file.relative_to(ROOT)), [])
                     lines.append(texts[line - 1])
-        for file, executed in processes.lines().items():
+        # (What others left there is not theirs.)
+        in_processes = processes.lines() if name == OF_PROCESSES else {}
+        for file, executed in in_processes.items():
             texts = lines_of(file)
             for of_test in tests.values():
                 lines = of_test["lines"].setdefault(str(file.relative_to(ROOT)), [])
