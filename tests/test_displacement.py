@@ -74,6 +74,13 @@ def writes_and_reads_under_two_names(x: Tensor) -> Tensor:
     return y + first
 
 
+def returns_another_name(x: Tensor) -> Tensor:
+    y = x * 2
+    other = y.view_as(y)
+    y.add_(x)
+    return other
+
+
 def writes_into_an_argument(x: Tensor) -> Tensor:
     y = x.detach() * 2
     torch.add(y, 1, out=y)
@@ -125,6 +132,7 @@ UNCOVERED = {
     "branches on values": (branches_on_values, "a Python number is taken"),
     "writes through a view": (writes_through_a_view, "writes into a part of a tensor"),
     "two names": (writes_and_reads_under_two_names, "changed through another name"),
+    "output of two names": (returns_another_name, "the output was changed through another name"),
     "out=": (writes_into_an_argument, "writes into one of its arguments"),
     "leaves torch": (leaves_torch, "is read outside PyTorch"),
     "Python numbers": (branches_on_a_list, "is read outside PyTorch"),

@@ -932,6 +932,20 @@ def test_plots(ErrType: str, eta: float) -> None:
     assert len(F) == (ErrType not in ("Exact", "FixedPred"))
 
 
+@pytest.mark.parametrize(
+    ("eta", "scale"), [(0.1, "linear"), (1.5, "linear"), (2.0, "log"), (50.0, "log")]
+)
+def test_the_energy_is_drawn_to_its_logarithm_where_it_rises_a_hundredfold(
+    eta: float, scale: str
+) -> None:
+    record = follow_case(network("tanh", 0), "Strict", eta=eta, n=4)
+    assert (record.F.max() > 100 * record.F.min()) == (scale == "log")
+    figure = Figure()
+    record.plot(figure)
+    (axes,) = [axes for axes in figure.axes if axes.get_title() == "F, and the loss"]
+    assert axes.get_yscale() == scale
+
+
 def test_what_is_out_of_reach_is_not_foretold() -> None:
     """Of a mode that does not shrink at all, and of one that does: .9^k = .01 at k = 43.7."""
     for least in (0, 1, 2, 5, 37):
