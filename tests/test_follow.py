@@ -928,8 +928,9 @@ def test_plots(ErrType: str, eta: float) -> None:
             assert all(at == round(at) for at in axes.get_yticks())
     shown = lines["size of the update / backprop's"]
     assert len(shown) == 1 + 4  # and the line at 1
-    F = [line for line in lines.get("F, and the loss", []) if line.get_label() == "F"]
-    assert len(F) == (ErrType not in ("Exact", "FixedPred"))
+    descends = ErrType not in ("Exact", "FixedPred")
+    energies = [line.get_label() for line in lines["F, and the loss" if descends else "the loss"]]
+    assert energies == ["F"] * descends + ["loss"] + ["prior"] * (ErrType == "Latent")
 
 
 @pytest.mark.parametrize(
