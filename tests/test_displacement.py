@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import threading
 import weakref
@@ -175,6 +176,34 @@ def test_a_tensor_hook_is_not_left_out() -> None:
     triples = True
     assert layers_of(case)[1].own_backward == "a tensor has a backward hook"
     check_against_reference(case, "Strict")
+
+
+class Copied(torch.autograd.Function):
+    """Works on memory, as kernels in other languages do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        found = torch.empty_like(x)
+        ctypes.memmove(found.data_ptr(), x.data_ptr(), x.nbytes)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def test_a_kernel_is_not_taken_for_a_constant() -> None:
+    """Also where it comes after the layer was found to be right without."""
+    copies = False
+
+    def works_on_memory(x: Tensor) -> Tensor:
+        return (Copied.apply(x) if copies else x).sin() + x
+
+    case = around(Does(works_on_memory))
+    case.infer("Strict")
+    copies = True
+    check_against_reference(case, "Strict")
+    assert "a forward of its own computes cannot be followed" in layers_of(case)[1].uncovered
 
 
 def test_hooks_that_change_outputs_and_inputs_are_recorded() -> None:
