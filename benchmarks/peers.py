@@ -33,6 +33,7 @@ MLPS = {
     "mlp3x300": [784, 300, 300, 10],
     "mlp8x300": [784, *[300] * 7, 10],
     "mlp20x64": [784, *[64] * 19, 10],
+    "mlp3x32": [784, 32, 32, 10],
 }
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,10 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checkouts = {} if asked.jpc is None else {"jpc": asked.jpc}
     found, missing = find(interpreters, checkouts)
     options = Options(
-        asked.out, list(MLPS), asked.threads, 3.0 if asked.quick else 15.0, asked.quick
+        asked.out, asked.networks, asked.threads, 3.0 if asked.quick else 15.0, asked.quick
     )
     rows: list[dict[str, Any]] = []
-    work = [(b, count, network) for b in asked.batch for count in asked.threads for network in MLPS]
+    work = [
+        (b, count, network)
+        for b in asked.batch
+        for count in asked.threads
+        for network in asked.networks
+    ]
     for batch, count, network in tqdm(work, "peers"):
         rows += measure(network, count, found, options.seconds, checkouts, batch)
     lines = [f"{name} is skipped: {reason}." for name, reason in missing.items()]
@@ -120,6 +126,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a checkout of github.com/thebuckleylab/jpc, for an interpreter with jax 0.4.38, equinox, "
         "diffrax and optax (pcx runs there too)",
     )
+    parser.add_argument("--networks", nargs="+", choices=MLPS, default=list(MLPS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument("--batch", nargs="+", type=int, default=[64], metavar="N")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
@@ -169,14 +176,14 @@ def measure(
     threads: int,
     found: dict[str, tuple[str, str]],
     seconds: float,
-    checkouts: Mapping[str, Path] | None = None,
-    batch: int = 64,
+    checkouts: Mapping[str, Path],
+    batch: int,
 ) -> list[dict[str, Any]]:
     """A row for each package: its median time, its ratio to ours, and the first step's seconds."""
     with ExitStack() as stack:
         peers, rows = {}, {}
         for name, (interpreter, version) in found.items():
-            path = (checkouts or {}).get(name)
+            path = checkouts.get(name)
             peer = stack.enter_context(started(name, interpreter, threads, path))
             row = {
                 "network": network,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.nets import Case, case
 from benchmarks.report import Options, Row, device_name, save_rows
-from benchmarks.steps import Step, backprop, floor, infer
+from benchmarks.steps import Step, backprop, floor, infer, products
 from benchmarks.timing import Times, alternate, launches, measure, threads
 
 METHOD = (
@@ -34,6 +34,7 @@ ETA = 0.1
 RELAXATIONS = "Strict", "ErrorBased"
 # What compiled Strict is promised to take at most, in units of BP, and its first call in seconds.
 BARS = {"mlp3x300": (3.5, 20.0), "mlp8x300": (5.2, None), "mlp20x64": (4.0, 40.0)}
+PRODUCTS = "its products alone"
 # The networks that compile=True is measured on: those whose time is not all in convolutions.
 COMPILED = ("mnist_net", *BARS)
 
@@ -83,6 +84,8 @@ def measure_case(
         compiled, compiled_errors = [f"{kind}, n={N}, compile=True" for kind in RELAXATIONS]
         costly[compiled_errors] = infer(case, "ErrorBased", eta=ETA, n=N, compile=True)
         costly[compiled] = infer(case, "Strict", eta=ETA, n=N, compile=True)
+        if case.kind == "MLP":
+            costly[PRODUCTS] = products(case, N)
         rows.append(
             dict(
                 what=f"{compiled}: first call",
@@ -112,6 +115,8 @@ def measure_case(
         rows.append(ratio(strict_times, compiled, f"Strict, n={N}", bar))
         rows.append(ratio(strict_times, compiled, "BP", BARS.get(case.name, (None, None))[0]))
         rows.append(ratio(strict_times, compiled_errors, "floor", 1.1))
+        if PRODUCTS in costly:
+            rows.append(ratio(strict_times, compiled, PRODUCTS, 1.2))
     if device.type == "cuda":
         rows += launch_rows(costly, strict_times)
     medians = {

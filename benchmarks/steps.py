@@ -1,4 +1,4 @@
-"""What is timed: one training step (without the optimizer's) by backprop or by PCInfer, and a floor.
+"""What is timed: one training step (without the optimizer's) by backprop or by PCInfer, and two floors.
 
 Each function prepares what need not be repeated and returns the step to call.
 """
@@ -46,6 +46,36 @@ def floor(case: Case, n: int) -> Step:
         for _ in range(n):
             for layer, x, e in work:
                 torch.autograd.grad(layer(x), x, e)
+
+    return step
+
+
+def products(case: Case, n: int) -> Step:
+    """The products of matrices in ``n`` iterations of Strict on an MLP, and nothing else.
+
+    The feed-forward pass, in each iteration the layers that errors have reached, up and down, and the
+    updates. They are written where there is memory already.
+    """
+    linear = [m for m in case.model.modules() if isinstance(m, torch.nn.Linear)]
+    W, b = [m.weight.detach() for m in linear], [m.bias.detach() for m in linear]
+    x = [torch.rand_like(case.X), *[torch.rand(len(case.X), len(b_l)).to(case.X) for b_l in b]]
+    y, g, L = [x_l.clone() for x_l in x], [torch.empty_like(W_l) for W_l in W], len(W)
+
+    @torch.no_grad()
+    def step() -> None:
+        for l in range(L):
+            torch.addmm(b[l], x[l], W[l].t(), out=y[l + 1])
+        for k in range(n):
+            reached = range(max(1, L - 1 - k), L)
+            for l in reached:
+                if k >= L - 1 or l != L - 1 - k:  # whose belief has not moved yet
+                    torch.mm(x[l], W[l].t(), out=y[l + 1])
+            for l in reached:
+                torch.mm(x[l + 1], W[l], out=y[l])
+        for l in range(L):
+            torch.mm(x[l + 1].t(), x[l], out=g[l])
+            if l:
+                torch.addmm(b[l], x[l], W[l].t(), out=y[l + 1])
 
     return step
 

@@ -63,12 +63,8 @@ needs_compiler = pytest.mark.skipif(
 
 def run_as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that are compiled from now on run as they were traced: it takes seconds less."""
-    program = pytest.importorskip(
-        "torch2pc.compiled.program", reason="this PyTorch has no compiler"
-    )
-    monkeypatch.setattr(
-        program, "compiled_graph", lambda graph, given, options: lambda x: graph(*x)
-    )
+    graphs = pytest.importorskip("torch2pc.compiled.graphs", reason="this PyTorch has no compiler")
+    monkeypatch.setattr(graphs, "compiled_graph", lambda graph, given, options: lambda x: graph(*x))
 
 
 def squared_error(yhat: Tensor, Y: Tensor) -> Tensor:

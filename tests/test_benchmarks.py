@@ -8,15 +8,18 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import memory, nets, peers, scaling, speed, steps, timing
 from benchmarks.__main__ import main
@@ -87,6 +90,36 @@ def test_the_floor_runs_layers_2_to_L_n_times_and_nothing_else(
     assert asked == [(3, 5), (3, 6)] * 3
     assert gradients(case) == [None] * 6
     assert all(parameter.requires_grad for parameter in case.model.parameters())
+
+
+class Products(TorchDispatchMode):
+    """Counts the products of matrices by their operands' sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a, b = args[-2:]
+            self.sizes[(*a.shape, b.shape[1])] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_the_products_are_those_of_strict_but_for_those_of_zeros(n: int) -> None:
+    """In the layer that an error has just reached from above, whose input has not moved yet."""
+    model = nn.Sequential(*map(nn.Linear, (4, 5, 6), (5, 6, 10)))
+    case = nets.make_case("tiny", "MLP", lambda: model, (3, 4), CPU)
+    step = steps.products(case, n)
+    with Products() as alone:
+        step()
+    strict = steps.infer(case, "Strict", eta=0.1, n=n)
+    strict()  # the first call on a model holds its layers against their rules
+    with Products() as of_strict:
+        strict()
+    of_zeros = Counter([(3, 6, 10), (3, 5, 6)][:n])
+    assert of_strict.sizes == alone.sizes + of_zeros
 
 
 @pytest.mark.parametrize("ErrType", ["Exact", "FixedPred", "Strict"])
@@ -340,7 +373,7 @@ def test_a_checkout_says_its_version(tmp_path: Path) -> None:
 def test_peers_are_timed_in_their_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "MLPS", {"tiny": [8, 6, 6, 10]})
     found = dict.fromkeys(("torch2pc", "no such package"), (sys.executable, "1.0"))
-    ours, other = peers.measure("tiny", 1, found, seconds=0.0)
+    ours, other = peers.measure("tiny", 1, found, seconds=0.0, checkouts={}, batch=8)
     assert ours["ratio"] == 1.0
     assert ours["milliseconds"] > 0
     assert ours["rests on"] == {"torch": torch.__version__}

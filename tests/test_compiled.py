@@ -769,14 +769,14 @@ def test_hooks_that_cannot_be_captured_are_named() -> None:
 @needs_compiler
 @pytest.mark.parametrize(("writes", "version"), [(True, 1), (False, 0)])
 def test_what_a_graph_writes_into_its_inputs_is_counted(writes: bool, version: int) -> None:
-    program = pytest.importorskip("torch2pc.compiled.program", reason="no compiler")
+    graphs = pytest.importorskip("torch2pc.compiled.graphs", reason="no compiler")
 
     def function(x: Tensor) -> list[Tensor]:
         return [3 * (x.add_(1) if writes else x + 1)]
 
     graph = make_fx(function)(torch.ones(2))
     with torch.no_grad():
-        run = program.compiled_graph(graph, [torch.ones(2)], {"fx_graph_cache": False})
+        run = graphs.compiled_graph(graph, [torch.ones(2)], {"fx_graph_cache": False})
         x = torch.ones(2)
         (found,) = run([x])
     assert found.tolist() == [6, 6]

@@ -1,20 +1,21 @@
-"""The two ways to multiply matrices on a CPU, and that compiled steps take the faster one."""
+"""The ways to multiply matrices on a CPU, and that compiled steps take the fastest one."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.cases import Case, needs_compiler
 from tests.test_compiled import infer_compiled
 
 pytest.importorskip("torch._inductor.custom_graph_pass", reason="this PyTorch has no compiler")
-from torch2pc.compiled import products
+from torch2pc.compiled import graphs, products
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -34,6 +35,66 @@ def test_all_products_are_the_same(rows: int, transposed: bool, bias_dim: int) -
     expected = a.double() @ b.double() + (0 if bias is None else bias.double())
     for multiply in (products.by_mkl, products.by_onednn, torch.ops.torch2pc.by_onednn.default):
         torch.testing.assert_close(multiply(a, b, bias), expected.float())
+
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [None, (3,), (1, 3), ()])
+@pytest.mark.parametrize("inner", [0, 1, 5])
+def test_small_products_are_sums(
+    rows: int, transposed: bool, bias: tuple[int, ...] | None, inner: int
+) -> None:
+    """One after the other, too."""
+    torch.manual_seed(0)
+    b = torch.randn(3, inner).double().t() if transposed else torch.randn(inner, 3).double()
+    given = [torch.randn(rows, inner).double(), b, torch.randn(3, 3).double()]
+    if bias is not None:
+        given.append(torch.randn(bias).double())
+
+    def function(a: Tensor, b: Tensor, c: Tensor, *added: Tensor) -> Tensor:
+        first = torch.addmm(*added, a, b) if added else torch.mm(a, b)
+        return torch.mm(first, c)
+
+    graph, expected = make_fx(function)(*given), function(*given)
+    graphs.sum_small_products(graph.graph)
+    graph.recompile()
+    assert products_in(graph) == 0
+    torch.testing.assert_close(graph(*given), expected)
+
+
+def products_in(graph: fx.GraphModule) -> int:
+    return sum([node.target in (aten.mm.default, aten.addmm.default) for node in graph.graph.nodes])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "device", "options"),
+    [
+        ((16, 32, 33), torch.float32, "cpu", {}),
+        ((2, 2, 2), torch.bfloat16, "cpu", {}),
+        ((2, 2, 2), torch.float32, "meta", {}),
+        ((2, 2, 2), torch.float32, "cpu", dict(alpha=2)),
+    ],
+    ids=["many", "half precision", "elsewhere", "scaled"],
+)
+def test_other_products_are_left_to_the_libraries(
+    sizes: tuple[int, int, int], dtype: torch.dtype, device: str, options: dict[str, Any]
+) -> None:
+    m, k, n = sizes
+    kind: Any = dict(dtype=dtype, device=device)
+    given = [torch.ones(n, **kind), torch.ones(m, k, **kind), torch.ones(k, n, **kind)]
+    graph = make_fx(lambda c, a, b: torch.addmm(c, a, b, **options))(*given)
+    graphs.sum_small_products(graph.graph)
+    assert products_in(graph) == 1
+
+
+def test_a_product_of_any_number_of_rows_is_left_to_the_libraries() -> None:
+    given = [torch.ones(3, 2), torch.ones(2, 2)]
+    graph = make_fx(torch.mm, tracing_mode="symbolic")(*given)
+    graphs.sum_small_products(graph.graph)
+    assert products_in(graph) == 1
 
 
 LIKE = ((2, 3), (3, 4), (4, 1), 0, 1)

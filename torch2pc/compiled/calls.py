@@ -421,12 +421,16 @@ def _options(device: torch.device) -> dict[str, Any]:
     options["layout_optimization"] = False
     try:
         # Not at the top, as they import parts of the compiler that another PyTorch may lack.
-        from torch._inductor.config import cpp
+        from torch._inductor import config
 
         from torch2pc.compiled.products import fast_products
     except ImportError:
         return options
-    if getattr(cpp, "vec_isa_ok", True) is None and machine() in ("x86_64", "AMD64"):
+    if hasattr(config, "use_joint_graph_passes"):
+        # What these look for (attention that is written out, products to be padded) takes a second to be
+        # set up, and hardly comes up here.
+        options["use_joint_graph_passes"] = False
+    if getattr(config.cpp, "vec_isa_ok", True) is None and machine() in ("x86_64", "AMD64"):
         # Take the processor's word for its vector instructions. To try them takes 3 s of compilation.
         options["cpp.vec_isa_ok"] = True
     return {**options, **fast_products()}

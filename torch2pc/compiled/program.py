@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import tracing
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.test_operators import realize as _realize  # noqa: F401  (it defines the operator)
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from torch2pc.compiled.graphs import Graphed, clean, compiled, inputs_of
 from torch2pc.compiled.parts import Held, OwnEnergy, Parts, Place, Watched, find, split
 from torch2pc.displacement.lines import Displacement
 from torch2pc.displacement.recorder import Recorder, Uncovered
-from torch2pc.displacement.rules import aten, storage
+from torch2pc.displacement.rules import storage
 from torch2pc.energy import Beliefs, Energy, Errors
 from torch2pc.energy.divergences import LayerEnergy
 from torch2pc.energy.factors import Terms, factors_of
@@ -41,7 +40,6 @@ from torch2pc.graph.autograd import (
     gradient_of_small,
     in_belief_dtype,
     output_gradient,
-    outside_autocast,
 )
 from torch2pc.graph.layer import own_output
 from torch2pc.graph.network import Network
@@ -116,16 +114,6 @@ class Asked(NamedTuple):
     def moving(self, l: int) -> tuple[int, ...]:
         """The parents of layer l whose beliefs move."""
         return tuple([p for p in self.parents[l - 1] if p in self.free])
-
-
-class Graphed(NamedTuple):
-    """A compiled graph, and which of the tensors that it may be given it takes."""
-
-    function: Callable[[list[Any]], Any]
-    used: list[int]
-
-    def __call__(self, given: Sequence[Any]) -> Any:
-        return self.function([given[k] for k in self.used])
 
 
 class _TracedLayer:
@@ -581,7 +569,7 @@ class Program:
         given = [*given, *[torch.empty_like(x) for of in others for x in of]]
         self._changed: list[int] = []
         graph = make_fx(function)(*given)
-        _clean(graph)
+        clean(graph)
         return _Trace(graph, given, self._changed)
 
     def _step_of(self, trace: _Trace, live: Collection[int]) -> Step:
@@ -592,25 +580,7 @@ class Program:
         return Step(self._compiled(trace.graph, trace.given), [k for k, _ in pairs])
 
     def _compiled(self, graph: fx.GraphModule, given: Sequence[Any]) -> Graphed:
-        _clean(graph)
-        # Numbers are kept: sizes are expressed by them.
-        unused = [
-            k
-            for k, node in enumerate(inputs_of(graph))
-            if not node.users and isinstance(given[k], Tensor)
-        ]
-        for node in [inputs_of(graph)[k] for k in unused]:
-            graph.graph.erase_node(node)
-        used = [k for k in range(len(given)) if k not in unused]
-        _hold_units(graph.graph)
-        graph.recompile()
-        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-        if _CREATES.issuperset(called):
-            # (Not by way of ``graph`` itself, which looks for hooks whenever it is called.)
-            return Graphed(partial(_unpacked, fx.GraphModule({}, graph.graph).forward), used)
-        # What was traced has chosen its types, and would be given others when it is traced again.
-        with outside_autocast(self._device):
-            return Graphed(compiled_graph(graph, [given[k] for k in used], self._options), used)
+        return compiled(graph, given, self._options, self._device)
 
     # What is traced.
 
@@ -811,83 +781,6 @@ class Program:
         return own
 
 
-def compiled_graph(
-    graph: fx.GraphModule, given: Sequence[Any], options: dict[str, Any]
-) -> Callable[[list[Any]], Any]:
-    """``graph``, compiled, as a function of the list of what it is given.
-
-    What PyTorch wraps around each compiled graph, for autograd's sake and to make views of inputs again,
-    takes as long as a small product of matrices. On a CPU it is left out where the graph inside has the
-    same inputs and results, and writes into none of what it is given, which would have to be counted.
-    """
-    inside: list[Any] = []
-
-    def compile_inner(inner: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        is_same = _shape_of(inner) == _shape_of(graph) and _is_plain(inner)
-        found = compile_fx_inner(inner, *args, **kwargs)
-        inside.append(found if is_same else None)
-        return found
-
-    whole: Any = compile_fx(graph, given, compile_inner, config_patches=dict(options))
-    is_cpu = all([x.device.type == "cpu" for x in given if isinstance(x, Tensor)])
-    if is_cpu and len(inside) == 1 and inside[0] is not None:
-        return inside[0].current_callable
-    return partial(_unpacked, whole)
-
-
-def _unpacked(function: Callable[..., Any], given: list[Any]) -> Any:
-    return function(*given)
-
-
-def _shape_of(graph: fx.GraphModule) -> tuple[int, int]:
-    """How many inputs a graph has, and how many results."""
-    return len(inputs_of(graph)), len(_results_of(graph))
-
-
-def _results_of(graph: fx.GraphModule) -> Sequence[Any]:
-    (results,) = list(graph.graph.nodes)[-1].args
-    return results
-
-
-def _is_plain(graph: fx.GraphModule) -> bool:
-    """Whether all results are tensors that it computes, each once, and nothing is written into."""
-    results = _results_of(graph)
-    own = {x for x in results if isinstance(x, fx.Node) and x.op == "call_function"}
-    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    writes = [isinstance(f, torch._ops.OpOverload) and f._schema.is_mutable for f in called]
-    return len(own) == len(results) and not any(writes)
-
-
-_CREATES = {aten.zeros_like.default, aten.clone.default, aten.sym_size.int}
-
-
-def _clean(graph: fx.GraphModule) -> None:
-    """Take away what makes no difference to the values."""
-    for node in graph.graph.nodes:
-        # What only autograd knew apart is the same; then much is used no more.
-        if node.target in (aten.detach.default, aten.alias.default) or (
-            node.target is aten.zero_.default and node.args[0].target is aten.zeros_like.default
-        ):
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-
-
-def _hold_units(graph: fx.Graph) -> None:
-    """Let the powers of two that errors are divided by (``gradient_of_small``) be computed once.
-
-    They would be computed again for every few entries of what is multiplied by them, by slow functions.
-    """
-    for node in graph.find_nodes(op="call_function", target=aten.pow.Scalar):
-        with graph.inserting_after(node):
-            held = graph.call_function(torch.ops._inductor_test.realize.default, (node,))
-        node.replace_all_uses_with(held, delete_user_cb=partial(_is_other, held))
-
-
-def _is_other(node: fx.Node, user: fx.Node) -> bool:
-    return user is not node
-
-
 class _Alike:
     """A factor of which only it counts which beliefs it pulls at."""
 
@@ -961,10 +854,6 @@ def _captured(output: Tensor, inputs: Sequence[Tensor], name: str) -> Below:
     if any([type(node).__name__.startswith("GeneratedBackward") for node in graph.foreign]):
         raise Uncovered(f"{name}: a custom operation has a backward of its own")
     return graph
-
-
-def inputs_of(graph: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
 def _leaf(x: Any) -> Any:
