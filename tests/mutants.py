@@ -204,7 +204,9 @@ class Tests:
                 for test in tests.keys() & contexts:
                     lines = tests[test]["lines"].setdefault(str(file.relative_to(ROOT)), [])
                     lines.append(texts[line - 1])
-        for file, executed in processes.lines().items():
+        # (What others left there is not theirs.)
+        in_processes = processes.lines() if name == OF_PROCESSES else {}
+        for file, executed in in_processes.items():
             texts = lines_of(file)
             for of_test in tests.values():
                 lines = of_test["lines"].setdefault(str(file.relative_to(ROOT)), [])
@@ -228,7 +230,7 @@ class Tests:
         }
         found = {test: s for test, (s, executed) in of_file.items() if lines & {*executed}}
         found = found or {test: s for test, (s, _) in of_file.items()}
-        own = f"test_{Path(mutant.path).stem}."
+        own = {f"tests/test_{part}.py" for part in Path(mutant.path).with_suffix("").parts}
 
         # With other arguments a test finds less than another test does.
         turns: Counter[str] = Counter()
@@ -239,7 +241,8 @@ class Tests:
             turn[test] = turns[name]
 
         def cost(test: str) -> tuple[bool, float]:
-            expected = found[test] * turn[test] / (1 + self.kills[test]) / (5 if own in test else 1)
+            is_own = test.partition("::")[0] in own  # of the file, or of its folder
+            expected = found[test] * turn[test] / (1 + self.kills[test]) / (5 if is_own else 1)
             return test.startswith(OF_PROCESSES), expected  # these take longer than it seems
 
         total, chosen = 0.0, {}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.cases import ERR_TYPES, Case, assert_close
-from torch2pc import PCInfer
+from torch2pc import PCInfer, group_layers, steps
 
 X, Y = torch.ones(6, 4), torch.zeros(6, 3)
 
@@ -222,9 +224,25 @@ def test_non_finite_values_pass_through(ErrType: str) -> None:
     assert result.Loss.isnan() and case.model[0].weight.grad.isnan().any()
 
 
-def test_scalars_of_numpy_and_torch_are_numbers() -> None:
-    import numpy as np
+NAMES: list[tuple[str, Callable[[Any], object]]] = [
+    ("ErrType", lambda x: PCInfer(make_model(), nn.MSELoss(), X, Y, x)),
+    ("update_at", lambda x: PCInfer(make_model(), nn.MSELoss(), X, Y, "Strict", update_at=x)),
+    ("sweep", lambda x: steps.Descent(0.1, sweep=x)),
+    ("cut", lambda x: group_layers(make_model(), X, cut=x)),
+]
 
+
+@pytest.mark.parametrize(("argument", "call"), NAMES)
+@pytest.mark.parametrize("several", [["Strict"], np.array(["before", "down"])])
+def test_what_is_chosen_by_name_is_one_string(
+    argument: str, call: Callable[[Any], object], several: Any
+) -> None:
+    """Of arrays each entry would be compared."""
+    with pytest.raises(ValueError, match=f"{argument} must be .*got (array|\\[)"):
+        call(several)
+
+
+def test_scalars_of_numpy_and_torch_are_numbers() -> None:
     case = Case(make_model().eval(), nn.MSELoss(), X, Y)
     expected = case.infer("Strict", eta=0.5, n=3)
     etas = [

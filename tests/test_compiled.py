@@ -169,12 +169,21 @@ def test_the_error_that_arrives_at_the_input(ErrType: str, ignores: bool) -> Non
 
 
 @pytest.mark.filterwarnings("error:compile=True")
+def test_a_loss_may_write_into_what_it_is_given() -> None:
+    case = small_case()._replace(LossFun=lambda y, Y: y.sub_(Y).square().sum())
+    plain, gradients = case.infer("Strict", n=3), case.gradients()
+    found = infer_compiled(case, n=3)
+    assert_close(list(found), list(plain))
+    assert_close(case.gradients(), gradients)
+
+
+@pytest.mark.filterwarnings("error:compile=True")
 def test_latent_equals_the_plain_relaxation() -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     Y, Xinit = torch.randn(5, 3).double(), torch.zeros(5, 2).double()
 
     def prior(v: list[Tensor]) -> Tensor:
-        return 0.1 * v[0].square().sum() + 0.2 * v[1].abs().sum()
+        return 0.2 * v[1].abs().sum() + 0.1 * (v[0].sum(1) - v[2].sum(1)).square().sum()
 
     arguments = (model, squared_error, Y, Xinit, 0.1, 12)
     plain = PCInferLatent(*arguments, precision=[0.5, 2.0], prior=prior)
@@ -210,7 +219,7 @@ def rules(k: int) -> dict[str, Callable[[], Any]]:
     return {
         "down": lambda: steps.Descent(eta, sweep="down"),
         "momentum": lambda: steps.Momentum(eta, 0.5 + eta, nesterov=True),
-        "langevin": lambda: steps.Langevin(eta, k, torch.Generator().manual_seed(3)),
+        "langevin": lambda: steps.Langevin(eta, 0.5 + k),
         "halving": lambda: steps.Halving(5.0 + k, 0.3),
         "auto": lambda: "auto",
         "own": lambda: Signs(0.1 * eta),
@@ -231,7 +240,9 @@ def test_rules_move_as_without_compilation(ErrType: str) -> None:
         graphs = counters["stats"]["unique_graphs"]
         for k, n in enumerate((8, 1, 3)):
             make = rules(k)[rule]
+            torch.manual_seed(3)
             plain, gradients = case.infer(ErrType, eta=make(), n=n), case.gradients()
+            torch.manual_seed(3)
             found = infer_compiled(case, k > 0, ErrType, eta=make(), n=n)
             assert_close(list(found), list(plain), 1e-10)
             assert_close(case.gradients(), gradients, 1e-10)
@@ -671,6 +682,8 @@ def test_what_changes_in_the_model_is_noticed() -> None:
 @needs_compiler
 @pytest.mark.filterwarnings("error:compile=True")
 def test_autocast_is_taken_as_it_is_in_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    # (Blocks of steps are the same code several times, and take as long to compile.)
+    monkeypatch.setattr("torch2pc.compiled.program.most_steps", lambda L: 1)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3),
         nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 4)),

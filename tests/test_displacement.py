@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import threading
 import weakref
@@ -74,6 +75,13 @@ def writes_and_reads_under_two_names(x: Tensor) -> Tensor:
     return y + first
 
 
+def returns_another_name(x: Tensor) -> Tensor:
+    y = x * 2
+    other = y.view_as(y)
+    y.add_(x)
+    return other
+
+
 def writes_into_an_argument(x: Tensor) -> Tensor:
     y = x.detach() * 2
     torch.add(y, 1, out=y)
@@ -125,6 +133,7 @@ UNCOVERED = {
     "branches on values": (branches_on_values, "a Python number is taken"),
     "writes through a view": (writes_through_a_view, "writes into a part of a tensor"),
     "two names": (writes_and_reads_under_two_names, "changed through another name"),
+    "output of two names": (returns_another_name, "the output was changed through another name"),
     "out=": (writes_into_an_argument, "writes into one of its arguments"),
     "leaves torch": (leaves_torch, "is read outside PyTorch"),
     "Python numbers": (branches_on_a_list, "is read outside PyTorch"),
@@ -167,6 +176,34 @@ def test_a_tensor_hook_is_not_left_out() -> None:
     triples = True
     assert layers_of(case)[1].own_backward == "a tensor has a backward hook"
     check_against_reference(case, "Strict")
+
+
+class Copied(torch.autograd.Function):
+    """Works on memory, as kernels in other languages do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        found = torch.empty_like(x)
+        ctypes.memmove(found.data_ptr(), x.data_ptr(), x.nbytes)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def test_a_kernel_is_not_taken_for_a_constant() -> None:
+    """Also where it comes after the layer was found to be right without."""
+    copies = False
+
+    def works_on_memory(x: Tensor) -> Tensor:
+        return (Copied.apply(x) if copies else x).sin() + x
+
+    case = around(Does(works_on_memory))
+    case.infer("Strict")
+    copies = True
+    check_against_reference(case, "Strict")
+    assert "a forward of its own computes cannot be followed" in layers_of(case)[1].uncovered
 
 
 def test_hooks_that_change_outputs_and_inputs_are_recorded() -> None:

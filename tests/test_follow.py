@@ -84,6 +84,18 @@ def check_updates(record: Record, case: Case, updates: list[dict[nn.Parameter, T
                 assert abs(record.cosine[k, l] - cosine) < 1e-7
 
 
+@pytest.mark.parametrize("at", ["v", "vhat", "before"])
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+def test_the_rows_are_those_of_shorter_calls(ErrType: str, at: str) -> None:
+    """The updates too, wherever they are taken."""
+    whole, part = (
+        follow_case(network("tanh", 0), ErrType, n=n, update_at=at, eta=0.2) for n in (5, 3)
+    )
+    for name in ("energies", "moves", "gradient", "cosine", "size"):
+        found, expected = getattr(whole, name)[:4], getattr(part, name)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, equal_nan=True)
+
+
 def check_distance(
     record: Record, k: int, gradient: list[Tensor], errors: list[Tensor], sign: int
 ) -> None:
@@ -928,8 +940,33 @@ def test_plots(ErrType: str, eta: float) -> None:
             assert all(at == round(at) for at in axes.get_yticks())
     shown = lines["size of the update / backprop's"]
     assert len(shown) == 1 + 4  # and the line at 1
-    F = [line for line in lines.get("F, and the loss", []) if line.get_label() == "F"]
-    assert len(F) == (ErrType not in ("Exact", "FixedPred"))
+    descends = ErrType not in ("Exact", "FixedPred")
+    energies = [line.get_label() for line in lines["F, and the loss" if descends else "the loss"]]
+    assert energies == ["F"] * descends + ["loss"] + ["prior"] * (ErrType == "Latent")
+
+
+@pytest.mark.parametrize(
+    ("eta", "scale"), [(0.1, "linear"), (1.5, "linear"), (2.0, "log"), (50.0, "log")]
+)
+def test_the_energy_is_drawn_to_its_logarithm_where_it_rises_a_hundredfold(
+    eta: float, scale: str
+) -> None:
+    record = follow_case(network("tanh", 0), "Strict", eta=eta, n=4)
+    assert (record.F.max() > 100 * record.F.min()) == (scale == "log")
+    figure = Figure()
+    record.plot(figure)
+    (axes,) = [axes for axes in figure.axes if axes.get_title() == "F, and the loss"]
+    assert axes.get_yscale() == scale
+
+
+@pytest.mark.parametrize("L", [1, 2, 12, 13])
+def test_a_plot_names_its_layers_where_there_are_several_but_not_too_many(L: int) -> None:
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(L)])
+    record = follow(model, nn.MSELoss(), torch.ones(2, 3), torch.zeros(2, 3), "FixedPred", n=2)
+    figure = Figure()
+    record.plot(figure)
+    shown = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert shown == [str(l) for l in range(1, L + 1)] * (1 < L <= 12)
 
 
 def test_what_is_out_of_reach_is_not_foretold() -> None:

@@ -353,6 +353,27 @@ def test_updates_at_vhat_against_the_reference(make: Callable[[], Case], ErrType
     check_against_reference(make(), ErrType, update_at="vhat")
 
 
+class Spread(nn.Module):
+    """Of its gradients two are one tensor, and one is a number that is spread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8, 6))
+        self.c = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() + self.a + self.b + self.c.sum()
+
+
+@err_types
+def test_gradients_that_share_memory(ErrType: str) -> None:
+    case = dense(Spread())
+    check_against_reference(case, ErrType)
+    addresses = {p.grad.data_ptr() for p in case.model.parameters()}
+    assert len(addresses) == len([*case.model.parameters()])
+    assert case.model[1].c.grad.is_contiguous()
+
+
 class ScaledError(nn.Module):
     def __init__(self) -> None:
         super().__init__()

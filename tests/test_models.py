@@ -346,15 +346,23 @@ def test_half_precision_costs_no_more_than_in_backpropagation(ErrType: str, kind
         assert max(off[ErrType]) < 1.5 * max(off["Exact"])
 
 
-@pytest.mark.parametrize("kind", ["dense", "convolutional", "attention"])
+class Single(nn.Module):
+    """Hands on float32, as layers do that normalise in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense, to float32", "convolutional", "attention"])
 @pytest.mark.parametrize(("ErrType", "n", "eta"), [("Strict", 6, 0.1), ("ErrorBased", 1, 1e-6)])
 def test_errors_too_small_for_float16_arrive(ErrType: str, n: int, eta: float, kind: str) -> None:
     """Under its autocast; the largest of them in layer 1 are about 1e-9, and float16 ends at 6e-8."""
     if kind == "convolutional":
         items = [nn.Sequential(nn.Conv2d(c, 3, 3, padding=1), nn.Tanh()) for c in (1, 3, 3, 3, 3)]
         model, X = nn.Sequential(*items, nn.Sequential(nn.Flatten(), nn.Linear(75, 4))), (1, 5, 5)
-    elif kind == "dense":
-        items = [nn.Sequential(nn.Linear(20, 20), nn.Tanh()) for _ in range(5)]
+    elif kind.startswith("dense"):
+        last = Single() if "float32" in kind else nn.Identity()
+        items = [nn.Sequential(nn.Linear(20, 20), nn.Tanh(), last) for _ in range(5)]
         model, X = nn.Sequential(*items, nn.Linear(20, 4)), (20,)
     else:
         items = [nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(5)]

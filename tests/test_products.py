@@ -150,7 +150,10 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, ...]]]:
 
 @needs_compiler
 @needs_both
-def test_compiled_steps_use_it_for_large_matrices(shapes: set[tuple[int, ...]]) -> None:
+def test_compiled_steps_use_it_for_large_matrices(
+    shapes: set[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch2pc.compiled.program.most_steps", lambda L: 1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 160), nn.Sequential(nn.Tanh(), nn.Linear(160, 140)))
     case = Case(model, nn.MSELoss(), torch.randn(6, 3), torch.randn(6, 140))

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch2pc
 from tests.cases import ERR_TYPES, Case, assert_close
+from torch2pc import PCGraph, PCInfer, PCInferLatent
 from torch2pc.graph.state import Buffers, held_by, modules_in
 
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
@@ -379,6 +380,50 @@ def test_a_generator_that_a_loss_holds_is_rewound() -> None:
         result = case.infer("Strict", n=n)  # would warn otherwise
         found.append((result.Loss, torch.rand(1, generator=generator)))
     assert_close(found[0], found[1], tolerance=0)
+
+
+class Wasteful(nn.Module):
+    """Draws one number more each time that it is run, and uses the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.runs = nn.Parameter(torch.ones(())), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        numbers = [torch.rand(()) for _ in range(self.runs)]
+        return self.gain * x * numbers[0]
+
+
+@pytest.mark.parametrize("part", ["item", "loss", "prior", "above"])
+def test_generators_stand_where_the_first_evaluation_left_them(part: str) -> None:
+    """However many numbers are drawn when it is evaluated again."""
+    wasteful = Wasteful()
+    above = dict(above={"a": (wasteful, "b")}) if part == "above" else {}
+    model = PCGraph(
+        a=(nn.Linear(4, 5), "x"),
+        b=(nn.Sequential(wasteful, nn.Tanh()) if part == "item" else nn.Tanh(), "a"),
+        c=(nn.Linear(5, 3), "b"),
+        **above,
+    )
+    X, Y = torch.randn(6, 4), torch.randn(6, 3)
+
+    def LossFun(yhat: Tensor, Y: Tensor) -> Tensor:
+        return ((wasteful(yhat) if part == "loss" else yhat) - Y).square().sum()
+
+    def prior(v: list[Tensor]) -> Tensor:
+        return wasteful(v[1]).square().sum()
+
+    torch.manual_seed(1)
+    torch.rand(())
+    after_one_pass = torch.get_rng_state()
+    torch.manual_seed(1)
+    if part == "prior":
+        PCInferLatent(model, LossFun, Y, X, 0.05, 5, prior=prior)
+    else:
+        PCInfer(model, LossFun, X, Y, "Strict", 0.05, 5)
+    assert wasteful.runs > 1
+    assert torch.equal(torch.get_rng_state(), after_one_pass)
 
 
 class Mask(nn.Module):
