@@ -128,6 +128,11 @@ ARGUMENTS = [
         ValueError,
         "eta must be a finite number or .*, got inf",
     ),
+    (
+        dict(ErrType="Strict", X=torch.ones(6, 4, device="meta")),
+        ValueError,
+        "X must hold numbers, .* on the meta device",
+    ),
     (dict(ErrType="Strict", n=0), ValueError, "n must be an int >= 1, got 0"),
     (dict(ErrType="FixedPred", n=2.0), TypeError, "n must be an int >= 1, got float"),
     (dict(ErrType="Strict", n=True), TypeError, "n must be an int >= 1, got bool"),

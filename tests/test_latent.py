@@ -250,6 +250,7 @@ def test_accumulates() -> None:
     [
         (dict(model=nn.Linear(2, 3)), TypeError, "model must be"),
         (dict(Xinit=None), TypeError, "Xinit must be a torch.Tensor"),
+        (dict(Xinit=torch.zeros(5, 2, device="meta")), ValueError, "Xinit must hold numbers"),
         (dict(Xinit=torch.zeros(5, 2).long()), TypeError, "Xinit must be a floating"),
         (dict(LossFun=None), TypeError, "LossFun must be"),
         (dict(eta=float("nan")), ValueError, "eta must be"),

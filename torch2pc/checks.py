@@ -152,6 +152,15 @@ def check_tensor(name: str, value: object) -> None:
         )
 
 
+def check_has_values(name: str, value: Tensor) -> None:
+    """``value`` has numbers to relax from."""
+    if value.is_meta:
+        raise ValueError(
+            f"{name} must hold numbers, which a relaxation looks at (Exact and FixedPred do not), but it is "
+            "on the meta device, whose tensors hold none"
+        )
+
+
 def check_eta(eta: object) -> float | str | Rule:
     """``eta`` as a float: a finite number, which may be a tensor or an array without dimensions.
 

@@ -11,6 +11,7 @@ from torch2pc.checks import (
     check_callback,
     check_energies,
     check_eta,
+    check_has_values,
     check_LossFun,
     check_model,
     check_n,
@@ -137,6 +138,7 @@ def check_latent_arguments(
     check_model(model)
     check_LossFun(LossFun)
     check_tensor("Xinit", Xinit)
+    check_has_values("Xinit", Xinit)
     if not Xinit.is_floating_point():
         raise TypeError(f"Xinit must be a floating-point tensor, got {Xinit.dtype}")
     step, n, pi = check_eta(eta), check_n(n), check_precision(precision, model)

@@ -15,6 +15,7 @@ from torch2pc.checks import (
     check_eta,
     check_from_above,
     check_has_energy,
+    check_has_values,
     check_LossFun,
     check_model,
     check_modules,
@@ -437,6 +438,7 @@ def check_arguments(
     has_iterations = ErrType in RELAXATIONS
     size: float | str | Rule = 1.0
     if has_iterations:
+        check_has_values("X", X)
         check_vinit_length(vinit, len(model) + 1)
         check_update_at(update_at)
     if ErrType == "Exact":

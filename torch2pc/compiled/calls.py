@@ -179,7 +179,7 @@ class Relaxing:
                     self.asked,
                     tuple([layer.function for layer in network.layers]),
                     self.asked.parents,
-                    (*[layer.copies_input for layer in network.layers], True),
+                    tuple([layer.copies_input for layer in network.layers]),
                     *(
                         network.loss.function,
                         None if network.prior is None else network.prior.function,
@@ -264,7 +264,7 @@ class Relaxing:
         reached = _reached_layers(asked, like.device)
         numbers = _numbers(rule, self.terms, beta, like)
 
-        def given(k: int) -> list[Any]:
+        def given(k: int = -1) -> list[Any]:
             return [*known, *numbers, *reached[k]]
 
         def noise(places: list[int], times: int = 1) -> list[Tensor]:
@@ -275,10 +275,10 @@ class Relaxing:
             for i, x_i in zip(asked.free, x, strict=True):
                 torch.sub(self.vinit[i].detach(), vhat[i], out=x_i)
             if asked.kind == "errors":
-                x = list(program.start([*given(-1), *x]))
+                x = list(program.start([*given(), *x]))
         before, start = x, [like] * program.size
         program.begin.put(
-            start, program.begin.graph([*given(-1), *x, *noise(program.noise_of_begin)])
+            start, program.begin.graph([*given(), *x, *noise(program.noise_of_begin)])
         )
         program.tell(rule, start)
         rule.choose()
@@ -294,9 +294,9 @@ class Relaxing:
                 drawn = noise(program.noise_of_step, step.steps)
                 step.put(state, step.graph([*of_k[k], *state, *drawn]))
             judge = program.judge
-            if rule.accepts(None if judge is None else judge([*given(-1), *state])[0]):
+            if rule.accepts(None if judge is None else judge([*given(), *state])[0]):
                 break
-        found = list(program.updates([*given(-1), *state, *(before if ends_alone else [])]))
+        found = list(program.updates([*given(), *state, *(before if ends_alone else [])]))
         v: list[Tensor] = [found.pop(0) for _ in range(len(asked.free) + 1)]
         if 0 not in network.free:
             v.insert(0, detached(network.X))

@@ -41,8 +41,8 @@ def own_energy(place: int, energy: LayerEnergy) -> OwnEnergy:
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def mark(x: Tensor, k: int) -> Tensor:
-    """``x``; where part ``k`` of a captured call ends."""
+def mark(x: Tensor) -> Tensor:
+    """``x``; where a part of a captured call ends."""
     return x.view_as(x)
 
 
@@ -57,25 +57,25 @@ def capture(
     Y: Any,
 ) -> list[Tensor]:
     """What is captured: part l is layer l, then come the loss, the prior, and the layers' own energies."""
-    marked = [mark(X, 0)]
+    marked = [mark(X)]
     for item, of_item, copies in zip(items, parents, copies_input, strict=False):
         x = [marked[p].clone() if copies else marked[p] for p in of_item]
-        marked.append(mark(item(*x), len(marked)))
+        marked.append(mark(item(*x)))
     beliefs, y = list(marked[:-1]), marked[-1]
-    marked.append(mark(LossFun(y.clone() if copies_input[-1] else y, Y), len(marked)))
+    marked.append(mark(LossFun(y.clone(), Y)))
     if prior is not None:
-        marked.append(mark(prior(beliefs), len(marked)))
+        marked.append(mark(prior(beliefs)))
     for of, energy in energies:
         # Three tensors that stand for the feed-forward value and how far the two have moved.
         for _ in range(3):
-            marked.append(mark(in_belief_dtype(beliefs[of.place].detach()).clone(), len(marked)))
+            marked.append(mark(in_belief_dtype(beliefs[of.place].detach()).clone()))
         vhat, df, dv = marked[-3:]
         function = energy.function if isinstance(energy, OfCallable) else energy
-        marked.append(mark(function(df, dv), len(marked)))
+        marked.append(mark(function(df, dv)))
         if of.slopes:
-            marked.append(mark(torch.stack(energy.slopes(vhat, df, dv)), len(marked)))
+            marked.append(mark(torch.stack(energy.slopes(vhat, df, dv))))
         if of.value:
-            marked.append(mark(energy.value(vhat, df, dv), len(marked)))
+            marked.append(mark(energy.value(vhat, df, dv)))
     return marked
 
 

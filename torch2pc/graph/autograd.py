@@ -205,7 +205,7 @@ def gradient_of_small(
 def in_float16(x: Tensor) -> bool:
     """Whether what made ``x`` may have computed in float16."""
     kind = x.device.type
-    in_autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    in_autocast = torch.is_autocast_enabled(kind)
     return torch.float16 in (x.dtype, torch.get_autocast_dtype(kind) if in_autocast else None)
 
 
