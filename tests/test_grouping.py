@@ -374,6 +374,9 @@ def test_functions_are_told_the_mode() -> None:
     assert torch.equal(layers(IMAGES), layers(IMAGES))
     layers.train()
     assert not torch.equal(layers(IMAGES), layers(IMAGES))
+    layers.eval()
+    assert torch.equal(layers(IMAGES), layers(IMAGES))
+    assert not any([module.training for module in layers.modules()])
 
 
 def test_modes_stay_as_they_are() -> None:
