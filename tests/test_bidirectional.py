@@ -337,3 +337,22 @@ def test_what_cannot_be_is_refused_by_name() -> None:
     )
     with pytest.raises(ValueError, match="must predict what the input is"):
         PCInfer(words, squared_error, torch.zeros(2, 5).long(), torch.zeros(2, 5, 4), "Strict")
+
+
+def test_one_precision_is_that_of_the_predictions_from_above_too() -> None:
+    torch.manual_seed(0)
+    model = PCGraph(
+        a=(nn.Linear(5, 4), "x"),
+        b=(nn.Linear(4, 4), "a"),
+        out=(nn.Linear(4, 3), "b"),
+        above={"a": (nn.Linear(4, 4), "b")},
+    ).double()
+    X, Y = torch.randn(2, 5).double(), torch.randn(2, 3).double()
+    everywhere, named = [
+        PCInfer(model, nn.functional.mse_loss, X, Y, "Strict", n=4, precision=precision)
+        for precision in (0.5, {"a": 0.5, "b": 0.5, "above.a": 0.5})
+    ]
+    for found, expected in zip(everywhere.epsilon[1:], named.epsilon[1:], strict=True):
+        assert torch.equal(found, expected)
+    plain = PCInfer(model, nn.functional.mse_loss, X, Y, "Strict", n=4)
+    assert not torch.equal(plain.epsilon[1], named.epsilon[1])
