@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import torch2pc
@@ -75,3 +77,10 @@ def test_every_file_says_what_lives_there() -> None:
         str(f) for f in ROOT.rglob("*.py") if not ast.get_docstring(ast.parse(f.read_text()))
     ]
     assert not without
+
+
+def test_the_compiler_is_imported_only_where_something_is_compiled() -> None:
+    """It takes a second."""
+    code = "import sys, torch2pc; print('torch._dynamo' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, lru_cache
 from platform import machine
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -71,12 +71,16 @@ class _OfThread(threading.local):
     call: Any = None
     """The call that is being captured, or run."""
 
-    def __init__(self) -> None:
-        # A number is compiled in: what is captured for another one is another program. (Made once, as
-        # that takes as long as some steps of a small network.)
-        self.settings = torch._dynamo.config.patch(
+    @cached_property
+    def settings(self) -> AbstractContextManager[Any]:
+        """Those of the compiler, made once: that takes as long as some steps of a small network.
+
+        A number is compiled in: what is captured for another one is another program.
+        """
+        found: AbstractContextManager[Any] = torch._dynamo.config.patch(
             specialize_float=True, recompile_limit=MOST_CAPTURES
         )
+        return found
 
 
 _local = _OfThread()
