@@ -58,7 +58,7 @@ def capture(
 ) -> list[Tensor]:
     """What is captured: part l is layer l, then come the loss, the prior, and the layers' own energies."""
     marked = [mark(X)]
-    for item, of_item, copies in zip(items, parents, copies_input, strict=False):
+    for item, of_item, copies in zip(items, parents, copies_input, strict=True):
         x = [marked[p].clone() if copies else marked[p] for p in of_item]
         marked.append(mark(item(*x)))
     beliefs, y = list(marked[:-1]), marked[-1]

@@ -8,7 +8,6 @@ compiled. To import this file takes a second, as it imports the compiler: do so 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +17,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 from torch.library import Library, register_fake
 from torch.utils._python_dispatch import _disable_current_modes
+
+from torch2pc.displacement.rules.core import size_now
 
 # Entries of b. To multiply by smaller matrices takes less than oneDNN needs to begin.
 SMALLEST = 128 * 128
@@ -87,7 +88,7 @@ class ReplaceProducts(CustomGraphPass):
             if not (_is_whole(bias, node) and _can_choose(a.meta["val"], b.meta["val"])):
                 continue
             like = [
-                _hints(x)
+                tuple(map(size_now, x))
                 for x in (a.meta["val"].shape, b.meta["val"].shape, b.meta["val"].stride())
             ]
             bias_dim = 0 if bias is None else bias.meta["val"].dim()
@@ -104,11 +105,6 @@ def _is_whole(bias: Any, node: Any) -> bool:
         return True
     shape, whole = bias.meta["val"].shape, node.meta["val"].shape
     return bool(shape == whole[1:] or shape == whole)
-
-
-def _hints(sizes: Sequence[Any]) -> tuple[int, ...]:
-    """The sizes, those of the batch as they are in this call."""
-    return tuple([x.node.hint if isinstance(x, torch.SymInt) else x for x in sizes])
 
 
 def _can_choose(a: Tensor, b: Tensor) -> bool:

@@ -131,6 +131,12 @@ def storage(tensor: Tensor) -> int:
         return id(tensor)
 
 
+def size_now(size: Any) -> int:
+    """A size as it is in this call, where it may be any: what depends on it compiles nothing anew."""
+    found: int = size.node.hint if isinstance(size, torch.SymInt) else size
+    return found
+
+
 def base(a: Tensor) -> Tensor:
     """``a`` as a constant, in the type of its displacements."""
     return a.detach().to(belief_dtype(a.dtype))

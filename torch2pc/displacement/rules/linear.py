@@ -22,6 +22,7 @@ from torch2pc.displacement.rules.core import (
     only_first_moves,
     operations,
     prepares,
+    size_now,
     tensors_in,
     unit_of,
 )
@@ -396,12 +397,7 @@ def _sum_of_product_step(call: Call, product: Any, beta: float, alpha: float) ->
 
 
 def _is_small(x: Tensor, w: Tensor) -> bool:
-    rows = x.shape[0]
-    if isinstance(
-        rows, torch.SymInt
-    ):  # as it is in this call: the next batch size compiles nothing anew
-        rows = rows.node.hint
-    return bool(rows * w.numel() <= SMALL and w.numel() <= SMALL_MATRIX)
+    return size_now(x.shape[0]) * w.numel() <= SMALL and w.numel() <= SMALL_MATRIX
 
 
 @prepares(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
