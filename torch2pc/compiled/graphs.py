@@ -6,14 +6,24 @@ What a graph computes is of no concern here. This file alone uses what PyTorch's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.lowering import lowerings
 from torch._inductor.test_operators import realize as _realize  # noqa: F401  (it defines the operator)
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from torch2pc.displacement.rules import aten
 from torch2pc.graph.autograd import outside_autocast
@@ -27,6 +37,38 @@ class Graphed(NamedTuple):
 
     def __call__(self, given: Sequence[Any]) -> Any:
         return self.function([given[k] for k in self.used])
+
+
+@contextmanager
+def collected_apart() -> Iterator[None]:
+    """In the body, the garbage collector passes by what was there before.
+
+    To compile makes much garbage, and the modules of PyTorch's compiler alone are much to look through for
+    it: a tenth of the time.
+    """
+    is_free = gc.get_freeze_count() == 0  # nobody else does so
+    if is_free:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if is_free:
+            gc.unfreeze()
+
+
+def traced(
+    function: Callable[..., Any], given: Sequence[Any], options: dict[str, Any]
+) -> fx.GraphModule:
+    """What ``function`` does, as a graph of operations that PyTorch's compiler takes others apart into."""
+    with config.patch(options):
+        return _traced(function, given)
+
+
+def _traced(function: Callable[..., Any], given: Sequence[Any]) -> fx.GraphModule:
+    taken_apart = {**select_decomp_table()}
+    del taken_apart[aten.zero_.default]  # to copies of zeros, but ``clean`` takes most of them away
+    graph: fx.GraphModule = make_fx(function, taken_apart)(*given)
+    return graph
 
 
 def compiled(
@@ -49,8 +91,7 @@ def compiled(
     called = [node for node in graph.graph.nodes if node.op == "call_function"]
     if all([node.target in _CREATES for node in called]):
         for node in called:
-            if node.kwargs == {"pin_memory": False} or not node.kwargs:
-                node.target, node.kwargs = _CREATES[node.target], {}
+            node.target = _CREATES[node.target]
         # (Not by way of ``graph`` itself, which looks for hooks whenever it is called.)
         return Graphed(partial(_unpacked, fx.GraphModule({}, graph.graph).forward), used)
     # What was traced has chosen its types, and would be given others when it is traced again.
@@ -63,51 +104,135 @@ def compiled_graph(
 ) -> Callable[[list[Any]], Any]:
     """``graph``, compiled, as a function of the list of what it is given.
 
-    What PyTorch wraps around each compiled graph, for autograd's sake and to make views of inputs again,
-    takes as long as a small product of matrices. On a CPU it is left out where the graph inside has the
-    same inputs and results, and writes into none of what it is given, which would have to be counted.
+    ``compile_fx`` traces a graph twice more before it compiles it, which takes a quarter of the time, and
+    wraps what it has compiled, for autograd's sake and to make views of inputs again, which takes as long
+    as a small product of matrices in each call. On a CPU both are left out where a graph needs neither.
     """
-    inside: list[Any] = []
-
-    def compile_inner(inner: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        is_same = _shape_of(inner) == _shape_of(graph) and _is_plain(inner)
-        found = compile_fx_inner(inner, *args, **kwargs)
-        inside.append(found if is_same else None)
-        return found
-
-    whole: Any = compile_fx(graph, given, compile_inner, config_patches=dict(options))
     is_cpu = all([x.device.type == "cpu" for x in given if isinstance(x, Tensor)])
-    if is_cpu and len(inside) == 1 and inside[0] is not None:
-        return inside[0].current_callable
-    return partial(_unpacked, whole)
+    with config.patch(options):
+        if not is_cpu or not without_writes(graph.graph) or not _is_plain(graph.graph):
+            whole: Any = compile_fx(graph, given)
+            return partial(_unpacked, whole)
+        graph.recompile()
+        fake_mode: Any = detect_fake_mode(given)
+        results = list(graph.graph.nodes)[-1]
+        # The results' strides are to be what they are.
+        results.meta["user_visible_output_idxs"] = range(len(results.args[0]))
+        with V.set_fake_mode(fake_mode), tracing(TracingContext(fake_mode)):
+            inside: Any = compile_fx_inner(graph, given, is_inference=True)
+    function: Callable[[list[Any]], Any] = inside.current_callable
+    return function
 
 
 def _unpacked(function: Callable[..., Any], given: list[Any]) -> Any:
     return function(*given)
 
 
-def _shape_of(graph: fx.GraphModule) -> tuple[int, int]:
-    """How many inputs a graph has, and how many results."""
-    return len(inputs_of(graph)), len(_results_of(graph))
+def without_writes(graph: fx.Graph) -> bool:
+    """Let what is written into memory that the graph has made be another tensor; whether no write is left.
+
+    Where nothing else reads that memory afterwards.
+    """
+    same: dict[fx.Node, set[fx.Node]] = {}  # what shares memory with a node
+    for node in list(graph.nodes):
+        same[node] = {node}
+        if node.op != "call_function":
+            continue
+        if not _writes(node):
+            maker: Any = node.args[0] if node.target is getitem else node
+            if getattr(maker.target, "is_view", False):
+                for source in node.all_input_nodes:
+                    same[node] |= same[source]
+                for other in same[node]:
+                    same[other] = same[node]
+            continue
+        function, out = _writing_nothing(node.target)
+        written = node.args[0] if out is None else node.kwargs[out]
+        others = same[written] - {written}
+        kwargs = {name: x for name, x in node.kwargs.items() if name != out}
+        is_known = function is not None and not any(
+            [isinstance(x, fx.Node) for x in kwargs.values()]
+        )
+        if not is_known or written.op != "call_function":
+            return False
+        if not all([_is_read_before(node, x) for x in others]):
+            return False
+        with graph.inserting_before(node):
+            found = _call(graph, partial(function, **kwargs), node.args)
+        if found.meta["val"].dtype != _value(written).dtype:
+            return False
+        written.replace_all_uses_with(found, delete_user_cb=partial(_is_after, node))
+        node.replace_all_uses_with(found)
+        graph.erase_node(node)
+        same[found] = {found}
+    graph.eliminate_dead_code()
+    return True
 
 
-def _results_of(graph: fx.GraphModule) -> Sequence[Any]:
-    (results,) = list(graph.graph.nodes)[-1].args
-    return results
+def _call(graph: fx.Graph, function: Any, args: Any) -> fx.Node:
+    """The result of ``function`` in a graph, taken apart if it has to be."""
+    if function.func in lowerings:
+        found = graph.call_function(function.func, args, function.keywords)
+        found.meta["val"] = function(*fx.map_arg(args, _value))
+        return found
+    part = _traced(function, fx.map_arg(args, _value))
+    given = dict(zip(inputs_of(part), tree_leaves(args), strict=True))
+    copied: Any = graph.graph_copy(part.graph, given)
+    result: fx.Node = copied
+    return result
 
 
-def _is_plain(graph: fx.GraphModule) -> bool:
-    """Whether all results are tensors that it computes, each once, and nothing is written into."""
-    results = _results_of(graph)
+def _is_read_before(node: fx.Node, x: fx.Node) -> bool:
+    """Whether nothing after ``node`` reads ``x``, which the graph has made."""
+    return x.op == "call_function" and not any([_is_after(node, user) for user in x.users])
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _is_after(node: fx.Node, user: fx.Node) -> bool:
+    return user > node
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether it may write into what it is given."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+@cache
+def _writing_nothing(operation: Any) -> tuple[Any, str | None]:
+    """The operation that returns what this one writes; and by which name, if not the first, it is given
+    where to. None if there is no such operation.
+    """
+    schema = getattr(operation, "_schema", None)
+    if schema is None or operation.namespace != "aten":
+        return None, None
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    out = [a.name for a in schema.arguments if a.is_out]
+    table = select_decomp_table()
+    packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"))
+    given = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
+    for other in [getattr(packet, name) for name in packet.overloads()]:
+        same = [(a.name, str(a.type)) for a in other._schema.arguments] == given
+        if same and not other._schema.is_mutable and (other in lowerings or other in table):
+            is_one = len(written) == 1 and written in (out, [schema.arguments[0].name])
+            return other if is_one else None, next(iter(out), None)
+    return None, None
+
+
+def _is_plain(graph: fx.Graph) -> bool:
+    """Whether all results are tensors that it computes, each once."""
+    (results,) = list(graph.nodes)[-1].args
     own = {x for x in results if isinstance(x, fx.Node) and x.op == "call_function"}
-    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    writes = [isinstance(f, torch._ops.OpOverload) and f._schema.is_mutable for f in called]
-    return len(own) == len(results) and not any(writes)
+    return len(own) == len(results) and not any([node.op == "get_attr" for node in graph.nodes])
 
 
 # The same by shorter names; the operations themselves are called by way of Python.
 _CREATES = {
-    aten.zeros_like.default: torch.zeros_like,
+    aten.full.default: torch.full,
     aten.clone.default: torch.clone,
     aten.sym_size.int: aten.sym_size.int,
 }
@@ -118,7 +243,9 @@ def clean(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         # What only autograd knew apart is the same; then much is used no more.
         if node.target in (aten.detach.default, aten.alias.default) or (
-            node.target is aten.zero_.default and node.args[0].target is aten.zeros_like.default
+            node.target is aten.zero_.default
+            and node.args[0].target is aten.full.default
+            and node.args[0].args[1] == 0
         ):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
@@ -164,6 +291,7 @@ def _hold_units(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.pow.Scalar):
         with graph.inserting_after(node):
             held = graph.call_function(torch.ops._inductor_test.realize.default, (node,))
+        held.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(held, delete_user_cb=partial(_is_other, held))
 
 

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import tracing
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from torch2pc.compiled.graphs import Graphed, clean, compiled, inputs_of
+from torch2pc.compiled.graphs import Graphed, clean, collected_apart, compiled, inputs_of, traced
 from torch2pc.compiled.parts import Held, OwnEnergy, Parts, Place, Watched, find, split
 from torch2pc.displacement.lines import Displacement
 from torch2pc.displacement.recorder import Recorder, Uncovered
@@ -398,7 +397,13 @@ class Program:
         kind = self._device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             self.autocast = kind, torch.get_autocast_dtype(kind)
-        with torch.no_grad(), tracing(None), values[0].fake_mode, enable_python_dispatcher():
+        with (
+            collected_apart(),
+            torch.no_grad(),
+            tracing(None),
+            values[0].fake_mode,
+            enable_python_dispatcher(),
+        ):
             like = [torch.empty_like(x.detach()) for x in values]
             self._compile_feed_forward(inputs, like)
             self._compile_relaxation([in_belief_dtype(torch.empty_like(x)) for x in like])
@@ -450,7 +455,7 @@ class Program:
 
     def _compile_feed_forward(self, inputs: list[Any], like: list[Tensor]) -> None:
         errors = [in_belief_dtype(torch.empty_like(like[l])) for l in self._at_vhat]
-        joint = make_fx(self._feed_forward)(*inputs, *errors)
+        joint = traced(self._feed_forward, [*inputs, *errors], self._options)
         count = len(self._held.tensors) - len(inputs)
         self._rest, cut = split(joint, len(inputs), len(errors), count)
         self._cut = [
@@ -568,7 +573,7 @@ class Program:
     ) -> _Trace:
         given = [*given, *[torch.empty_like(x) for of in others for x in of]]
         self._changed: list[int] = []
-        graph = make_fx(function)(*given)
+        graph = traced(function, given, self._options)
         clean(graph)
         return _Trace(graph, given, self._changed)
 

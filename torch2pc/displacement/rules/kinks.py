@@ -57,7 +57,7 @@ RELU = Rule(relu_moved, _relu_back, True, _relu_moved_, _relu_back_)
 def relu_bases(a: Tensor, output: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(relu(-a), relu(a)); the second is ``output`` where it is given."""
     a = base(a)
-    return (-a).clamp_(min=0), a.clamp(min=0) if output is None else base(output)
+    return (-a).relu_(), a.relu() if output is None else base(output)
 
 
 def below_moved(d: Tensor, lack: Tensor, top: Tensor) -> Tensor:
