@@ -89,12 +89,15 @@ def _run(
         try:
             y = module(x.clone())
         except Exception as error:
+            mode, raised = "train" if training else "eval", f"{type(error).__name__}: {error}"
             if module is not model:
-                raise
+                raise NoLayers(
+                    f"model could not be made of layers: in {mode} mode they raise {raised}. Does its "
+                    "forward do what depends on the size of the batch? Make a module of that"
+                ) from error
             twice = "" if training else ", with each example twice"
             raise ValueError(
-                f"X must be a batch that the model accepts in {'train' if training else 'eval'} mode"
-                f"{twice}, but it raised {type(error).__name__}: {error}"
+                f"X must be a batch that the model accepts in {mode} mode{twice}, but it raised {raised}"
             ) from error
         if not isinstance(y, Tensor):
             raise ValueError(f"model must return one tensor, got {type(y).__name__}")
