@@ -346,7 +346,7 @@ def test_a_state_that_is_assigned_is_taken_over() -> None:
 def test_a_variable_that_is_not_set_yet_is_no_setting() -> None:
     class Later(Net):
         def middle(self, x: Tensor) -> Tensor:
-            return x if self.flag else later  # noqa: F821
+            return x if self.flag else later
 
     layers = group_layers(Later(), X)
     later = 3.0
