@@ -849,6 +849,41 @@ def test_other_types_and_shapes_are_other_outputs(changed: Callable[[Tensor], Te
         check_same(model, layers, torch.randn(4, 3), "a chain")
 
 
+class InAnotherOrder(nn.Module):
+    """A linear layer whose sums are taken from the other end, off by so much, with another slope."""
+
+    def __init__(self, linear: nn.Linear, shift: float = 0.0, slope: float = 1.0) -> None:
+        super().__init__()
+        self.linear, self.shift, self.slope = linear, shift, slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x.flip(1), self.linear.weight.flip(1), self.linear.bias) + self.shift
+        return y + (self.slope - 1) * (y - y.detach())
+
+
+def test_what_differs_by_round_off_is_the_same() -> None:
+    """A bias before a normalisation has a gradient of round-off alone; other gradients and outputs not."""
+    linear, norm, X = nn.Linear(20, 3), nn.BatchNorm1d(3), torch.randn(8, 20)
+    model = nn.Sequential(linear, norm)
+    check_same(model, nn.Sequential(InAnotherOrder(linear), norm), X, "a chain")
+    with pytest.raises(ValueError, match=r"give another the gradient of 0\.weight\."):
+        layers = nn.Sequential(InAnotherOrder(linear, slope=1.001), norm)
+        check_same(model, layers, X, "a chain")
+    # What is right to its own size, though gradients are larger.
+    with torch.no_grad():
+        linear.weight.mul_(1e-4)
+    with pytest.raises(ValueError, match=r"give another output\."):
+        layers = nn.Sequential(InAnotherOrder(linear, shift=1e-3))
+        check_same(nn.Sequential(linear), layers, 1e4 * X, "a chain")
+
+
+def test_frozen_parameters_have_no_gradient_to_compare() -> None:
+    model = nested()
+    model[1].requires_grad_(False)
+    layers = group_layers(model, IMAGES)
+    assert not next(layers[0].parameters()).requires_grad
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_layers_are_compared_in_each_mode(mode: str) -> None:
     linear = nn.Linear(3, 2)

@@ -343,6 +343,13 @@ def test_a_state_that_is_assigned_is_taken_over() -> None:
     assert set(layers.parameters()) <= set(model.parameters())
 
 
+def test_layers_that_are_compiled_are_the_models() -> None:
+    """Whether the model has changed is looked at outside of what is compiled."""
+    layers = group_layers(Followed(), X)
+    compiled = torch.compile(layers, backend="eager", fullgraph=True)
+    assert_close(compiled(X), layers(input=X), 1e-12)
+
+
 def test_a_variable_that_is_not_set_yet_is_no_setting() -> None:
     class Later(Net):
         def middle(self, x: Tensor) -> Tensor:

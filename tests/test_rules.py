@@ -550,6 +550,15 @@ def test_bounds_are_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=0)
 
 
+ONES = torch.ones(4, 4).double()
+
+
+def in_heads(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attention of one example, whose heads are as wide as 2."""
+    q, k, v = (each.view(1, 4, -1, 2).transpose(1, 2) for each in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, **options)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -558,8 +567,22 @@ def test_bounds_are_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
         lambda x: functional.scaled_dot_product_attention(x, x, x, attn_mask=x @ x.T),
         lambda x: x * (x > 0).mean(dtype=x.dtype),
         lambda x: x + (x.sin() - x).detach(),
+        lambda x: functional.batch_norm(x, None, None, x.mean(0).exp(), training=True),
+        lambda x: functional.layer_norm(x, (4,), x.mean(0)),
+        lambda x: functional.group_norm(x[..., None], 2, x.mean(0)),
+        lambda x: functional.softplus(x, threshold=0.5),
+        lambda x: torch.linalg.vector_norm(x, 3, 1),
+        lambda x: torch.linalg.vector_norm(x) * x,
+        lambda x: torch.ones(2, 4, 4) - x,
+        lambda x: torch.add(ONES, x, alpha=0.3) + torch.ones(2, 4, 4),
+        lambda x: in_heads(x, x[:, :2], x[:, :2], enable_gqa=True),
+        lambda x: in_heads(x.detach(), x.detach(), x) + in_heads(x.detach(), x, ONES),
+        lambda x: torch.addmm(x[0], x, ONES),
+        lambda x: torch.addmm(ONES[0], x, x, beta=2.0, alpha=0.5),
+        lambda x: torch.lerp(x, ONES, x.sigmoid()),
+        lambda x: torch.lerp(x[0], ONES, 0.3),
     ],
-    ids=["slope", "places", "mask", "flags", "no gradient"],
+    ids=str,
 )
 def test_what_is_a_constant_elsewhere_may_move(function: Callable[[Tensor], Tensor]) -> None:
     a, d = torch.randn(4, 4).double(), torch.randn(4, 4).double()
@@ -571,6 +594,13 @@ def test_what_is_a_constant_elsewhere_may_move(function: Callable[[Tensor], Tens
     e = torch.randn_like(found)
     (expected,) = torch.autograd.grad(function(x), x, e)
     assert_close(*recorded.backward(saved, e.clone()), expected, 1e-12)
+
+
+def test_attention_whose_mask_moves_has_no_rule() -> None:
+    """(PyTorch's operation has no derivative in it, so that the layer is evaluated again.)"""
+    a = torch.randn(4, 4).double()
+    recorded = displacement_of(lambda x: in_heads(x, x, x, attn_mask=(x @ x.T).detach()), a)
+    assert DIFFERENCE in [line.rule for line in recorded.lines]
 
 
 @pytest.mark.parametrize("bias", [True, False])
