@@ -849,6 +849,25 @@ def test_other_types_and_shapes_are_other_outputs(changed: Callable[[Tensor], Te
         check_same(model, layers, torch.randn(4, 3), "a chain")
 
 
+class Counts(nn.Module):
+    """How often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x
+
+
+def test_buffers_of_integers_are_compared() -> None:
+    counts, linear = Counts(), nn.Linear(3, 2)
+    layers = nn.Sequential(counts, counts, linear)
+    with pytest.raises(ValueError, match=r"give another buffer 0\.count\."):
+        check_same(nn.Sequential(counts, linear), layers, torch.randn(4, 3), "a chain")
+
+
 class InAnotherOrder(nn.Module):
     """A linear layer whose sums are taken from the other end, off by so much, with another slope."""
 
@@ -888,5 +907,5 @@ def test_frozen_parameters_have_no_gradient_to_compare() -> None:
 def test_layers_are_compared_in_each_mode(mode: str) -> None:
     linear = nn.Linear(3, 2)
     layers = nn.Sequential(linear, Doubles(mode == "train"))
-    with pytest.raises(ValueError, match=f"in {mode} mode they give another output"):
+    with pytest.raises(ValueError, match=rf"in {mode} mode they give another output\."):
         check_same(nn.Sequential(linear), layers, torch.randn(4, 3), "a chain")

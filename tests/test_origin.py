@@ -171,6 +171,7 @@ WAYS: dict[str, Way] = {
     "list": Way(lambda m, x: x / m.taus[0], lambda m: m.taus.insert(0, 0.2), "model.taus"),
     "float": Way(lambda m, x: x / float(m.tensor), lambda m: m.tensor.fill_(0.2), "model.tensor"),
     "global": Way(lambda m, x: x / SCALE, lambda m: scale(0.2), "SCALE"),
+    "inner": Way(lambda m, x: (lambda y: y / SCALE)(x), lambda m: scale(0.2), "SCALE"),
     "helper": Way(lambda m, x: scaled(x), lambda m: scale(0.2), r"SCALE \(which scaled uses\)"),
     "module": Way(lambda m, x: x, lambda m: setattr(m, "b", nn.Linear(7, 7).double()), "model.b"),
     "hook": Way(lambda m, x: x, lambda m: m.register_forward_hook(lambda *_: None), "has hooks"),

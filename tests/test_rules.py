@@ -550,7 +550,7 @@ def test_bounds_are_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=0)
 
 
-ONES = torch.ones(4, 4).double()
+FIXED = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double()
 
 
 def in_heads(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -574,13 +574,14 @@ def in_heads(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         lambda x: torch.linalg.vector_norm(x, 3, 1),
         lambda x: torch.linalg.vector_norm(x) * x,
         lambda x: torch.ones(2, 4, 4) - x,
-        lambda x: torch.add(ONES, x, alpha=0.3) + torch.ones(2, 4, 4),
+        lambda x: torch.add(FIXED, x, alpha=0.3) + torch.ones(2, 4, 4),
         lambda x: in_heads(x, x[:, :2], x[:, :2], enable_gqa=True),
-        lambda x: in_heads(x.detach(), x.detach(), x) + in_heads(x.detach(), x, ONES),
-        lambda x: torch.addmm(x[0], x, ONES),
-        lambda x: torch.addmm(ONES[0], x, x, beta=2.0, alpha=0.5),
-        lambda x: torch.lerp(x, ONES, x.sigmoid()),
-        lambda x: torch.lerp(x[0], ONES, 0.3),
+        lambda x: in_heads(x, FIXED, FIXED) * in_heads(FIXED, x, FIXED),
+        lambda x: in_heads(FIXED, FIXED, x) * in_heads(x, FIXED, x),
+        lambda x: torch.addmm(x[0], x, FIXED),
+        lambda x: torch.addmm(FIXED[0], x, x, beta=2.0, alpha=0.5),
+        lambda x: torch.lerp(x, FIXED, x.sigmoid()),
+        lambda x: torch.lerp(x[0], FIXED, 0.3),
     ],
     ids=str,
 )
