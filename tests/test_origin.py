@@ -361,6 +361,20 @@ def test_a_variable_that_is_not_set_yet_is_no_setting() -> None:
     assert layers(X).isfinite().all() and later
 
 
+def test_what_is_assigned_is_taken_over_where_it_is_used_alone() -> None:
+    class Parted(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(torch.tanh(self.a(x)) * self.parameter) / self.buffer)
+
+    model = Parted()
+    layers = group_layers(model, X)
+    names = [*layers.state_dict()]
+    model.parameter = nn.Parameter(torch.full((7,), 3.0).double())
+    model.buffer = torch.full((7,), 0.5).double()
+    assert_close(layers(X), model(X), 1e-12)
+    assert [*layers.state_dict()] == names
+
+
 def test_groups_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

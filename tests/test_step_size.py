@@ -122,15 +122,39 @@ class Raising4(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
+    ("other", "second"),
+    [
+        (lambda y: y.sum(), 0.0),
+        (lambda y: 3 * y.square().sum(), 6.0),
+        (lambda y: torch.zeros(()), 0.0),
+    ],
+    ids=["linear", "square", "unused"],
+)
+@pytest.mark.parametrize(
     "function", [Quartic.apply, Raising.apply, lambda x: (x**4).sum()], ids=["once", "no", "yes"]
 )
-def test_second_derivatives(function: Callable[[Tensor], Tensor]) -> None:
+def test_second_derivatives(
+    function: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], second: float
+) -> None:
     x, y = torch.randn(5).double(), torch.randn(3).double()
     u = [torch.randn(5).double(), torch.randn(3).double()]
-    product = second_derivative(lambda z: function(z[0]) + z[1].sum(), [x, y])
-    assert_close(list(product(u)), [12 * x**2 * u[0], 0 * y], 1e-5)
+    product = second_derivative(lambda z: function(z[0]) + other(z[1]), [x, y])
+    assert_close(list(product(u)), [12 * x**2 * u[0], second * u[1]], 1e-5)
     # A second time, too.
-    assert_close(list(product([2 * u[0], u[1]])), [24 * x**2 * u[0], 0 * y], 1e-5)
+    assert_close(list(product([2 * u[0], u[1]])), [24 * x**2 * u[0], second * u[1]], 1e-5)
+
+
+def test_the_second_derivative_of_a_constant_is_0() -> None:
+    x = [torch.randn(5), torch.randn(3)]
+    product = second_derivative(lambda z: torch.zeros(()), x)
+    assert_close(list(product(x)), [torch.zeros(5), torch.zeros(3)], 0)
+
+
+def test_the_second_derivative_of_what_can_be_differentiated_is_exact() -> None:
+    """No difference is taken, whose error would be larger than a part of the answer."""
+    at, u = [torch.tensor([1e-8, 1.0])], [torch.tensor([1.0, 1.0])]
+    product = second_derivative(lambda z: (z[0] ** 3).sum(), at)
+    torch.testing.assert_close(product(u)[0], torch.tensor([6e-8, 6.0]))
 
 
 def gauss_newton(

@@ -415,6 +415,9 @@ def test_an_energy_begun_anew_is_as_at_first(kind: str, ErrType: str, start: str
         found: list[Any] = [energy.terms(), *energy.beliefs()[1:]]
         for _ in range(3):
             relaxation.step()
+            before = [e.clone() for e in energy.epsilon[1:]]
+            energy.terms()
+            assert_close(energy.epsilon[1:], before, 0)
             found += [energy.terms(), *energy.beliefs()[1:], *energy.epsilon[1:]]
         return [x.clone() for x in found]
 

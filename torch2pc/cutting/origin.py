@@ -283,7 +283,7 @@ class Origin:
                     place = holder.get_submodule(path)
                 except AttributeError:
                     continue
-                if place is not owner and hasattr(place, name):
+                if hasattr(place, name):
                     places.append(place)
 
     def watch(self, module: nn.Module, name: str) -> None:
