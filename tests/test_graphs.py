@@ -746,6 +746,15 @@ def test_a_graph_says_what_it_is() -> None:
         twin.load_state_dict(model.state_dict())
 
 
+def test_a_layer_without_a_signature_is_taken_at_its_word() -> None:
+    class Builtin(nn.Module):
+        forward = staticmethod(torch.sub)
+
+    model = PCGraph(a=(nn.Linear(2, 2), "x"), out=(Builtin(), "x", "a"))
+    X = torch.randn(3, 2)
+    assert torch.equal(model(X), X - model.a(X))
+
+
 def test_its_forward_hands_copies_to_layers_that_work_in_place() -> None:
     model = PCGraph(
         a=(nn.ReLU(inplace=True), "x"), b=(nn.ReLU(inplace=True), "a"), out=(Add(), "a", "b", "x")
