@@ -211,6 +211,40 @@ def test_never_nan_where_the_plain_difference_is_not(name: str) -> None:
     assert not (found.isfinite() & plain.isnan() & d.isnan()).any()
 
 
+OF_TWO: dict[str, Callable[[Tensor], Tensor]] = {
+    "MaxPool2d": nn.MaxPool2d((1, 2)),
+    "MaxPool2d overlapping": nn.MaxPool2d((1, 2), (1, 1)),
+    "ReLU, MaxPool2d": nn.Sequential(nn.ReLU(), nn.MaxPool2d((1, 2))),
+    "max": lambda x: x.max(-1)[0],
+    "amax": lambda x: x.amax(-1),
+    "amin": lambda x: x.amin(-1),
+    "maximum": lambda x: torch.maximum(x[..., 0], x[..., 1]),
+    "minimum": lambda x: torch.minimum(x[..., 0], x[..., 1]),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "softmax": nn.Softmax(-1),
+    "log_softmax": nn.LogSoftmax(-1),
+    "norm": lambda x: torch.linalg.vector_norm(x, 2, -1),
+    "product": lambda x: x[..., 0] * x[..., 1],
+    "quotient": lambda x: x[..., 0] / x[..., 1],
+    "GLU": nn.GLU(-1),
+}
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_functions_of_two_numbers_at_their_extremes(name: str) -> None:
+    """No NaN where the plain difference has none, and none that a displacement brings gets lost."""
+    function, some = OF_TWO[name], torch.tensor(extremes[::2] + extremes[-3:])
+    a, d = torch.cartesian_prod(some, some, some, some).view(1, 1, -1, 2, 2).unbind(3)
+    with torch.no_grad():
+        found, _ = displacement_of(function, a.contiguous()).forward(d.clone())
+        after = function(a + d)
+        plain = after - function(a)
+    assert not (found.isnan() & ~plain.isnan()).any()
+    brought = (d.isnan() & ~a.isnan()).any(-1).view(-1, 1)
+    lost = (~found.isnan() & after.isnan()).view(len(brought), -1)
+    assert not (lost & brought).any()
+
+
 # All others.
 
 
