@@ -632,6 +632,19 @@ def test_what_is_a_constant_elsewhere_may_move(function: Callable[[Tensor], Tens
     assert_close(*recorded.backward(saved, e.clone()), expected, 1e-12)
 
 
+def test_the_deviation_of_numbers_that_are_or_become_equal() -> None:
+    """As of units that are 0 for a whole batch."""
+    a = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 3.0, 2.0], [0.0, 0.0, 3.0, 4.0]]).double()
+    d = torch.zeros_like(a)
+    d[:, 1], d[:, 2], d[:, 3] = torch.tensor([1.0, -2.0, 0.5]), 3 - a[:, 2], 1e-9 * a[:, 3]
+    recorded = displacement_of(lambda x: x.std(0), a)
+    e, x = torch.randn(4).double(), (a + d).requires_grad_()
+    with torch.no_grad():
+        found, saved = recorded.forward(d.clone())
+    assert_close(found, (x.std(0) - a.std(0)).detach(), 1e-12)
+    assert_close(*recorded.backward(saved, e.clone()), *torch.autograd.grad(x.std(0), x, e), 1e-12)
+
+
 def test_attention_whose_mask_moves_has_no_rule() -> None:
     """(PyTorch's operation has no derivative in it, so that the layer is evaluated again.)"""
     a = torch.randn(4, 4).double()
