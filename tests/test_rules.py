@@ -246,6 +246,14 @@ def test_functions_of_two_numbers_at_their_extremes(name: str) -> None:
     assert not (lost & brought).any()
 
 
+@pytest.mark.parametrize("pool", [nn.MaxPool2d((1, 2)), nn.MaxPool2d((1, 2), (1, 1))])
+def test_a_maximum_over_infinity_less_infinity_is_no_number(pool: nn.Module) -> None:
+    a, d = torch.tensor([[[[-math.inf, 1.0]]]]), torch.tensor([[[[math.inf, 0.0]]]])
+    with torch.no_grad():
+        assert displacement_of(pool, a).forward(d.clone())[0].isnan().all()
+        assert torch.equal(displacement_of(pool, a).forward(d.flip(-1))[0], d.flip(-1)[..., 1:])
+
+
 # All others.
 
 
@@ -389,6 +397,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "standardised": (lambda: Function(lambda x: (x - x.mean(0)) / (x.std(0) + 0.1)), VECTOR),
     "normalize": (lambda: Function(lambda x: functional.normalize(x, dim=-1)), SEQUENCE),
     "max": (lambda: Function(lambda x: x.max(1)[0]), SEQUENCE),
+    "max of ReLU": (lambda: Function(lambda x: x.relu().max(1)[0]), SEQUENCE),
     "min": (lambda: Function(lambda x: x.min(1, keepdim=True)[0] * x), SEQUENCE),
     "amin": (lambda: Function(lambda x: x.amin(1, keepdim=True) * x), SEQUENCE),
     "amax": (lambda: Function(lambda x: x.amax((1, 2))), SEQUENCE),
