@@ -734,6 +734,30 @@ def test_a_forward_may_go_through_what_an_operation_returns() -> None:
     assert_close(layers(VECTORS[:2]), model(VECTORS[:2]), tolerance=0)
 
 
+class Masked(nn.Module):
+    """An encoder that is handed a mask besides, by name or by place."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.embed, self.head, self.by_name = nn.Embedding(10, 6), nn.Linear(6, 5), by_name
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = self.encoder(x, mask=self.mask) if self.by_name else self.encoder(x, self.mask)
+        return self.head(x).mean(1)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_encoder_that_is_given_a_mask_is_one_layer(by_name: bool) -> None:
+    model = Masked(by_name)
+    layers = group_layers(model, WORDS)
+    assert len(layers) == 3
+    assert_close(layers(WORDS), model(WORDS), tolerance=1e-6)
+
+
 def test_a_container_that_cannot_be_followed_is_one_layer() -> None:
     model = nn.Sequential(nn.Linear(6, 6), Branching(), Wrapped(Branching()), nn.Linear(6, 3))
     layers = group_layers(model, VECTORS)
