@@ -285,8 +285,7 @@ def _spread(d: Tensor, a: Tensor, before: Tensor, dim: Any, *rest: Any) -> Tenso
     grown = _variance(d, a, dim, *rest)
     square = before * before + grown
     # Of equal numbers it is 0, and so is its slope, as PyTorch has it.
-    are_equal = square <= 0
-    both = torch.sqrt(square.masked_fill(are_equal, 1)).masked_fill(are_equal, 0) + before
+    both = torch.sqrt(square.masked_fill(square <= 0, 0)) + before
     return grown / both.masked_fill(both == 0, 1)
 
 
