@@ -18,13 +18,14 @@ from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent
 from torch2pc.energy.curvature import (
-    hessian as product_with_hessian,
-)
-from torch2pc.energy.curvature import (
+    alternating,
     largest_eigenvalue,
     safe_step,
     second_derivative,
     small_step,
+)
+from torch2pc.energy.curvature import (
+    hessian as product_with_hessian,
 )
 from torch2pc.energy.factors import Terms
 from torch2pc.graph.network import Network
@@ -82,6 +83,18 @@ def test_a_matrix_of_zeros_and_one_that_is_none() -> None:
     assert safe_step(largest_eigenvalue(lambda u: [u[0] / 4], like)) == pytest.approx(4)
     assert math.isnan(largest_eigenvalue(lambda u: [u[0] / 0], like))
     assert largest_eigenvalue(lambda u: [2 * u[0]], like, passes=9) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_couples_neighbours_is_left_out(count: int) -> None:
+    """Of a matrix that couples each variable to the next alone, the blocks of each stay."""
+    sizes = [2 + k for k in range(count)]
+    place = torch.arange(count).repeat_interleave(torch.tensor(sizes))
+    apart = (place[:, None] - place).abs()
+    A = torch.randn(len(place), len(place)).double() * (apart <= 1)
+    u = torch.randn(len(place)).double()
+    found = alternating(matrix_product(A, sizes))(list(u.split(sizes)))
+    assert_close(torch.cat(found), (A * (apart == 0)) @ u, 1e-12)
 
 
 class Quartic(torch.autograd.Function):
