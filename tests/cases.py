@@ -72,6 +72,17 @@ def squared_error(yhat: Tensor, Y: Tensor) -> Tensor:
     return 0.5 * (yhat - Y).square().sum()
 
 
+class Does(nn.Module):
+    """A module that does what a function does."""
+
+    def __init__(self, function: Callable[..., Tensor], *parts: nn.Module) -> None:
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.parts)
+
+
 SMOOTH = [nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity]
 SMOOTH_LOSSES = [nn.MSELoss(), nn.MSELoss(reduction="sum"), squared_error]
 ROUGH_LOSSES = [nn.L1Loss(), nn.L1Loss(reduction="sum")]

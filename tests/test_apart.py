@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,13 @@ from torch.autograd import Function
 
 from tests.cases import ERR_TYPES
 from torch2pc import FwdPassPlus, PCGraph, PCInfer, PCInferLatent, PCResult, follow
-from torch2pc.graph.apart import Habits, UnguardedError, habits_of, until_guarded
+from torch2pc.graph.apart import (
+    Habits,
+    UnguardedError,
+    habits_of,
+    held_elsewhere,
+    until_guarded,
+)
 from torch2pc.graph.autograd import gradient
 from torch2pc.graph.layer import Layer
 
@@ -314,6 +321,50 @@ def test_a_forward_pass_that_writes_through_data(ErrType: str) -> None:
         found = everything(infer(model, nn.MSELoss(), X, Y, ErrType), model)
         expected = everything(infer(plain, nn.MSELoss(), X, Y, ErrType), plain)
         assert_same(found, expected, f"in call {k}")
+
+
+class Keeps(nn.Linear):
+    """Holds what it has put out, and changes it when its gradient arrives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = super().forward(x)
+        kept.register_hook(lambda g: (kept.detach().add_(1), None)[1])
+        return kept
+
+
+@pytest.mark.parametrize("ErrType", ["Exact", "FixedPred"])
+def test_a_belief_that_is_changed_in_place_is_named(ErrType: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Keeps(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    X, Y = torch.randn(3, 4), torch.randn(3, 3)
+    with pytest.raises(RuntimeError, match=r"^the output of model\[2\] was changed in place"):
+        PCInfer(model, nn.MSELoss(), X, Y, ErrType)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("failures", [0, 3, 4])
+def test_a_call_is_begun_anew_four_times_at_most(failures: int) -> None:
+    calls: list[int] = []
+
+    def attempt() -> str:
+        calls.append(1)
+        if len(calls) <= failures:
+            raise UnguardedError(["model[1]", "model[2]"])
+        return "found"
+
+    if failures < 4:
+        assert until_guarded(attempt) == "found" and len(calls) == failures + 1
+    else:
+        with pytest.raises(UnguardedError, match=r"^model\[1\], model\[2\] has come.*call again"):
+            until_guarded(attempt)
+        assert len(calls) == 4
+
+
+def test_whose_memory_is_held_elsewhere() -> None:
+    """A sparse tensor has none that anybody could write through."""
+    alone, shared = torch.ones(3), torch.ones(3)
+    other = shared.detach()
+    tensors = [alone, shared, torch.eye(3).to_sparse(), torch.from_numpy(np.ones(3)), alone[1:]]
+    assert held_elsewhere(tensors) == [1, 3] and other is not None
 
 
 @pytest.mark.parametrize("ErrType", ERR_TYPES)

@@ -70,6 +70,10 @@ class DistributedDataParallel(nn.Module):
         return self.module(x)
 
 
+class FullyShardedDataParallel(DistributedDataParallel):
+    """As the older one that shards."""
+
+
 class Complex(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.complex(x, x)
@@ -82,6 +86,16 @@ ARGUMENTS = [
         dict(model=DistributedDataParallel(nn.Sequential(nn.Linear(4, 3)))),
         TypeError,
         r"pass the nn.Sequential that it wraps.*torch2pc\.distributed\.PCInfer",
+    ),
+    (
+        dict(model=FullyShardedDataParallel(make_model())),
+        TypeError,
+        "got FullyShardedDataParallel: pass the nn.Sequential that it wraps",
+    ),
+    (
+        dict(model=make_model(FullyShardedDataParallel(nn.Linear(5, 5)))),
+        TypeError,
+        "whole parameters, got FullyShardedDataParallel, whose parameters are sharded",
     ),
     (dict(model=nn.DataParallel(make_model())), TypeError, "pass the nn.Sequential that it wraps"),
     (
@@ -311,8 +325,15 @@ def test_other_wrappers_of_the_forward_are_not() -> None:
     def doubled(self: nn.Sequential, x: Tensor) -> Tensor:
         return 2 * nn.Sequential.forward(self, x)
 
-    model.forward = MethodType(doubled, model)
-    check_raises(dict(model=model), TypeError, "model must use nn.Sequential's forward")
+    # (A function of its own is no method.) Nor does it help to keep the original.
+    for forward in MethodType(doubled, model), lambda x: 2 * x, MethodType(lambda m, x: x, model):
+        model.forward = forward
+        check_raises(dict(model=model), TypeError, "model must use nn.Sequential's forward")
+    model = make_model()
+    model._original_forward = model.forward
+    for forward in lambda x: 2 * x, MethodType(lambda m, x: x, model):
+        model.forward = forward
+        check_raises(dict(model=model), TypeError, "model must use nn.Sequential's forward")
 
 
 @pytest.mark.parametrize("ErrType", ERR_TYPES)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, check_against_reference, squared_error
+from tests.cases import Case, Does, assert_close, check_against_reference, squared_error
 from torch2pc.displacement.rules.decisions import JUMP, VALUE
 from torch2pc.graph.network import Network
 from torch2pc.inference.strict import strict
@@ -35,6 +36,9 @@ SELECTING: dict[str, Callable[[Tensor], Tensor]] = {
     "others": lambda x: x.masked_fill(x == largest(x), 0.5),
     "filled": lambda x: x.masked_fill(x < x.mean(1, keepdim=True), -0.5),
     "branches": lambda x: torch.where(x == largest(x), x.exp(), 0.1 * x),
+    "winner of a branch": lambda x: (lambda y: y * (y == largest(y)))(
+        torch.where(x > 0, x, 0.1 * x)
+    ),
     "scaled": lambda x: x / x.abs().amax(1, keepdim=True).detach(),
     "rounded at the end": lambda x: x + torch.floor(x / largest(x)).detach(),
     "sign": lambda x: x + torch.sign(largest(x) - x),
@@ -128,6 +132,25 @@ def test_only_what_round_off_can_decide_is_evaluated_again() -> None:
     assert JUMP not in rules
     assert VALUE in lines_of(case_with("winner", False, 4))
     assert JUMP in lines_of(case_with("sign", False, 4))
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        nn.BatchNorm1d(12),
+        nn.RReLU(),
+        Does(lambda x: torch.native_dropout(x, 0.3, True)[0]),
+        nn.Sequential(nn.BatchNorm1d(12), nn.Sigmoid(), nn.Dropout(0.3)),
+    ],
+    ids=repr,
+)
+def test_what_is_not_evaluated_again_is_compared_as_it_has_moved(before: nn.Module) -> None:
+    """It draws numbers, or writes statistics aside."""
+    winner = Does(SELECTING["winner"])
+    items = [nn.Linear(6, 12), nn.Sequential(before, winner), nn.Linear(12, 3)]
+    X, Y = data(5)
+    case = Case(nn.Sequential(*items).double(), squared_error, X.double(), Y.double())
+    check_against_reference(case, "Strict", n=6)
 
 
 def test_dropout_before_a_comparison_keeps_its_mask() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests import reference
-from tests.cases import Case, assert_close, check_against_reference
+from tests.cases import Case, Does, assert_close, check_against_reference
 from torch2pc import PCInfer, displacement_rule
 from torch2pc.displacement.lines import Displacement
 from torch2pc.displacement.recorder import Recorder, Uncovered
@@ -41,17 +41,6 @@ def layers_of(case: Case) -> list[Layer]:
 def around(item: nn.Module, width: int = 6) -> Case:
     model = nn.Sequential(nn.Linear(4, width), item, nn.Linear(width, 3)).double()
     return Case(model, nn.MSELoss(), torch.randn(5, 4).double(), torch.randn(5, 3).double())
-
-
-class Does(nn.Module):
-    """A module that does what a function does."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], *parts: nn.Module) -> None:
-        super().__init__()
-        self.function, self.parts = function, nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.parts)
 
 
 def branches_on_values(x: Tensor) -> Tensor:
@@ -129,7 +118,30 @@ def is_conditional(x: Tensor) -> Tensor:
     return torch.cond(x.sum() > -1e9, lambda x: x.sin(), lambda x: x.cos(), (x,))
 
 
+def uses_what_it_changes(x: Tensor) -> Tensor:
+    unit = torch.ones_like(x)
+    y = x + torch.div(x.detach(), unit, rounding_mode="floor")
+    unit.add_(1)
+    return y
+
+
+def compares_with_what_it_changes(x: Tensor) -> Tensor:
+    bias = torch.ones_like(x)
+    y = x + bias
+    bias.add_(1)
+    return y * (y == y.amax(1, keepdim=True))
+
+
+def changes_what_it_compared(x: Tensor) -> Tensor:
+    y = torch.native_dropout(x, 0.3, True)[0]
+    largest = y == y.amax(1, keepdim=True)
+    return y.add_(1) * largest
+
+
 UNCOVERED = {
+    "changes a divisor": (uses_what_it_changes, "that the layer used was changed afterwards"),
+    "changes a term": (compares_with_what_it_changes, "that the layer used was changed afterwards"),
+    "changes what is compared": (changes_what_it_compared, "used was changed afterwards"),
     "branches on values": (branches_on_values, "a Python number is taken"),
     "writes through a view": (writes_through_a_view, "writes into a part of a tensor"),
     "two names": (writes_and_reads_under_two_names, "changed through another name"),
@@ -206,6 +218,24 @@ def test_a_kernel_is_not_taken_for_a_constant() -> None:
     assert "a forward of its own computes cannot be followed" in layers_of(case)[1].uncovered
 
 
+def test_what_is_changed_after_its_use_is_not_used_as_it_is_then() -> None:
+    """Also where it comes after the layer was found to be right without."""
+    changes = False
+
+    def rounds(x: Tensor) -> Tensor:
+        unit = torch.full_like(x, 0.5)
+        y = x + torch.div(x.detach(), unit, rounding_mode="floor")
+        if changes:
+            unit.add_(1)
+        return y
+
+    case = around(Does(rounds))
+    case.infer("Strict")
+    changes = True
+    check_against_reference(case, "Strict")
+    assert "changed afterwards" in layers_of(case)[1].uncovered
+
+
 def test_hooks_that_change_outputs_and_inputs_are_recorded() -> None:
     case = around(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
     case.infer("Strict")
@@ -241,6 +271,7 @@ def test_a_module_that_changes_is_recorded_anew() -> None:
         Does(lambda x: (x > 0).double() * x),
         Does(lambda x: x * x.argmax(1, keepdim=True)),
         Does(lambda x: torch.sort(x, 1)[0]),
+        Does(lambda x, f: x.sin() + f(x.argmax(1)), nn.Embedding(6, 6)),
         Does(lambda x: torch.fft.rfft(x).abs().repeat(1, 2)[:, :6]),
         nn.BatchNorm1d(6, momentum=None),
         nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),

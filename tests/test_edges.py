@@ -402,6 +402,23 @@ def test_derivatives_by_the_input_are_refused(ErrType: str, of: str, allow_unuse
 
 
 @ALL
+def test_derivatives_by_the_input_that_an_item_takes_are_refused_too(ErrType: str) -> None:
+    X, Y = batch()
+    X.requires_grad_()
+
+    class Differentiates(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            (slope,) = torch.autograd.grad(x.sum(), X, create_graph=True)
+            return x + slope.sum()
+
+    model = network().insert(1, Differentiates())
+    message = r"model\[1\] \(Differentiates\) must not differentiate with respect to X"
+    with pytest.raises(RuntimeError, match=message):
+        PCInfer(model, F.mse_loss, X, Y, ErrType)
+    assert X.grad is None and all(g is None for g in gradients(model))
+
+
+@ALL
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_derivative_that_an_item_returns_is_learnt_from(ErrType: str) -> None:
     """The way out that the error names."""

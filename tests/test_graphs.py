@@ -656,8 +656,15 @@ def test_a_graph_shows_itself_with_arrows_around_what_lies_between() -> None:
         for rect, text in zip(picture.iter(f"{tag}rect"), picture.iter(f"{tag}text"), strict=True)
     }
     assert list(boxes) == model.names
-    for x, y, w, h in boxes.values():
+    texts = [float(text.get("x", 0)) for text in picture.iter(f"{tag}text")]
+    for (x, y, w, h), middle in zip(boxes.values(), texts, strict=True):
         assert min(x, y) >= 0 and x + w <= width and y + h <= height
+        assert (w, h, middle) == (96, 28, x + 48)
+    # Those of a level are side by side, and levels above one another.
+    assert boxes["k"][0] - boxes["q"][0] == boxes["v"][0] - boxes["k"][0] == 110
+    assert boxes["x"][:2] == [boxes["k"][0], boxes["stem"][1] + 60]
+    assert boxes["q"][:2] == [7, boxes["stem"][1] - 60] and boxes["q"][1] == boxes["v"][1]
+    assert height == 60 * 9 and boxes["x"][1] == height - 30 - 14
     arrows = [path for path in picture.iter(f"{tag}path") if path.get("marker-end")]
     pairs = [(p, l) for l, ps in enumerate(model.parents, start=1) for p in ps]
     for path, (p, l) in zip(arrows, pairs, strict=True):
@@ -669,9 +676,33 @@ def test_a_graph_shows_itself_with_arrows_around_what_lies_between() -> None:
         )
         assert bool((curve >= 0).all() and (curve[:, 0] <= width).all())
         below, above = boxes[model.names[p]], boxes[model.names[l]]
-        assert curve[0, 1] == below[1] and above[1] < curve[-1, 1] <= above[1] + above[3] + 2
+        assert curve[0, 1] == below[1] and curve[-1, 1] == above[1] + above[3] + 1
+        assert (curve[0, 0], curve[-1, 0]) == (below[0] + 48, above[0] + 48)
         if (model.names[p], model.names[l]) == ("stem", "added"):  # past q, k, v and heads
-            assert curve[50, 0] > boxes["v"][0] + boxes["v"][2]
+            edge = boxes["v"][0] + boxes["v"][2] + 6 * 4
+            assert abs(curve[50, 0] - edge) < 1 and width == edge + 8
+        elif len(model.parents[l - 1]) == 1 and below[0] == above[0]:
+            assert (curve[:, 0] - curve[0, 0]).abs().max() < 0.01
+        # Evenly upwards.
+        assert abs(curve[50, 1] - (curve[0, 1] + curve[-1, 1]) / 2) < 1
+
+
+def test_a_picture_without_skips_is_as_wide_as_its_boxes() -> None:
+    model = PCGraph(a=(nn.Linear(2, 2), "x"), thirteen_long=(nn.Linear(2, 2), "a"))
+    picture = model._repr_svg_()
+    assert 'width="110" height="180"' in picture and "textLength" not in picture
+    model = PCGraph(fourteen_long_=(nn.Linear(2, 2), "x"))
+    assert 'textLength="88"' in model._repr_svg_()
+
+
+def test_second_predictions_are_dashed_arrows_beside_the_others() -> None:
+    """From the edge of the parent's box to that of the belief's, whichever is above."""
+    above = {"x": (nn.Linear(2, 2), "a"), "b": (nn.Linear(2, 2), "x")}
+    model = PCGraph(
+        a=(nn.Linear(2, 2), "x"), b=(nn.Linear(2, 2), "a"), c=(nn.Linear(2, 2), "b"), above=above
+    )
+    dashed = re.findall(r'd="(M\S+ L\S+)"[^>]*dasharray', model._repr_svg_())
+    assert dashed == ["M71,164 L71,196", "M71,196 L71,104"]
 
 
 def test_names_are_escaped_in_the_picture() -> None:
@@ -705,11 +736,23 @@ def test_a_graph_says_what_it_is() -> None:
     model = residual().model
     assert model.names == ["x", "stem", "a0", "b0", "a1", "b1", "out"]
     assert model.parents == [(0,), (1,), (2, 1), (3,), (4, 3), (5,)]
-    assert len(model) == 6 and "b0 <- a0, stem" in repr(model)
+    assert len(model) == 6
+    assert model.extra_repr().splitlines() == [
+        *("stem <- x", "a0 <- stem", "b0 <- a0, stem", "a1 <- b0", "b1 <- a1, b0", "out <- b1")
+    ]
     X = torch.randn(2, 5, dtype=torch.float64)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(X), model(X)) and twin.names == model.names
         twin.load_state_dict(model.state_dict())
+
+
+def test_a_layer_without_a_signature_is_taken_at_its_word() -> None:
+    class Builtin(nn.Module):
+        forward = staticmethod(torch.sub)
+
+    model = PCGraph(a=(nn.Linear(2, 2), "x"), out=(Builtin(), "x", "a"))
+    X = torch.randn(3, 2)
+    assert torch.equal(model(X), X - model.a(X))
 
 
 def test_its_forward_hands_copies_to_layers_that_work_in_place() -> None:
@@ -797,9 +840,11 @@ def test_what_is_found_in_a_call_is_named() -> None:
     for ErrType in ERR_TYPES:
         with pytest.raises(TypeError, match=r"model\.b1 \(Pair\) must return one floating-point"):
             case.infer(ErrType)
-    del case.model.b1
-    with pytest.raises(ValueError, match="layer 'b1' of a PCGraph must not be taken away"):
-        case.infer("Exact")
+    for name in case.model.names[1:]:
+        model = copy.deepcopy(case.model)
+        delattr(model, name)
+        with pytest.raises(ValueError, match=f"layer '{name}' of a PCGraph must not be taken away"):
+            case._replace(model=model).infer("Exact")
 
     class Own(PCGraph):
         def forward(self, x: Tensor) -> Tensor:

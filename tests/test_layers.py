@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.cases import ERR_TYPES, RELAXED, Case, assert_close, check_against_reference
 from torch2pc.graph.layer import Layer
 from torch2pc.graph.network import Network
+from torch2pc.graph.nodes import may_write_input
 
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
 relaxed = pytest.mark.parametrize("ErrType", RELAXED)
@@ -212,7 +213,27 @@ IN_PLACE: list[tuple[Callable[[bool], nn.Module], str]] = [
         "behind a view",
     ),
     (lambda inplace: nn.Sequential(nn.Flatten(), nn.SiLU(inplace)), "behind a view"),
+    (
+        lambda inplace: nn.Sequential(
+            nn.Sequential(nn.Identity(), nn.Flatten()), nn.ELU(inplace=inplace)
+        ),
+        "behind views in a block",
+    ),
 ]
+
+
+def test_only_layers_that_may_write_into_their_input_are_given_copies() -> None:
+    """Not those whose first operation makes a tensor of its own."""
+    elu = nn.ELU(inplace=True)
+    views, linear = nn.Sequential(nn.Identity(), nn.Flatten()), nn.Linear(6, 6)
+    writing = [elu, nn.Sequential(views, elu), nn.Sequential(nn.Dropout(), nn.Sequential(elu))]
+    others = [
+        nn.ELU(),
+        nn.Sequential(linear, elu),
+        nn.Sequential(nn.Sequential(nn.Identity(), linear), elu),
+        nn.Sequential(views),
+    ]
+    assert all(map(may_write_input, writing)) and not any(map(may_write_input, others))
 
 
 @err_types
@@ -529,6 +550,14 @@ def test_hooks_may_change_values(ErrType: str) -> None:
     found = hooked.infer(ErrType)
     assert_close(found.v[1:], expected.v[1:])
     assert_close(list(hooked.gradients().values()), list(plain.gradients().values()))
+
+
+@err_types
+def test_a_hook_that_makes_the_output_none_is_named(ErrType: str) -> None:
+    case = dense()
+    case.model.register_forward_hook(lambda module, inputs, output: (output,))
+    with pytest.raises(TypeError, match="model must return a tensor, but a hook made it tuple"):
+        case.infer(ErrType)
 
 
 @relaxed

@@ -24,10 +24,23 @@ SCALE = 1.0
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).double()
 
 
+class Helper:
+    """What holds a number, and is no module."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return x + self.scale
+
+
 class Net(nn.Module):
     """A chain of which the middle does something with what it holds."""
 
-    of_class = 1.0
+    of_class, library = 1.0, torch
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,6 +52,9 @@ class Net(nn.Module):
         self.register_buffer("buffer", torch.ones(7))
         self.parameter = nn.Parameter(torch.ones(7))
         self.calls, self.log = 0, []
+        self.letters = {"a", "b"}
+        self.helper = Helper(1.0)
+        self.bound, self.children_of = self.helper.scaled, nn.ModuleDict({"d": nn.Tanh()})
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,6 +113,10 @@ WAYS: dict[str, Way] = {
     "own_mode": Way(
         lambda m, x: F.dropout(x, m.p, m.training), setting(training=False), None
     ),
+    "same_method": Way(lambda m, x: m.bound(x), lambda m: setting(bound=m.helper.scaled)(m), None),
+    "same_set": Way(
+        lambda m, x: x if "a" in m.letters else -x, setting(letters={"b", "a"}), None
+    ),
     "unused": Way(
         lambda m, x: x / m.config.tau + m.options["tau"],
         lambda m: (setting(none=3.0)(m), setting(epoch=4)(m.config), m.options.update(epoch=4)),
@@ -115,12 +135,43 @@ WAYS: dict[str, Way] = {
     "flag": Way(lambda m, x: x * 2 if m.flag else x, setting(flag=False), "model.flag"),
     "is_none": Way(lambda m, x: x if m.none is None else -x, setting(none=1), "model.none"),
     "function": Way(lambda m, x: m.act(x), setting(act=torch.sin), "model.act"),
+    "method": Way(lambda m, x: m.bound(x), lambda m: setting(bound=m.helper.shifted)(m), "model.bound"),
+    "owner": Way(
+        lambda m, x: m.bound(x), lambda m: setting(bound=Helper(1.0).scaled)(m), "model.bound"
+    ),
+    "set": Way(
+        lambda m, x: x if "a" in m.letters else -x, lambda m: m.letters.remove("a"), "model.letters"
+    ),
+    "library": Way(
+        lambda m, x: m.library.square(x), setting(library=torch.special), "model.library was torch"
+    ),
+    "no_tensor": Way(
+        lambda m, x: x / m.tensor,
+        setting(tensor=0.2),
+        r"model.tensor was a tensor of shape \(\) and is 0.2 now",
+    ),
+    "tensor_gone": Way(
+        lambda m, x: x / m.tensor,
+        lambda m: delattr(m, "tensor"),
+        r"model.tensor was a tensor of shape \(\) and is absent now",
+    ),
+    "no_parameter": Way(
+        lambda m, x: x * m.parameter,
+        lambda m: (delattr(m, "parameter"), setting(parameter=torch.ones(7))(m)),
+        r"model.parameter was a parameter of shape \(7,\) and is a tensor of shape \(7,\) now",
+    ),
+    "children": Way(
+        lambda m, x: m.children_of["d"](x),
+        lambda m: m.children_of.update({"e": nn.Tanh()}),
+        "model.children_of has other modules now",
+    ),
     "gone": Way(lambda m, x: x / (m.tau + 1), lambda m: delattr(m, "tau"), "absent"),
     "config": Way(lambda m, x: x / m.config.tau, lambda m: setting(tau=0.2)(m.config), "model.config"),
     "dict": Way(lambda m, x: x / m.options["tau"], lambda m: m.options.update(tau=0.2), "model.options"),
     "list": Way(lambda m, x: x / m.taus[0], lambda m: m.taus.insert(0, 0.2), "model.taus"),
     "float": Way(lambda m, x: x / float(m.tensor), lambda m: m.tensor.fill_(0.2), "model.tensor"),
     "global": Way(lambda m, x: x / SCALE, lambda m: scale(0.2), "SCALE"),
+    "inner": Way(lambda m, x: (lambda y: y / SCALE)(x), lambda m: scale(0.2), "SCALE"),
     "helper": Way(lambda m, x: scaled(x), lambda m: scale(0.2), r"SCALE \(which scaled uses\)"),
     "module": Way(lambda m, x: x, lambda m: setattr(m, "b", nn.Linear(7, 7).double()), "model.b"),
     "hook": Way(lambda m, x: x, lambda m: m.register_forward_hook(lambda *_: None), "has hooks"),
@@ -291,6 +342,37 @@ def test_a_state_that_is_assigned_is_taken_over() -> None:
     model.load_state_dict(other.state_dict(), assign=True)
     assert_close(layers(X), other(X), 1e-12)
     assert set(layers.parameters()) <= set(model.parameters())
+
+
+def test_layers_that_are_compiled_are_the_models() -> None:
+    """Whether the model has changed is looked at outside of what is compiled."""
+    layers = group_layers(Followed(), X)
+    compiled = torch.compile(layers, backend="eager", fullgraph=True)
+    assert_close(compiled(X), layers(input=X), 1e-12)
+
+
+def test_a_variable_that_is_not_set_yet_is_no_setting() -> None:
+    class Later(Net):
+        def middle(self, x: Tensor) -> Tensor:
+            return x if self.flag else later
+
+    layers = group_layers(Later(), X)
+    later = 3.0
+    assert layers(X).isfinite().all() and later
+
+
+def test_what_is_assigned_is_taken_over_where_it_is_used_alone() -> None:
+    class Parted(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(torch.tanh(self.a(x)) * self.parameter) / self.buffer)
+
+    model = Parted()
+    layers = group_layers(model, X)
+    names = [*layers.state_dict()]
+    model.parameter = nn.Parameter(torch.full((7,), 3.0).double())
+    model.buffer = torch.full((7,), 0.5).double()
+    assert_close(layers(X), model(X), 1e-12)
+    assert [*layers.state_dict()] == names
 
 
 def test_groups_without_a_warning() -> None:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import torch2pc
 from tests.cases import ERR_TYPES, Case, assert_close
 from torch2pc import PCGraph, PCInfer, PCInferLatent
-from torch2pc.graph.state import Buffers, held_by, modules_in
+from torch2pc.graph.state import Buffers, chained_to, held_by, modules_in
 
 err_types = pytest.mark.parametrize("ErrType", ERR_TYPES)
 
@@ -225,6 +225,17 @@ def test_what_cannot_be_put_back_does_not_hide_the_first_error(ErrType: str) -> 
     # The rest was.
     assert torch.equal(torch.get_rng_state(), random)
     assert_close(dict(case.model[1].state_dict()), dict(before), tolerance=0)
+
+
+def test_later_errors_come_last_in_the_report_of_the_first() -> None:
+    first, cause = KeyError("first"), ValueError("cause")
+    first.__cause__ = cause
+    for later in (OSError("second"), TypeError("third")):
+        with chained_to(first):
+            raise later
+    report = "".join(traceback.format_exception(first))
+    places = [report.index(f"Error: {word}") for word in ("third", "second", "cause", "'first'")]
+    assert places == sorted(places)
 
 
 # Losses that are no modules, over a module with buffers.

@@ -18,13 +18,14 @@ from tests import reference
 from tests.cases import Case, assert_close, cases, random_beliefs, squared_error
 from torch2pc import PCInfer, PCInferLatent
 from torch2pc.energy.curvature import (
-    hessian as product_with_hessian,
-)
-from torch2pc.energy.curvature import (
+    alternating,
     largest_eigenvalue,
     safe_step,
     second_derivative,
     small_step,
+)
+from torch2pc.energy.curvature import (
+    hessian as product_with_hessian,
 )
 from torch2pc.energy.factors import Terms
 from torch2pc.graph.network import Network
@@ -84,6 +85,18 @@ def test_a_matrix_of_zeros_and_one_that_is_none() -> None:
     assert largest_eigenvalue(lambda u: [2 * u[0]], like, passes=9) == pytest.approx(2)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_couples_neighbours_is_left_out(count: int) -> None:
+    """Of a matrix that couples each variable to the next alone, the blocks of each stay."""
+    sizes = [2 + k for k in range(count)]
+    place = torch.arange(count).repeat_interleave(torch.tensor(sizes))
+    apart = (place[:, None] - place).abs()
+    A = torch.randn(len(place), len(place)).double() * (apart <= 1)
+    u = torch.randn(len(place)).double()
+    found = alternating(matrix_product(A, sizes))(list(u.split(sizes)))
+    assert_close(torch.cat(found), (A * (apart == 0)) @ u, 1e-12)
+
+
 class Quartic(torch.autograd.Function):
     """A sum of fourth powers whose gradient looks like a constant."""
 
@@ -122,15 +135,39 @@ class Raising4(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
+    ("other", "second"),
+    [
+        (lambda y: y.sum(), 0.0),
+        (lambda y: 3 * y.square().sum(), 6.0),
+        (lambda y: torch.zeros(()), 0.0),
+    ],
+    ids=["linear", "square", "unused"],
+)
+@pytest.mark.parametrize(
     "function", [Quartic.apply, Raising.apply, lambda x: (x**4).sum()], ids=["once", "no", "yes"]
 )
-def test_second_derivatives(function: Callable[[Tensor], Tensor]) -> None:
+def test_second_derivatives(
+    function: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], second: float
+) -> None:
     x, y = torch.randn(5).double(), torch.randn(3).double()
     u = [torch.randn(5).double(), torch.randn(3).double()]
-    product = second_derivative(lambda z: function(z[0]) + z[1].sum(), [x, y])
-    assert_close(list(product(u)), [12 * x**2 * u[0], 0 * y], 1e-5)
+    product = second_derivative(lambda z: function(z[0]) + other(z[1]), [x, y])
+    assert_close(list(product(u)), [12 * x**2 * u[0], second * u[1]], 1e-5)
     # A second time, too.
-    assert_close(list(product([2 * u[0], u[1]])), [24 * x**2 * u[0], 0 * y], 1e-5)
+    assert_close(list(product([2 * u[0], u[1]])), [24 * x**2 * u[0], second * u[1]], 1e-5)
+
+
+def test_the_second_derivative_of_a_constant_is_0() -> None:
+    x = [torch.randn(5), torch.randn(3)]
+    product = second_derivative(lambda z: torch.zeros(()), x)
+    assert_close(list(product(x)), [torch.zeros(5), torch.zeros(3)], 0)
+
+
+def test_the_second_derivative_of_what_can_be_differentiated_is_exact() -> None:
+    """No difference is taken, whose error would be larger than a part of the answer."""
+    at, u = [torch.tensor([1e-8, 1.0])], [torch.tensor([1.0, 1.0])]
+    product = second_derivative(lambda z: (z[0] ** 3).sum(), at)
+    torch.testing.assert_close(product(u)[0], torch.tensor([6e-8, 6.0]))
 
 
 def gauss_newton(

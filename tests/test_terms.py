@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, cases, squared_error, tanh_chain
+from tests.cases import Case, assert_close, cases, random_beliefs, squared_error, tanh_chain
 from torch2pc import PCGraph, PCInfer, PCInferLatent, PCResult, energies, follow, steps
 from torch2pc.energy.curvature import hessian, largest_eigenvalue
 from torch2pc.energy.factors import Terms
 from torch2pc.graph.network import Network
+from torch2pc.inference import RELAXATIONS
 from torch2pc.inference.strict import strict
 
 precisions = st.floats(0.1, 4.0)
@@ -386,6 +387,50 @@ def test_auto_follow_and_latents_know_of_them(name: str) -> None:
         gradients = torch.autograd.grad(value, free)
         x = [*[a - 0.02 * g for a, g in zip(free, gradients, strict=True)], x[-1]]
     assert_close(latent.v[:-1], [x_i.detach() for x_i in x[:-1]])
+
+
+@pytest.mark.parametrize("start", ["vhat", "vinit"])
+@pytest.mark.parametrize("ErrType", ["Strict", "Multipliers", "ErrorBased"])
+@pytest.mark.parametrize("kind", ["usual", "from above", "other energies"])
+def test_an_energy_begun_anew_is_as_at_first(kind: str, ErrType: str, start: str) -> None:
+    """As it is where a step size was too large."""
+    case = tanh_chain()
+    if kind == "from above":
+        model = PCGraph(
+            a=(nn.Linear(4, 6), "x"),
+            b=(nn.Tanh(), "a"),
+            out=(nn.Linear(6, 3), "b"),
+            above={"a": (nn.Linear(6, 6), "b")},
+        )
+        case = case._replace(model=model.double())
+    between = {1: energies.Huber(0.05)} if kind == "other energies" else {}
+    network = Network(case.model, case.LossFun, case.X, case.Y)
+    network.record()
+    vinit = random_beliefs(case) if start == "vinit" else None
+    terms = Terms(between=between, alpha=0.5 if ErrType == "Multipliers" else None)
+    relaxation = RELAXATIONS[ErrType](network, 0.3, vinit, "v", terms)
+    energy = relaxation.energy
+
+    def course() -> list[Any]:
+        found: list[Any] = [energy.terms(), *energy.beliefs()[1:]]
+        for _ in range(3):
+            relaxation.step()
+            before = [e.clone() for e in energy.epsilon[1:]]
+            energy.terms()
+            assert_close(energy.epsilon[1:], before, 0)
+            found += [energy.terms(), *energy.beliefs()[1:], *energy.epsilon[1:]]
+        return [x.clone() for x in found]
+
+    first = course()
+    energy.restart()
+    assert_close(course(), first, 0)
+
+
+def test_energies_say_what_they_are() -> None:
+    shown = [energies.Huber(0.5), energies.Laplace(2), energies.Categorical(1)]
+    assert list(map(repr, shown)) == [
+        *("Huber(delta=0.5)", "Laplace(smoothing=2.0)", "Categorical(dim=1)")
+    ]
 
 
 def test_the_curvature_is_that_of_the_other_energy() -> None:

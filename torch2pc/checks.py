@@ -48,11 +48,9 @@ def check_model(model: object) -> None:
 def _runs_its_items(model: nn.Sequential | PCGraph) -> bool:
     """Whether the forward is the class's own, or accelerate's wrapping of it."""
     plain = PCGraph.forward if isinstance(model, PCGraph) else nn.Sequential.forward
-    forward = getattr(model.forward, "__func__", None)
+    forward: Any = getattr(model.forward, "__func__", None)
     original = getattr(model.__dict__.get("_original_forward"), "__func__", None)
-    return forward is plain or (
-        forward is not None and original is plain and inspect.unwrap(forward) is plain
-    )
+    return forward is plain or (original is plain and inspect.unwrap(forward) is plain)
 
 
 def _way_out(model: object) -> str:

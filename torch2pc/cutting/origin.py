@@ -283,7 +283,7 @@ class Origin:
                     place = holder.get_submodule(path)
                 except AttributeError:
                     continue
-                if place is not owner and hasattr(place, name):
+                if hasattr(place, name):
                     places.append(place)
 
     def watch(self, module: nn.Module, name: str) -> None:
@@ -318,19 +318,15 @@ class Origin:
         for i, (owner, name, tensor, places) in enumerate(self._held):
             now = getattr(owner, name, _ABSENT)
             if now is not tensor:
-                self._take_over(owner, name, now, places)
+                try:
+                    if now is _ABSENT:
+                        raise TypeError
+                    for place in places:
+                        setattr(place, name, now)
+                except TypeError as error:
+                    what = f"{self._path(owner)}.{name} was {_word(tensor)} and is {_word(now)} now"
+                    raise self._error(what) from error
                 self._held[i] = owner, name, now, places
-
-    def _take_over(
-        self, owner: nn.Module, name: str, now: Any, places: Sequence[nn.Module]
-    ) -> None:
-        for place in places:
-            try:
-                setattr(place, name, now)
-            except TypeError as error:
-                raise self._error(
-                    f"{self._path(owner)}.{name} is {_word(now)} now, and was none then"
-                ) from error
 
     def _path(self, module: nn.Module) -> str:
         path = self._paths.get(module, type(module).__name__)
@@ -360,7 +356,8 @@ _ABSENT = _Absent()
 
 def _word(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
+        return f"a {kind} of shape {tuple(value.shape)}"
     text = getattr(value, "__name__", None) or repr(value)
     return text if len(text) < 60 else type(value).__name__
 

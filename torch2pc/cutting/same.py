@@ -18,7 +18,7 @@ from torch2pc.graph.state import Snapshot, devices_of, generators_in, generators
 class OfModel(nn.Module):
     """A container of the layers of a model, which notices where that was changed since."""
 
-    origin: Origin | None = None
+    origin: Origin
 
     def belong_to(self, model: nn.Module, origin: Origin, maker: str, anew: str) -> None:
         """Watch the model, and take over its mode; ``anew``: how to call the ``maker`` again."""
@@ -37,7 +37,7 @@ class OfModel(nn.Module):
 
     def check_origin(self) -> None:
         """Raises an error if the model would now be followed to other layers."""
-        if self.origin is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             self.origin.check()
 
 
@@ -89,15 +89,16 @@ def _run(
         try:
             y = module(x.clone())
         except Exception as error:
+            mode, raised = "train" if training else "eval", f"{type(error).__name__}: {error}"
             if module is not model:
-                raise
+                raise NoLayers(
+                    f"model could not be made of layers: in {mode} mode they raise {raised}. Does its "
+                    "forward do what depends on the size of the batch? Make a module of that"
+                ) from error
             twice = "" if training else ", with each example twice"
             raise ValueError(
-                f"X must be a batch that the model accepts in {'train' if training else 'eval'} mode"
-                f"{twice}, but it raised {type(error).__name__}: {error}"
+                f"X must be a batch that the model accepts in {mode} mode{twice}, but it raised {raised}"
             ) from error
-        if not isinstance(y, Tensor):
-            raise ValueError(f"model must return one tensor, got {type(y).__name__}")
         direction = torch.arange(y.numel(), device=y.device).reshape(y.shape).cos().to(y.dtype)
         asked = [*inputs, *([x] if x.is_floating_point() else [])]
         gradients: list[Any] = [None] * len(asked)

@@ -159,6 +159,9 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
         self._versions: dict[int, int] = {id(x): x._version for x in inputs}
         self._new: list[Tensor] = []
         self._storages = {storage(x) for x in inputs}
+        # What operations were given that does not depend on the inputs, and its version then. (That of what a
+        # step holds does not tell: what is detached inside a mode of this kind counts by itself.)
+        self._constant: list[tuple[Tensor, int]] = []
         # What the layer used that has a graph, but none of the lines computes.
         self._strange: list[Tensor] = []
         self._reason: str | None = None
@@ -237,9 +240,7 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
             tensors = line.step.tensors
             if any([storage(tensor) == its for tensor in tensors]):
                 kept = tuple([t.clone() if storage(t) == its else t for t in tensors])
-                versions = [tensor._version for tensor in kept]
-                step = line.step._replace(tensors=kept)
-                self.lines[k] = line._replace(step=step, versions=versions)
+                self.lines[k] = line._replace(step=line.step._replace(tensors=kept))
         return written
 
     def _note(
@@ -254,7 +255,9 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
         """The lines of an operation on ``given``; ``entered`` holds its output from now on."""
         # Where they stand now, as what is there may be another tensor later.
         place = {id(x): self.place[id(x)] for x in given if id(x) in self.place}
-        versions = [x._version for x in given if id(x) not in place]
+        constant = [(x, x._version) for x in given if id(x) not in place]
+        versions = [version for _, version in constant]
+        self._constant += constant
         call = Call(func, tuple(args), kwargs, output, self.place)
         noted = Noted(Call(*call[:-1], place), None, versions)
         if isinstance(output, Tensor):
@@ -310,8 +313,7 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
     ) -> None:
         """A line that computes ``output``, on the way to ``recorded`` if that is another tensor."""
         inputs = tuple([self.place[id(tensor)] for tensor in step.inputs])
-        versions = [tensor._version for tensor in step.tensors]
-        self.lines.append(Recorded(step, inputs, versions, noted))
+        self.lines.append(Recorded(step, inputs, noted))
         self._output_of.append(output if recorded is None else recorded)
         self._version_of.append(self._output_of[-1]._version)
         self._enter(output, self._count + len(self.lines) - 1)
@@ -368,9 +370,10 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
             raise Uncovered("the output was changed through another name")
         if id(output) not in self.place and storage(output) in self._storages:
             raise Uncovered("the output is a tensor of the layer's under another name")
-        for line in self.lines:
-            if line.versions != [tensor._version for tensor in line.step.tensors]:
-                raise Uncovered(CHANGED)
+        changed = {storage(x) for x, version in self._constant if x._version != version}
+        held = [tensor for line in self.lines for tensor in line.step.tensors] if changed else []
+        if not changed.isdisjoint(map(storage, held)):
+            raise Uncovered(CHANGED)
         lines, result = self._put_together(self.place.get(id(output)))
         return Displacement(lines, result, output.detach(), self._count)
 
@@ -410,7 +413,7 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
         for p in range(start):
             if p in valued:
                 value[p] = append(MOVED_VALUE, (p,), (self._tensors[p].detach(),), (), False)
-        for p, (step, inputs, _, noted) in enumerate(self.lines, start=start):
+        for p, (step, inputs, noted) in enumerate(self.lines, start=start):
             output = self._output_of[p - start]
             if p not in moved and p not in valued:
                 continue
@@ -461,7 +464,7 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
         for p in range(start + len(self.lines) - 1, start - 1, -1):
             if p not in moved and p not in valued:
                 continue
-            _, inputs, _, noted = self.lines[p - start]
+            _, inputs, noted = self.lines[p - start]
             is_floating = is_float(self._output_of[p - start])
             if self._decides_by_values(p):
                 valued.update(inputs)
@@ -482,7 +485,7 @@ class Recorder(Watch):  # type: ignore[no-untyped-call]
         It could not where chance alone makes equal what is compared: numbers from one source that are
         equal to none in particular, or to 0, which a displacement keeps.
         """
-        step, inputs, _, noted = self.lines[place - self._count]
+        step, inputs, noted = self.lines[place - self._count]
         output = self._output_of[place - self._count]
         if step.rule is not DIFFERENCE or not decides(noted.call.func, output):
             return False
@@ -549,8 +552,6 @@ class Recorded(NamedTuple):
 
     step: Step
     inputs: tuple[int, ...]
-    versions: list[int]
-    """Those of the step's tensors."""
     noted: Noted
     """How to compute the value again."""
 

@@ -127,7 +127,7 @@ class _LinearBetween(Between):
 
     def __init__(self, of: Between, d: Any, before: Tensor | None, own: Tensor) -> None:
         super().__init__(d, of.parents, of.target, of.vhat, of.precision, of.is_awake, of.between)
-        f = of.vhat if before is None else of.vhat + before.to(own.dtype)
+        f = of.vhat if before is None else of.vhat + before
         self._of_energy = second_derivative(lambda at: of.between(*at), [f, of.vhat + own])
 
     def slopes(self, df: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:

@@ -271,7 +271,7 @@ class Between(Prediction):
     def take(self, moved: Tensor | None, x: Sequence[Any]) -> None:
         """Take both slopes."""
         own = x[self.target]
-        df = torch.zeros_like(own) if moved is None else moved.to(own.dtype)
+        df = torch.zeros_like(own) if moved is None else moved
         self.error, self.of_belief = self.slopes(df, own)
 
     def own(self) -> Parts:
@@ -281,7 +281,7 @@ class Between(Prediction):
     def energy(self, x: Sequence[Any]) -> Tensor:
         """pi E, where the beliefs are."""
         moved, own = self.displaced(x)[0], x[self.target]
-        df = torch.zeros_like(own) if moved is None else moved.to(own.dtype)
+        df = torch.zeros_like(own) if moved is None else moved
         return self.precision * self.between.value(self.vhat, df, own)
 
 

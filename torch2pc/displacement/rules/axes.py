@@ -283,8 +283,10 @@ VARIANCE = Rule(_variance)
 
 def _spread(d: Tensor, a: Tensor, before: Tensor, dim: Any, *rest: Any) -> Tensor:
     grown = _variance(d, a, dim, *rest)
-    after = torch.sqrt((before * before + grown).clamp(min=0))
-    return grown / (after + before)
+    square = before * before + grown
+    # Of equal numbers it is 0, and so is its slope, as PyTorch has it.
+    both = torch.sqrt(square.masked_fill(square <= 0, 0)) + before
+    return grown / both.masked_fill(both == 0, 1)
 
 
 SPREAD = Rule(_spread)

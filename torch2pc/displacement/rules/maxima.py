@@ -145,19 +145,20 @@ def _highest(
 ) -> tuple[Tensor, Any]:
     x = a + d
     highest = x.amax(dim, keepdim=True) if sign > 0 else x.amin(dim, keepdim=True)
-    # Ties share the error; what they have moved by is the same but for rounding.
-    ties = (x == highest).to(x.dtype)
-    ties = ties / ties.sum(dim, keepdim=True)
-    moved = (d * ties).sum(dim, keepdim=True)
-    there = (a * ties).sum(dim, keepdim=True)
+    # Ties share the error; what they have moved by is the same but for rounding. (Others may be infinite.)
+    lower = x != highest
+    shares = torch.ones_like(x).masked_fill_(lower, 0)
+    shares = shares / shares.sum(dim, keepdim=True)
+    moved = (d.masked_fill(lower, 0) * shares).sum(dim, keepdim=True)
+    there = (a.masked_fill(lower, 0) * shares).sum(dim, keepdim=True)
     found = moved + (there - before)
-    return (found if keepdim else found.squeeze(dim)), ties
+    return (found if keepdim else found.squeeze(dim)), shares
 
 
 def _highest_back(
-    e: Tensor, ties: Tensor, a: Tensor, before: Tensor, dim: Any, keepdim: bool, sign: int
+    e: Tensor, shares: Tensor, a: Tensor, before: Tensor, dim: Any, keepdim: bool, sign: int
 ) -> Tensor:
-    return ties * (e if keepdim else unsqueezed(e, dim))
+    return shares * (e if keepdim else unsqueezed(e, dim))
 
 
 HIGHEST = Rule(_highest, _highest_back)
@@ -176,7 +177,7 @@ def _(call: Call) -> Step:
 
 def _larger(d: Tensor, other: Tensor, a: Tensor, b: Tensor, before: Tensor, sign: int) -> Tensor:
     x, y = a + d, b + other
-    first = x > y if sign > 0 else x < y
+    first = (x > y if sign > 0 else x < y) | x.isnan()
     # At a tie each takes half of the error, as in the operation itself.
     even = x == y
     found = select(first, d, other, a, b, before)
