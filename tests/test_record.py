@@ -129,8 +129,10 @@ OF_UPDATES = "Updates are backprop's to within cosines of 0.95."
         ),
     ],
 )
-def test_what_is_said_of_steps_and_of_equilibrium(changes: dict[str, Any], said: list[str]) -> None:
-    found = record(**changes).verdict
+def test_what_is_said_of_steps_and_of_equilibrium(
+    changes: dict[str, Any], said: str | list[str]
+) -> None:
+    said, found = [said] if isinstance(said, str) else said, record(**changes).verdict
     assert found[: len(said)] == said
     assert not [more for more in found[len(said) :] if "onverge" in more or "eta" in more]
 
