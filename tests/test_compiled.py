@@ -213,6 +213,18 @@ class Decaying(steps.Descent):
         self.eta = 0.8 * self.eta
 
 
+class Lagging(steps.Descent):
+    """Moves by the gradient of the step before, which it keeps in a list."""
+
+    def begin(self, energy: Any) -> None:
+        super().begin(energy)
+        self.last = [None if x is None else torch.zeros_like(x) for x in self.x]
+
+    def move(self, i: int, parts: Any) -> None:
+        self.x[i] -= self.eta * self.last[i]
+        self.last[i] = sum(c * part for part, c in parts)
+
+
 def rules(k: int) -> dict[str, Callable[[], Any]]:
     """Rules, with other numbers for another ``k``."""
     eta = 0.1 + 0.05 * k
@@ -225,6 +237,7 @@ def rules(k: int) -> dict[str, Callable[[], Any]]:
         "own": lambda: Signs(0.1 * eta),
         "own, of a whole number": lambda: Signs(1 + k),
         "decaying": lambda: Decaying(eta),
+        "lagging": lambda: Lagging(eta),
     }
 
 
@@ -232,9 +245,7 @@ def rules(k: int) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
 def test_rules_move_as_without_compilation(ErrType: str) -> None:
     """Whatever n is, and their numbers are inputs."""
-    case = small_case()
-    case.model.insert(1, nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double())
-    case = case._replace(LossFun=squared_error)
+    case = small_case()._replace(LossFun=squared_error)
     kept = ["momentum", "langevin", "auto", "own"]  # of the errors, whose order is one
     for rule in rules(0) if ErrType == "Strict" else kept:
         graphs = counters["stats"]["unique_graphs"]
@@ -311,6 +322,30 @@ class Judging(steps.Descent):
             super().move(i, parts)
 
 
+class Keeping(steps.Descent):
+    """Keeps something of which nothing is known."""
+
+    def begin(self, energy: Any) -> None:
+        super().begin(energy)
+        self.kept = {1, 2}
+
+
+class Satisfied(steps.Descent):
+    """Decides by nothing."""
+
+    def judge(self, energy: Any) -> None: ...
+
+
+class Small(steps.Langevin):
+    """Draws one number for each belief."""
+
+    def noise(self, like: Tensor) -> Tensor:
+        return super().noise(like[:1, :1])
+
+    def move(self, i: int, parts: Any) -> None:
+        self.x[i] += 0.1 * self.noise(self.x[i][:1, :1])
+
+
 @pytest.mark.filterwarnings("ignore:The energy that")
 @pytest.mark.parametrize(
     ("rule", "reason"),
@@ -323,6 +358,9 @@ class Judging(steps.Descent):
         (lambda: Late(0.1), "changes more in a step than tensors"),
         (lambda: Random(0.1), "draws random numbers elsewhere than in noise"),
         (lambda: Judging(0.1), ""),
+        (lambda: Keeping(0.1), r"Keeping\(eta=.*\) keeps a set"),
+        (lambda: Satisfied(0.1), "judges by nothing"),
+        (lambda: Small(0.1, 1.0), "draws noise like something else than a variable"),
     ],
 )
 def test_a_rule_that_cannot_be_traced_moves_plainly(rule: Callable[[], Any], reason: str) -> None:

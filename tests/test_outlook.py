@@ -25,6 +25,7 @@ from torch2pc.follow.outlook import (
     _decay,
     _is_near,
     _jumps,
+    _largest,
     _quadrature,
     largest_stable,
     look_ahead,
@@ -226,6 +227,12 @@ def test_what_has_come_true(seen: float, foretold: float, is_near: bool) -> None
     assert _is_near(seen, foretold) == is_near
 
 
+def test_the_largest_of_curvatures_is_above_0() -> None:
+    for curvatures in itertools.permutations([-3.0, math.nan, 0.5, 2.0]):
+        assert _largest(curvatures) == 2
+    assert _largest([math.nan, -1.0, 0.0]) == _largest([]) == 1e-300
+
+
 def test_a_straight_way_has_no_jump_and_one_to_infinity_none_either() -> None:
     straight, steep = Of(lambda v: 3 * v.sum()), Of(lambda v: (1 / (v - 1)).sum())
     for function in (straight, steep):
@@ -277,8 +284,8 @@ def test_the_landscape_is_that_of_the_energy(is_latent: bool, scale: float) -> N
     free = [x_i.clone().requires_grad_() for x_i in x]
     gradient = torch.autograd.grad(F(*free), free)
     point, terms = landscape.look(x), torch.stack(terms_of(x))
-    assert [point.F] == pytest.approx([terms.sum().item()])
-    assert point.slack == pytest.approx(256 * 2**-52 * terms.abs().sum().item())
+    of_sums = [terms.sum().item(), 256 * 2**-52 * terms.abs().sum().item()]
+    assert [point.F, point.slack] == pytest.approx(of_sums, rel=1e-9, abs=0)
     assert all(mine is its for mine, its in zip(point.x, x, strict=True))
     assert_close(point.gradient, gradient)
     assert_close(landscape.gradient(x), gradient)
