@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from typing import Any
 
@@ -29,7 +30,9 @@ from tests.cases import (
 )
 from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
 from torch2pc.displacement.lines import Displacement
+from torch2pc.follow.follow import _state_kept
 from torch2pc.follow.outlook import Spectrum, _first
+from torch2pc.graph.state import Snapshot
 from torch2pc.inference.relax import Relaxation
 
 # The reference starts anew for each row.
@@ -524,6 +527,29 @@ def test_a_call_that_raises_changes_nothing(ErrType: str) -> None:
     with pytest.raises(ValueError, match="LossFun must return a scalar"):
         follow_all(failing, ErrType, n=2)
     assert state(case) == before
+
+
+class ReadOnly(dict[str, Any]):
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise PermissionError(f"{name} is read-only")
+
+
+@pytest.mark.parametrize("is_read_only", [False, True])
+def test_what_cannot_be_put_back_is_said(is_read_only: bool) -> None:
+    module = nn.BatchNorm1d(3)
+    if is_read_only:
+        module._buffers = ReadOnly(module._buffers)
+    before = Snapshot([module], {torch.device("cpu")})
+    report = pytest.raises(RuntimeError, match="what the modules hold could not be put back")
+    with report if is_read_only else nullcontext() as caught:
+        with _state_kept(before):
+            del module._buffers["running_mean"]
+            module.eval()
+    assert module.training
+    if is_read_only:
+        assert isinstance(caught.value.__context__, PermissionError)
+    else:
+        assert not module.running_mean.any()
 
 
 @pytest.mark.parametrize("training", [True, False])
