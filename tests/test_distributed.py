@@ -97,6 +97,13 @@ TOLD: dict[str, tuple[Any, Any]] = {
     "its module": (None, None),
     "at the end all is well": (None, None),
     **{
+        f"different {name}": (
+            ("ValueError", f"{name} must be the same .* on rank 0 and .* on rank 1"),
+        )
+        * 2
+        for name in ranks.DIFFERENT
+    },
+    **{
         name: (told, told)
         for name, told in {
             "ErrType": (
@@ -309,7 +316,7 @@ def test_a_count_may_be_given() -> None:
         with pytest.raises(TypeError, match=f"count must be a number, got {given}"):
             read_count(nn.MSELoss(), X, Y, count)  # type: ignore[arg-type]
     for none in (0, -1.0, torch.zeros(()), math.nan):
-        with pytest.raises(ValueError, match="X must have at least one example .* got (0|-1|nan)"):
+        with pytest.raises(ValueError, match=r"X must have at least one example .* got (0|-1|nan)"):
             read_count(nn.MSELoss(), X, Y, none)
 
 

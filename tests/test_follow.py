@@ -541,10 +541,9 @@ def test_what_cannot_be_put_back_is_said(is_read_only: bool) -> None:
         module._buffers = ReadOnly(module._buffers)
     before = Snapshot([module], {torch.device("cpu")})
     report = pytest.raises(RuntimeError, match="what the modules hold could not be put back")
-    with report if is_read_only else nullcontext() as caught:
-        with _state_kept(before):
-            del module._buffers["running_mean"]
-            module.eval()
+    with report if is_read_only else nullcontext() as caught, _state_kept(before):
+        del module._buffers["running_mean"]
+        module.eval()
     assert module.training
     if is_read_only:
         assert isinstance(caught.value.__context__, PermissionError)
