@@ -701,6 +701,26 @@ def test_bad_arguments_of_follow_latent(
         follow_latent(**{**arguments, **given})
 
 
+class DistributedDataParallel(nn.Module):
+    """What it is known by is its name."""
+
+    def forward(self, *x: Any) -> Tensor:
+        return x[0]
+
+
+def test_modules_whose_gradients_others_take_care_of_are_refused() -> None:
+    """In the model, in a loss and in a prior that are modules."""
+    model, LossFun, X, Y = network("tanh", 0)
+    wrapped = nn.Sequential(DistributedDataParallel())
+    refused = pytest.raises(TypeError, match="wrapped in DistributedDataParallel")
+    with refused:
+        follow(nn.Sequential(*model, wrapped), LossFun, X, Y, "Strict")
+    with refused:
+        follow(model, wrapped, X, Y, "Strict")
+    with refused:
+        follow_latent(model, LossFun, Y, X, 0.1, 2, prior=wrapped)
+
+
 def test_a_transform_is_refused() -> None:
     case = network("tanh", 0)
 
@@ -757,10 +777,6 @@ def test_no_advice_that_the_record_does_not_support() -> None:
     assert exact.verdict == [
         "The errors are the gradients of the loss: there is nothing to choose."
     ]
-    one = follow(nn.Sequential(nn.Linear(5, 6)).double(), *case[1:], "Strict")
-    assert "One layer" in one.verdict[0] and one.stable_eta is None
-    one = follow(nn.Sequential(nn.Linear(5, 6)).double(), *case[1:], "FixedPred")
-    assert one.stable_eta is None and one.outlook is None
     # A latent that stays where it is still has its prior.
     still = follower(case, "Latent")(0.0, 2)
     assert str(still).splitlines()[2].split()[:2] == ["0", "latent"]
@@ -774,6 +790,16 @@ def test_no_advice_that_the_record_does_not_support() -> None:
     assert "No error has reached layers 1 and 2: they do not learn." in short.verdict
     assert any("The update of layer 3 is less than half" in said for said in short.verdict)
     assert short.size[-1, 1] == short.size[-1, 2] == 0 < short.size[-1, 3]
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+def test_one_layer_has_no_steps(ErrType: str) -> None:
+    X, Y = torch.ones(4, 5).double(), torch.zeros(4, 6).double()
+    one = follow(nn.Sequential(nn.Linear(5, 6)).double(), squared_error, X, Y, ErrType, n=2)
+    assert one.stable_eta is None and one.outlook is None and one.falls is None
+    assert one.n == {"Exact": 1, "Equilibrium": 0}.get(ErrType, 2)
+    assert one.resolved == [1, 1] and not one.distance.any()
+    assert ("One layer has no beliefs" in one.verdict[0]) == (ErrType != "Exact")
 
 
 def test_what_is_said_of_the_updates() -> None:

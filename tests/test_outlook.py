@@ -20,9 +20,11 @@ from torch2pc.energy.factors import Terms
 from torch2pc.follow.outlook import (
     AHEAD,
     NEAR,
+    TRIED,
     Landscape,
     Point,
     _decay,
+    _descent,
     _is_near,
     _jumps,
     _largest,
@@ -132,6 +134,17 @@ def test_at_an_edge_the_step_is_the_one_that_is_stable_beside_it() -> None:
     assert not found.falls and found.eta == pytest.approx(0.5)
     # With no step whatever it comes to rest beside the edge.
     assert not falls(function, at(2.0, 1.0), 0.01, 400)
+
+
+def test_a_descent_is_tried_until_it_rises_or_has_arrived() -> None:
+    """Within a thousandth of equilibrium; where F has risen, the places before and after."""
+    square = Of(lambda v: 0.5 * (v * v).sum())
+    (end,) = _descent(square, [at(1.0)], 0.9)
+    assert end.distance == pytest.approx(1e-3)
+    (end,) = _descent(square, [at(1.0)], 0.01)
+    assert end.distance == pytest.approx(0.99**TRIED)
+    before, after = _descent(square, [at(1.0)], 2.5)
+    assert (before.distance, after.distance) == (1, 1.5)
 
 
 def test_a_function_that_is_not_finite_has_no_step() -> None:

@@ -364,6 +364,7 @@ def test_each_panel_shows_its_table() -> None:
         assert axes.get_xlim() == ((-0.5, 2.5) if title == "map" else (0, 2))
     assert panels["map"].get_title() == "energy of each layer"
     assert panels["map"].get_ylabel() == "layer"
+    assert len(figure.axes) == 7  # with the scale of the colours
 
 
 def test_the_lines_are_dark_to_light() -> None:
@@ -393,7 +394,8 @@ def test_one_energy_alone_can_be_drawn() -> None:
 
 def test_what_is_no_number_and_what_is_nothing_leave_gaps() -> None:
     nothing = dict(distance=torch.zeros(3).double(), distances=torch.zeros(3, 4).double())
-    _, panels = drawn(energies=torch.zeros(3, 4).double(), **nothing)
+    figure, panels = drawn(energies=torch.zeros(3, 4).double(), **nothing)
+    assert len(figure.axes) == 6
     assert panels["distance from equilibrium"].get_yscale() == "linear"
     assert [text.get_text() for text in panels["map"].texts] == ["no energy"]
     _, panels = drawn(**ENDLESS)
