@@ -451,6 +451,28 @@ def test_the_legend_names_the_layers() -> None:
     assert not figure.legends
 
 
+def test_letters_are_small_and_what_guides_the_eye_is_faint() -> None:
+    figure, panels = drawn()
+    (legend,) = figure.legends
+    assert figure._suptitle.get_fontsize() == 10
+    for axes in panels.values():
+        assert (axes.title.get_fontsize(), axes.xaxis.label.get_fontsize()) == (9, 9)
+        assert axes.xaxis.get_tick_params()["labelsize"] == 8
+        assert axes.yaxis.get_tick_params()["labelsize"] == 8
+    energy, distance = panels["F, and the loss"], panels["distance from equilibrium"]
+    for of in (legend, energy.get_legend(), distance.get_legend()):
+        assert {text.get_fontsize() for text in of.get_texts()} == {8} and not of.get_frame_on()
+    assert legend.get_title().get_fontsize() == 8
+    assert figure.axes[-1].yaxis.get_tick_params()["labelsize"] == 7  # of the colours
+    *thin, of_all, guide = distance.get_lines()
+    assert {line.get_linewidth() for line in thin} == {0.8} and of_all.get_linewidth() == 1.8
+    assert of_all.get_color() == "k"
+    for line in (guide, panels["size of the update / backprop's"].get_lines()[-1]):
+        assert (line.get_color(), line.get_linewidth(), line.get_zorder()) == ("0.6", 0.8, 0)
+    shown = [(line.get_color(), line.get_linestyle()) for line in energy.get_lines()]
+    assert shown == [("#D55E00", "-"), ("#0072B2", "--")]
+
+
 SKIP = dict(names=["x", "a", "b", "out"], parents=[(0,), (1,), (2, 1)])
 
 
@@ -475,7 +497,14 @@ def test_the_graph_of_a_record() -> None:
         ("b", "out"): straight,
         ("a", "out"): bent,
     }
-    assert {arrow.arrowprops["arrowstyle"] for arrow in arrows} == {"->"}
+    style = dict(arrowstyle="->", color="0.6", linewidth=0.8, shrinkA=7, shrinkB=7)
+    assert all(style.items() <= arrow.arrowprops.items() for arrow in arrows)
+    for text in names.values():
+        placed = text.get_ha(), text.get_va(), text.get_fontsize()
+        assert placed == ("center", "center", 7)
+        patch = text.get_bbox_patch()
+        assert patch.get_boxstyle().__class__.__name__ == "Round"
+        assert patch.get_edgecolor() == to_rgba("0.4")
     faces = {name: text.get_bbox_patch().get_facecolor() for name, text in names.items()}
     assert faces["x"] == faces["out"] == to_rgba("0.92")
     of = Figure().add_subplot().scatter([0, 1], [0, 1], c=[0.0, 1.0]).get_cmap()

@@ -21,6 +21,9 @@ MOST_IN_LEGEND = 12
 # Grey stands for what there is none of.
 COLOURS = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
 
+GUIDE: dict[str, Any] = dict(color="0.6", linewidth=0.8, zorder=0)
+SMALL: dict[str, Any] = dict(fontsize=8, frameon=False)
+
 Numbers = NDArray[np.float64]
 
 
@@ -44,7 +47,7 @@ def draw(record: Drawn, figure: Figure) -> None:
     _draw_distance(record, axes[3], hidden)
     _draw_lines(axes[4], "cosine of the update to backprop's", record.cosine, layers)
     _draw_lines(axes[5], "size of the update / backprop's", record.size, layers, True)
-    axes[5].axhline(1, color="0.6", linewidth=0.8, zorder=0)
+    axes[5].axhline(1, **GUIDE)
     for panel in axes:
         panel.title.set_fontsize(9)
         panel.xaxis.label.set_fontsize(9)
@@ -57,8 +60,8 @@ def draw(record: Drawn, figure: Figure) -> None:
     handles, labels = axes[5].get_legend_handles_labels()
     if handles and 1 < record.L <= MOST_IN_LEGEND:
         labels = labels if is_chain else [record.names[int(l)] for l in labels]
-        small: dict[str, Any] = dict(fontsize=8, title_fontsize=8)
-        figure.legend(handles, labels, loc="outside right center", title="layer", **small)
+        head: dict[str, Any] = dict(title="layer", title_fontsize=8)
+        figure.legend(handles, labels, loc="outside right center", **head, **SMALL)
 
 
 def _draw_graph(record: Drawn, axes: Axes, figure: Figure) -> None:
@@ -70,9 +73,7 @@ def _draw_graph(record: Drawn, axes: Axes, figure: Figure) -> None:
             is_skip = places[l][1] - places[p][1] > 1
             style = dict(arrowstyle="->", color="0.6", linewidth=0.8, shrinkA=7, shrinkB=7)
             bend = "arc3,rad=0.4" if is_skip else "arc3"
-            axes.annotate(
-                "", places[l], places[p], arrowprops={**style, "connectionstyle": bend}, zorder=1
-            )
+            axes.annotate("", places[l], places[p], arrowprops={**style, "connectionstyle": bend})
     shown = _drawable(record.energies[-1].numpy(), True)
     shown[[0, -1]] = np.nan  # those of the prior and of the loss
     seen = shown[np.isfinite(shown)]
@@ -81,7 +82,7 @@ def _draw_graph(record: Drawn, axes: Axes, figure: Figure) -> None:
         colour, is_dark = COLOURS(norm(energy)), bool(norm(energy) < 0.6)
         box = dict(boxstyle="round", facecolor=colour, edgecolor="0.4")
         axes.text(
-            *(x, y, name), ha="center", va="center", bbox=box, fontsize=7, zorder=2,
+            *(x, y, name), ha="center", va="center", bbox=box, fontsize=7,
             color="white" if is_dark else "black",
         )  # fmt: skip
     across, up = zip(*places, strict=True)
@@ -142,7 +143,7 @@ def _draw_energy(record: Drawn, axes: Axes) -> None:
         top, bottom = np.nanmax(_drawable(F)), np.nanmin(_drawable(F))
         if bottom > 0 and top > 100 * bottom:
             axes.set_yscale("log")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(**SMALL)
 
 
 def _draw_distance(record: Drawn, axes: Axes, hidden: list[int]) -> None:
@@ -153,12 +154,12 @@ def _draw_distance(record: Drawn, axes: Axes, hidden: list[int]) -> None:
     axes.plot(
         _drawable(record.distance.numpy(), True), color="k", linewidth=1.8, label="all layers"
     )
-    axes.axhline(0.01, color="0.6", linewidth=0.8, zorder=0)
+    axes.axhline(0.01, **GUIDE)
     if bool((record.distance > 0).any()):
         axes.set_yscale("log")
         lowest = record.distance[record.distance > 0].min().item()
         axes.set_ylim(min(0.005, lowest / 2), 3)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(**SMALL)
 
 
 def _drawable(values: Numbers, is_log: bool = False) -> Numbers:
