@@ -965,7 +965,8 @@ def test_what_is_unknown_is_no_number_to_log() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ErrType", "eta"), [*[(ErrType, 0.1) for ErrType in [*ERR_TYPES, "Latent"]], ("Strict", 50.0)]
+    ("ErrType", "eta"),
+    [("Exact", 0.1), ("FixedPred", 0.1), ("Strict", 50.0), ("Equilibrium", 0.1), ("Latent", 0.1)],
 )
 def test_plots(ErrType: str, eta: float) -> None:
     case = network("tanh", 0)
