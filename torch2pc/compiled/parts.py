@@ -180,6 +180,11 @@ class Held:
                 return Place(k, _layout(tensor)[:3])
         return self.add(tensor)
 
+    def whole(self, tensor: Tensor) -> Place:
+        """Where ``tensor`` is found outside the graphs, too, which alone know the sizes of a trace."""
+        place = self.place(tensor)
+        return place if place.is_fixed else self.add(tensor)
+
     def add(self, tensor: Tensor) -> Place:
         """The place of a tensor that is new."""
         self._by_storage.setdefault(storage(tensor), []).append(len(self.tensors))

@@ -268,7 +268,7 @@ class Traced(Network):
 
     def found(self, place: Place) -> Any:
         """What is held at this place."""
-        if place in self._known:
+        if place.is_fixed:
             return self._known[place]
         return find({place.k: self._known[Place(place.k, None)]}, place)
 
@@ -769,10 +769,10 @@ class Program:
     def _hold(self, vhat: Sequence[Tensor], Loss: Tensor, dLdy: Tensor) -> None:
         """Hold what a feed-forward pass has found, and what the captured call returns."""
         held, parts = self._held, self.parts
-        self.vhat = [held.place(x) for x in vhat]
-        self.Loss, self.dLdy = held.place(Loss.detach().clone()), held.place(dLdy.detach())
+        self.vhat = [held.whole(x) for x in vhat]
+        self.Loss, self.dLdy = held.whole(Loss.detach().clone()), held.whole(dLdy.detach())
         self.results = [
-            self.Loss if result in parts.marks else held.place(parts.kept[result])
+            self.Loss if result in parts.marks else held.whole(parts.kept[result])
             for result in parts.results
         ]
 
