@@ -15,7 +15,7 @@ from tests.cases import Case, needs_compiler
 from tests.test_compiled import infer_compiled
 
 pytest.importorskip("torch._inductor.custom_graph_pass", reason="this PyTorch has no compiler")
-from torch2pc.compiled import graphs, products
+from torch2pc.compiled import products, rewrites
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -59,7 +59,7 @@ def test_small_products_are_sums(
         return torch.mm(first, c)
 
     graph, expected = make_fx(function)(*given), function(*given)
-    graphs.sum_small_products(graph.graph)
+    rewrites.sum_small_products(graph.graph)
     graph.recompile()
     assert products_in(graph) == 0
     torch.testing.assert_close(graph(*given), expected)
@@ -86,14 +86,14 @@ def test_other_products_are_left_to_the_libraries(
     kind: Any = dict(dtype=dtype, device=device)
     given = [torch.ones(n, **kind), torch.ones(m, k, **kind), torch.ones(k, n, **kind)]
     graph = make_fx(lambda c, a, b: torch.addmm(c, a, b, **options))(*given)
-    graphs.sum_small_products(graph.graph)
+    rewrites.sum_small_products(graph.graph)
     assert products_in(graph) == 1
 
 
 def test_a_product_of_any_number_of_rows_is_left_to_the_libraries() -> None:
     given = [torch.ones(3, 2), torch.ones(2, 2)]
     graph = make_fx(torch.mm, tracing_mode="symbolic")(*given)
-    graphs.sum_small_products(graph.graph)
+    rewrites.sum_small_products(graph.graph)
     assert products_in(graph) == 1
 
 

@@ -22,8 +22,9 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import tracing
 
-from torch2pc.compiled.graphs import Graphed, clean, collected_apart, compiled, inputs_of, traced
+from torch2pc.compiled.graphs import Graphed, collected_apart, compiled, traced
 from torch2pc.compiled.parts import Held, OwnEnergy, Parts, Place, Watched, find, split
+from torch2pc.compiled.rewrites import clean, inputs_of
 from torch2pc.displacement.lines import Displacement
 from torch2pc.displacement.recorder import Recorder, Uncovered
 from torch2pc.displacement.rules import storage
