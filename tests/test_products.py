@@ -15,6 +15,8 @@ from tests.cases import Case, needs_compiler
 from tests.test_compiled import infer_compiled
 
 pytest.importorskip("torch._inductor.custom_graph_pass", reason="this PyTorch has no compiler")
+from torch._inductor.decomposition import select_decomp_table
+
 from torch2pc.compiled import products, rewrites
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
@@ -88,6 +90,20 @@ def test_other_products_are_left_to_the_libraries(
     graph = make_fx(lambda c, a, b: torch.addmm(c, a, b, **options))(*given)
     rewrites.sum_small_products(graph.graph)
     assert products_in(graph) == 1
+
+
+@pytest.mark.parametrize("kind", ["fake", "symbolic"])
+def test_products_of_zeros_are_zeros(kind: str) -> None:
+    def function(a: Tensor, b: Tensor) -> list[Tensor]:
+        zeros, ones = torch.zeros_like(a), torch.ones_like(b)
+        return [zeros @ b, a @ torch.zeros_like(b.t()).t() - 1, a @ ones, zeros.t() @ a, a @ b]
+
+    given = [torch.randn(2, 3), torch.randn(3, 4)]
+    graph = make_fx(function, select_decomp_table(), tracing_mode=kind)(*given)
+    rewrites.drop_products_of_zeros(graph.graph)
+    graph.recompile()
+    assert products_in(graph) == (2 if kind == "fake" else 5)
+    torch.testing.assert_close(graph(*given), function(*given))
 
 
 def test_a_product_of_any_number_of_rows_is_left_to_the_libraries() -> None:

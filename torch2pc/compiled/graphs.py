@@ -21,6 +21,7 @@ from torch._inductor.virtualized import V
 
 from torch2pc.compiled.rewrites import (
     clean,
+    drop_products_of_zeros,
     hold_units,
     inputs_of,
     sum_small_products,
@@ -80,6 +81,7 @@ def compiled(
     for node in [inputs_of(graph)[k] for k in unused]:
         graph.graph.erase_node(node)
     used = [k for k in range(len(given)) if k not in unused]
+    drop_products_of_zeros(graph.graph)
     hold_units(graph.graph)
     sum_small_products(graph.graph)
     graph.recompile()

@@ -69,6 +69,26 @@ def sum_small_products(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def drop_products_of_zeros(graph: fx.Graph) -> None:
+    """Let products of zeros be zeros."""
+    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+        value = node.meta["val"]
+        is_fixed = not any([isinstance(size, torch.SymInt) for size in value.shape])
+        if is_fixed and any(map(_is_zeros, node.all_input_nodes)):
+            kind = dict(dtype=value.dtype, device=value.device, pin_memory=False)
+            with graph.inserting_before(node):
+                zeros = graph.call_function(aten.full.default, (list(value.shape), 0), kind)
+            zeros.meta["val"] = value
+            node.replace_all_uses_with(zeros)
+            graph.erase_node(node)
+
+
+def _is_zeros(node: Any) -> bool:
+    while getattr(node.target, "is_view", False) or node.target is aten.clone.default:
+        node = node.args[0]
+    return node.target is aten.full.default and bool(node.args[1] == 0)
+
+
 def _is_small(a: Tensor, b: Tensor) -> bool:
     # (The size of a batch may be any, once there was another one.)
     is_known = all([isinstance(size, int) for size in (*a.shape, *b.shape)])
