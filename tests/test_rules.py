@@ -630,7 +630,6 @@ def in_heads(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         lambda x: torch.lerp(x, FIXED, x.sigmoid()),
         lambda x: torch.lerp(x[0], FIXED, 0.3),
     ],
-    ids=str,
 )
 def test_what_is_a_constant_elsewhere_may_move(function: Callable[[Tensor], Tensor]) -> None:
     a, d = torch.randn(4, 4).double(), torch.randn(4, 4).double()
