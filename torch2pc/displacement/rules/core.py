@@ -6,6 +6,7 @@ are computed in the operation's own type there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,9 +87,29 @@ class Call(NamedTuple):
         """Whether ``value`` is a tensor that depends on the layer's input."""
         return isinstance(value, Tensor) and id(value) in self.place
 
-    def argument(self, k: int, name: str, default: Any = None) -> Any:
-        """The argument at place ``k``, or of this name."""
-        return self.args[k] if len(self.args) > k else self.kwargs.get(name, default)
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """All arguments in the operation's order, with the default of each that is not given."""
+        return all_arguments(self.func, self.args, self.kwargs)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arguments by their names."""
+        return dict(
+            zip([name for name, _ in parameters_of(self.func)], self.arguments, strict=True)
+        )
+
+
+@functools.cache
+def parameters_of(func: Any) -> tuple[tuple[str, Any], ...]:
+    """The names of an operation's arguments, and their defaults. (A schema takes long to read.)"""
+    return tuple([(argument.name, argument.default_value) for argument in func._schema.arguments])
+
+
+def all_arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments of an operation in its order, with the default of each that is not given."""
+    rest = parameters_of(func)[len(args) :]
+    return (*args, *[kwargs.get(name, default) for name, default in rest])
 
 
 PREPARED: dict[Any, Callable[[Any], Step | None]] = {}

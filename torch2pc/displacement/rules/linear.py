@@ -65,11 +65,11 @@ JOINED = Rule(_joined, lambda e, sizes, dim: e.split(sizes, dim))
 
 @prepares(aten.cat.default)
 def _(call: Call) -> Step | None:
-    tensors, like = call.args[0], (call.output.dim(), call.output.dtype)
+    (tensors, dim), like = call.arguments, (call.output.dim(), call.output.dtype)
     if not like[1].is_floating_point:
         return None
     if all([call.moves(x) and (x.dim(), x.dtype) == like for x in tensors]):
-        return Step(JOINED, tuple(tensors), (), (call.argument(1, "dim", 0),))
+        return Step(JOINED, tuple(tensors), (), (dim,))
     return linear_step(call)
 
 
@@ -193,9 +193,9 @@ ONE = (1,)  # that 1 is added is noted, for softsign
 
 @prepares(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
 def _(call: Call) -> Step | None:
-    x, y = call.args[:2]
-    sign = -1 if call.func in (aten.sub.Tensor, aten.sub.Scalar) else 1
-    alpha = sign * call.argument(2, "alpha", 1)
+    x, y, alpha = call.arguments
+    if call.func in (aten.sub.Tensor, aten.sub.Scalar):
+        alpha = -alpha
     if not all_float(call):
         return None
     if call.moves(x) and call.moves(y):
@@ -210,7 +210,8 @@ def _(call: Call) -> Step | None:
 
 @prepares(aten.rsub.Scalar)
 def _(call: Call) -> Step | None:
-    return Step(SCALED, (call.args[0],), (), (-call.argument(2, "alpha", 1),))
+    x, _, alpha = call.arguments
+    return Step(SCALED, (x,), (), (-alpha,))
 
 
 @prepares(aten.mul.Scalar, aten.div.Scalar)
@@ -404,8 +405,7 @@ def _is_small(x: Tensor, w: Tensor) -> bool:
 def _(call: Call) -> Step | None:
     *added, x, y = call.args[: 3 if call.func in (aten.addmm.default, aten.baddbmm.default) else 2]
     if call.kwargs or any(call.moves(tensor) for tensor in added):
-        factors = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
-        return _sum_of_product_step(call, torch.matmul, *factors) if added else None
+        return _sum_of_product_step(call, torch.matmul, *call.arguments[3:]) if added else None
     if call.moves(x) and call.moves(y):
         return Step(MATRIX_PRODUCT, (x, y), (x.detach(), y.detach()))
     if call.moves(y):
@@ -419,7 +419,7 @@ def _(call: Call) -> Step | None:
 
 @prepares(aten.addcmul.default)
 def _(call: Call) -> Step | None:
-    return _sum_of_product_step(call, torch.mul, 1, call.kwargs.get("value", 1))
+    return _sum_of_product_step(call, torch.mul, 1, call.arguments[3])
 
 
 def _mixed(*given: Any) -> Tensor:
@@ -490,8 +490,8 @@ def _(call: Call) -> Step | None:
 
 @prepares(aten.native_dropout.default)
 def _(call: Call) -> Step:
-    x, p = call.args[:2]
-    kept = 0.0 if p == 1 else 1 / (1 - p)
-    if call.argument(2, "train") is False:
+    x, p, train = call.arguments
+    if train is False:
         return Step(SAME, (x,))
+    kept = 0.0 if p == 1 else 1 / (1 - p)
     return Step(TIMES, (x,), (base(call.output[1].to(x.dtype)) * kept,))
