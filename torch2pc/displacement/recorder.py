@@ -39,6 +39,7 @@ from torch2pc.displacement.rules.core import (
     DIFFERENCE,
     WRITES_ASIDE,
     all_arguments,
+    is_float,
     operations,
     tensors_in,
 )
@@ -49,7 +50,6 @@ from torch2pc.displacement.rules.decisions import (
     VALUE,
     Noted,
     decides,
-    is_float,
     kinds_of,
 )
 from torch2pc.displacement.rules.kinks import RELU

@@ -144,6 +144,11 @@ def unit_of(d: Tensor, largest: int = 120) -> Tensor:
     return torch.pow(2.0, exponent.clamp(-120, largest))
 
 
+def is_float(tensor: Tensor) -> bool:
+    """Whether there are displacements of such a tensor."""
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
 def storage(tensor: Tensor) -> int:
     """The same for tensors that share memory."""
     try:
@@ -238,6 +243,8 @@ LINEAR = Rule(_linear)
 def linear_step(call: Call, item: int | None = None) -> Step:
     """The step of an operation that is linear in the tensors that move, and has no constant term."""
     moving, constant, shape = template(call, linear=len(call.args) > 0 and _is_list(call.args[0]))
+    if not all(map(is_float, moving)):
+        return difference_step(call, item)  # of a flag or an index its new value is at hand
     output = call.output if item is None else call.output[item]
     return Step(LINEAR, tuple(moving), tuple(constant), (*shape, item, belief_dtype(output.dtype)))
 
@@ -259,7 +266,7 @@ def _difference(*given: Any) -> Tensor:
     ]
     found = evaluate([*moved, *constant], func, args, names, values)
     found = found if item is None else found[item]
-    if not found.dtype.is_floating_point and not found.dtype.is_complex:
+    if not is_float(found):
         return found
     dtype = belief_dtype(before.dtype)
     return found.to(dtype) - before.to(dtype)
@@ -277,7 +284,7 @@ def difference_step(call: Call, item: int | None = None) -> Step:
     moving, constant, shape = template(call)
     output = call.output if item is None else call.output[item]
     bases = [a.detach() for a in moving]
-    kinds = tuple([a.dtype.is_floating_point or a.dtype.is_complex for a in moving])
+    kinds = tuple(map(is_float, moving))
     tensors = (*bases, output.detach(), *constant)
     return Step(DIFFERENCE, tuple(moving), tensors, (*shape, item, len(moving), kinds))
 
