@@ -335,6 +335,21 @@ def parameters_that_some_ranks_reach() -> dict[str, bool]:
     return found
 
 
+# Options that must be the same on all ranks, and what two of them may be.
+DIFFERENT: dict[str, tuple[Any, Any]] = {
+    "eta": (0.1, torch.tensor(0.2)),
+    "update_at": ("v", "vhat"),
+    "accumulate": (False, True),
+    "compile": (False, True),
+    "precision": (None, 2.0),
+    "nudge": (None, 0.1),
+    "alpha": (0.5, 0.4),
+    "energies": (None, {1: F.mse_loss}),
+    "vinit": (None, [torch.zeros(2, k).double() for k in (5, 7, 7, 7, 3)]),
+    "layers": (None, None),
+}
+
+
 class Raises(nn.Module):
     """A layer that raises on one rank, in the forward or in the backward pass."""
 
@@ -401,6 +416,11 @@ def errors() -> dict[str, Any]:
     told("above", model=lambda: two_sided(of_input="b" if rank == 1 else "a"), ErrType="Strict")
     told("ErrType", ErrType="Strict" if rank == 1 else "Exact")
     told("n", ErrType="Strict", n=4 + (rank == 1))
+    for name, values in DIFFERENT.items():
+        ErrType = "Multipliers" if name == "alpha" else "Strict"
+        model = (lambda: network()[: 4 - (rank == 1)]) if name == "layers" else network
+        option = {} if name == "layers" else {name: values[rank == 1]}
+        told(f"different {name}", ErrType=ErrType, model=model, **option)
     told("width", model=lambda: network(7 + (rank == 1)))
     told("connections", model=lambda: graph(skip="a" if rank == 1 else "stem"))
     told("frozen", model=lambda: network().requires_grad_(rank != 1))

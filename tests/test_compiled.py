@@ -24,7 +24,7 @@ from tests.cases import (
     run_as_traced,
     squared_error,
 )
-from torch2pc import PCInferLatent, PCResult, energies, steps
+from torch2pc import PCInferLatent, PCResult, displacement_rule, energies, steps
 from torch2pc.compiled import calls as compiled
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
@@ -213,6 +213,18 @@ class Decaying(steps.Descent):
         self.eta = 0.8 * self.eta
 
 
+class Lagging(steps.Descent):
+    """Moves by the gradient of the step before, which it keeps in a list."""
+
+    def begin(self, energy: Any) -> None:
+        super().begin(energy)
+        self.last = [None if x is None else torch.zeros_like(x) for x in self.x]
+
+    def move(self, i: int, parts: Any) -> None:
+        self.x[i] -= self.eta * self.last[i]
+        self.last[i] = sum(c * part for part, c in parts)
+
+
 def rules(k: int) -> dict[str, Callable[[], Any]]:
     """Rules, with other numbers for another ``k``."""
     eta = 0.1 + 0.05 * k
@@ -225,6 +237,7 @@ def rules(k: int) -> dict[str, Callable[[], Any]]:
         "own": lambda: Signs(0.1 * eta),
         "own, of a whole number": lambda: Signs(1 + k),
         "decaying": lambda: Decaying(eta),
+        "lagging": lambda: Lagging(eta),
     }
 
 
@@ -232,9 +245,7 @@ def rules(k: int) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
 def test_rules_move_as_without_compilation(ErrType: str) -> None:
     """Whatever n is, and their numbers are inputs."""
-    case = small_case()
-    case.model.insert(1, nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double())
-    case = case._replace(LossFun=squared_error)
+    case = small_case()._replace(LossFun=squared_error)
     kept = ["momentum", "langevin", "auto", "own"]  # of the errors, whose order is one
     for rule in rules(0) if ErrType == "Strict" else kept:
         graphs = counters["stats"]["unique_graphs"]
@@ -311,6 +322,30 @@ class Judging(steps.Descent):
             super().move(i, parts)
 
 
+class Keeping(steps.Descent):
+    """Keeps something of which nothing is known."""
+
+    def begin(self, energy: Any) -> None:
+        super().begin(energy)
+        self.kept = {1, 2}
+
+
+class Satisfied(steps.Descent):
+    """Decides by nothing."""
+
+    def judge(self, energy: Any) -> None: ...
+
+
+class Small(steps.Langevin):
+    """Draws one number for each belief."""
+
+    def noise(self, like: Tensor) -> Tensor:
+        return super().noise(like[:1, :1])
+
+    def move(self, i: int, parts: Any) -> None:
+        self.x[i] += 0.1 * self.noise(self.x[i][:1, :1])
+
+
 @pytest.mark.filterwarnings("ignore:The energy that")
 @pytest.mark.parametrize(
     ("rule", "reason"),
@@ -323,6 +358,9 @@ class Judging(steps.Descent):
         (lambda: Late(0.1), "changes more in a step than tensors"),
         (lambda: Random(0.1), "draws random numbers elsewhere than in noise"),
         (lambda: Judging(0.1), ""),
+        (lambda: Keeping(0.1), r"Keeping\(eta=.*\) keeps a set"),
+        (lambda: Satisfied(0.1), "judges by nothing"),
+        (lambda: Small(0.1, 1.0), "draws noise like something else than a variable"),
     ],
 )
 def test_a_rule_that_cannot_be_traced_moves_plainly(rule: Callable[[], Any], reason: str) -> None:
@@ -373,6 +411,61 @@ def test_terms_of_the_energy_are_compiled() -> None:
         found = infer_compiled(case, ErrType=ErrType, n=6, **options)
         assert_close(list(found), list(plain))
         assert_close(case.gradients(), gradients)
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+def test_a_nudge_takes_the_slope_of_the_inputs_error() -> None:
+    case = small_case()
+    case = case._replace(X=case.X.requires_grad_())
+    for beta in (0.2, 0.4):
+        plain, of_X = case.infer("Strict", n=4, nudge=beta), case.X.grad
+        found = infer_compiled(case, beta == 0.4, n=4, nudge=beta)
+        assert_close(list(found), list(plain))
+        assert_close(case.X.grad, of_X)
+
+
+def test_what_is_wrong_with_beliefs_is_said_once_it_is_compiled_too() -> None:
+    case = small_case()
+    infer_compiled(case, vinit=random_beliefs(case))
+    grads = case.gradients()
+    wrong = [b if b is None else b.float() for b in random_beliefs(case)]
+    with pytest.raises(ValueError, match=r"vinit\[1\] must be a tensor of .* got .*float32"):
+        case.infer("Strict", compile=True, vinit=wrong)
+    assert all(a is b for a, b in zip(case.gradients().values(), grads.values(), strict=True))
+    infer_compiled(case, again=True, vinit=random_beliefs(case))
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+def test_views_whose_sizes_are_the_batchs() -> None:
+    """As layers of their own, and between the operations of others."""
+    model = nn.Sequential(
+        nn.Linear(4, 6),
+        nn.Unflatten(1, (2, 3)),
+        nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Flatten()),
+        nn.Identity(),
+        nn.Linear(6, 3),
+    ).double()
+    for k, batch in enumerate((6, 4, 3)):
+        X, Y = torch.randn(batch, 4).double(), torch.randn(batch, 3).double()
+        case = Case(model, squared_error, X, Y)
+        plain, gradients = case.infer("Strict", n=5), case.gradients()
+        found = infer_compiled(case, k == 2, n=5)
+        assert_close(list(found), list(plain))
+        assert_close(case.gradients(), gradients)
+
+
+def test_a_prior_that_draws_runs_plainly() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3)).double()
+    arguments = (model, squared_error, torch.randn(5, 3).double(), torch.zeros(5, 2).double())
+    drawing = lambda v: (v[0] * torch.randn_like(v[0])).sum()  # noqa: E731
+    with pytest.warns(UserWarning, match="prior .*draws random numbers or changes its buffers"):
+        PCInferLatent(*arguments, 0.1, 2, prior=drawing, compile=True)
+
+
+def test_a_module_with_a_rule_of_its_own_runs_plainly() -> None:
+    case = small_case()
+    case.model.insert(1, Doubled())
+    check_runs_plainly(case, "Doubled has a displacement_rule", "Strict", "Strict")
 
 
 @pytest.mark.filterwarnings("error:compile=True")
@@ -460,6 +553,14 @@ def test_masks_and_statistics_are_inputs(ErrType: str, make: Callable[[], nn.Mod
 class ChanceLoss(nn.Module):
     def forward(self, yhat: Tensor, Y: Tensor) -> Tensor:
         return (nn.functional.dropout(yhat, 0.5) - Y).square().sum()
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+displacement_rule(Doubled)(lambda module, a, d: 2 * d)
 
 
 class Coin(nn.Module):

@@ -5,6 +5,7 @@ The processes run in ``ranks.py``, each pair or triple of them once for all test
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -95,6 +96,13 @@ TOLD: dict[str, tuple[Any, Any]] = {
     "BatchNorm in eval mode": (None, None),
     "its module": (None, None),
     "at the end all is well": (None, None),
+    **{
+        f"different {name}": (
+            ("ValueError", f"{name} must be the same .* on rank 0 and .* on rank 1"),
+        )
+        * 2
+        for name in ranks.DIFFERENT
+    },
     **{
         name: (told, told)
         for name, told in {
@@ -291,6 +299,39 @@ def test_a_mean_over_elements_counts_them() -> None:
     for LossFun in (nn.L1Loss(), F.l1_loss, partial(F.huber_loss, delta=2.0)):
         assert read_count(LossFun, X, Y, None) == 2 * 3 * 5
     assert read_count(nn.KLDivLoss(reduction="batchmean"), X, Y, None) == 2
+
+
+def test_a_count_may_be_given() -> None:
+    """A number, also in a tensor; it goes before what the loss is known to divide by."""
+    X, Y = torch.rand(2, 4), torch.rand(2, 3)
+    for count in (7, 7.0, torch.tensor(7.0, requires_grad=True)):
+        found = read_count(nn.MSELoss(), X, Y, count)
+        assert float(found) == 7
+        assert not isinstance(found, torch.Tensor) or not found.requires_grad
+    for count, given in (
+        ("2", "str"),
+        (True, "bool"),
+        (torch.ones(2), r"a tensor of shape \(2,\)"),
+    ):
+        with pytest.raises(TypeError, match=f"count must be a number, got {given}"):
+            read_count(nn.MSELoss(), X, Y, count)  # type: ignore[arg-type]
+    for none in (0, -1.0, torch.zeros(()), math.nan):
+        with pytest.raises(ValueError, match=r"X must have at least one example .* got (0|-1|nan)"):
+            read_count(nn.MSELoss(), X, Y, none)
+
+
+def test_what_is_not_known_is_the_number_of_examples() -> None:
+    X, Y = torch.rand(4, 3), torch.rand(4, 5)
+    for LossFun, targets in [
+        (lambda y, Y: y.mean(), Y),
+        (nn.MSELoss(), [1, 2]),
+        (nn.MSELoss(), torch.ones(())),
+        (nn.MSELoss(), torch.ones(3, 5)),
+        (nn.TripletMarginLoss(), Y),
+        (nn.CrossEntropyLoss(), torch.ones(3, 5)),
+    ]:
+        assert read_count(LossFun, X, targets, None) == 4
+    assert read_count(nn.MSELoss(), torch.ones(()), torch.ones(()), None) == 1
 
 
 def test_reduction_is_read_or_asked_for() -> None:

@@ -221,7 +221,29 @@ def test_nothing_is_far_where_nothing_is_hidden() -> None:
     case = Case(nn.Sequential(nn.Linear(4, 3)).double(), nn.MSELoss(), *data())
     result = case.infer("Equilibrium")
     assert result.evaluations == 0 and not result.distance.any()
+    assert result.distance.shape == (6,)
     assert_close(result.epsilon[1], result.dLdy, tolerance=0)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(()).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.weight * x)
+
+
+def test_tensors_without_dimensions_are_one_example() -> None:
+    """As if there were one."""
+    model, (X, Y) = nn.Sequential(*[Scaled() for _ in range(3)]), torch.randn(2).double()
+    case = Case(model, squared_error, X, Y)
+    found, gradients = case.infer("Equilibrium", n=9), case.gradients()
+    one = case._replace(X=X.reshape(1, 1), Y=Y.reshape(1, 1))
+    expected = one.infer("Equilibrium", n=9)
+    assert found.distance.shape == expected.distance.shape == (1,)
+    assert_close([v.reshape(1, 1) for v in found.v], expected.v)
+    assert_close(gradients, one.gradients())
 
 
 def data() -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import reference
-from tests.cases import Case, assert_close, calls_of, cases, random_beliefs
+from tests.cases import ITERATIONS, Case, assert_close, calls_of, cases, random_beliefs
 from torch2pc.displacement.lines import Displacement
 from torch2pc.energy.curvature import hessian as product_with_hessian
 from torch2pc.energy.curvature import largest_eigenvalue, safe_step
@@ -246,8 +247,8 @@ def test_warns_once_where_the_energy_rises(ErrType: str) -> None:
 
 
 def test_warns_where_the_energy_is_no_number() -> None:
-    with pytest.warns(UserWarning, match="went from .* to (nan|inf) in n=2000 iterations"):
-        steep_case().infer("ErrorBased", eta=0.5, n=2000)
+    with pytest.warns(UserWarning, match="went from .* to (nan|inf) in n=400 iterations"):
+        steep_case().infer("ErrorBased", eta=5.0, n=400)
 
 
 @pytest.mark.filterwarnings("error:The energy that:UserWarning")
@@ -258,9 +259,45 @@ def test_a_rise_that_comes_in_training_is_seen() -> None:
     with torch.no_grad():
         for layer in case.model:
             layer.weight.mul_(6)
+    for _ in range(6):
+        case.infer("ErrorBased", n=30)
     with pytest.warns(UserWarning, match="steps are too long"):
-        for _ in range(7):
-            case.infer("ErrorBased", n=30)
+        case.infer("ErrorBased", n=30)
+
+
+@pytest.mark.filterwarnings("error:The energy that:UserWarning")
+def test_it_is_looked_for_ever_more_rarely() -> None:
+    case = linear_case(8)
+    for _ in range(9):
+        case.infer("ErrorBased", n=1)
+    with torch.no_grad():
+        for layer in case.model:
+            layer.weight.mul_(6)
+    for _ in range(54):
+        case.infer("ErrorBased", n=2)
+    with pytest.warns(UserWarning, match="n=2 iterations"):
+        case.infer("ErrorBased", n=2)
+
+
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+def test_the_warning_says_from_where_to_where(ErrType: str) -> None:
+    """F as it was last known, which costs nothing; from other beliefs, where it starts is not known."""
+    case = steep_case()
+    k = 9 if ErrType == "Strict" else 10  # before the last step of beliefs
+    v = ITERATIONS[ErrType](*case, 0.1, k).v
+    start = case.LossFun(case.model(case.X), case.Y).item()
+    end = reference.energy(case.model, case.LossFun, case.Y, v).item()
+    said = (
+        f"energy that {ErrType} descends went from {start:.3g} to {end:.3g} in n=10 .* eta=0.1, so"
+    )
+    with pytest.warns(UserWarning, match=re.escape(said).replace(r"\.\*", ".*")):
+        case.infer(ErrType, n=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steep_case().infer(ErrType, n=10, vinit=case.infer("Exact").v)
+    case = steep_case()
+    with pytest.warns(UserWarning, match="descends went to (nan|inf) in n=400"):
+        case.infer(ErrType, eta=5.0, n=400, vinit=case.infer("Exact").v)
 
 
 @pytest.mark.filterwarnings("error:The energy that:UserWarning")

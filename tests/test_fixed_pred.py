@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests import reference
-from tests.cases import Case, assert_close, cases
-from torch2pc import PCInfer
+from tests.cases import Add, Case, assert_close, cases
+from torch2pc import PCGraph, PCInfer
 from torch2pc.inference.fixed_pred import error_factors
 
 etas = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.floats(-1, 2))
@@ -182,3 +182,9 @@ def test_sparse_gradients_are_weighed_once() -> None:
         epsilon = PCInfer(model, nn.CrossEntropyLoss(), X, Y, "FixedPred", n=3).epsilon
         found.append([epsilon[1], embedding.weight.grad.to_dense()])
     assert_close(found[1], found[0])
+
+
+def test_a_loss_of_no_output_is_named_where_ways_differ_in_length() -> None:
+    graph = PCGraph(a=(nn.Linear(3, 3), "x"), b=(nn.Linear(3, 3), "a"), out=(Add(), "b", "a"))
+    with pytest.raises(ValueError, match="LossFun must depend on the output of the model"):
+        PCInfer(graph, lambda y, Y: Y.sum(), torch.ones(2, 3), torch.ones(2, 3), "FixedPred")

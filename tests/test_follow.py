@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from typing import Any
 
@@ -29,7 +30,9 @@ from tests.cases import (
 )
 from torch2pc import PCInfer, PCInferLatent, Record, follow, follow_latent
 from torch2pc.displacement.lines import Displacement
+from torch2pc.follow.follow import _state_kept
 from torch2pc.follow.outlook import Spectrum, _first
+from torch2pc.graph.state import Snapshot
 from torch2pc.inference.relax import Relaxation
 
 # The reference starts anew for each row.
@@ -526,6 +529,28 @@ def test_a_call_that_raises_changes_nothing(ErrType: str) -> None:
     assert state(case) == before
 
 
+class ReadOnly(dict[str, Any]):
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise PermissionError(f"{name} is read-only")
+
+
+@pytest.mark.parametrize("is_read_only", [False, True])
+def test_what_cannot_be_put_back_is_said(is_read_only: bool) -> None:
+    module = nn.BatchNorm1d(3)
+    if is_read_only:
+        module._buffers = ReadOnly(module._buffers)
+    before = Snapshot([module], {torch.device("cpu")})
+    report = pytest.raises(RuntimeError, match="what the modules hold could not be put back")
+    with report if is_read_only else nullcontext() as caught, _state_kept(before):
+        del module._buffers["running_mean"]
+        module.eval()
+    assert module.training
+    if is_read_only:
+        assert isinstance(caught.value.__context__, PermissionError)
+    else:
+        assert not module.running_mean.any()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_graph_that_was_there_before_can_still_be_walked(training: bool) -> None:
     """In eval mode the running statistics are part of it."""
@@ -676,6 +701,26 @@ def test_bad_arguments_of_follow_latent(
         follow_latent(**{**arguments, **given})
 
 
+class DistributedDataParallel(nn.Module):
+    """What it is known by is its name."""
+
+    def forward(self, *x: Any) -> Tensor:
+        return x[0]
+
+
+def test_modules_whose_gradients_others_take_care_of_are_refused() -> None:
+    """In the model, in a loss and in a prior that are modules."""
+    model, LossFun, X, Y = network("tanh", 0)
+    wrapped = nn.Sequential(DistributedDataParallel())
+    refused = pytest.raises(TypeError, match="wrapped in DistributedDataParallel")
+    with refused:
+        follow(nn.Sequential(*model, wrapped), LossFun, X, Y, "Strict")
+    with refused:
+        follow(model, wrapped, X, Y, "Strict")
+    with refused:
+        follow_latent(model, LossFun, Y, X, 0.1, 2, prior=wrapped)
+
+
 def test_a_transform_is_refused() -> None:
     case = network("tanh", 0)
 
@@ -732,10 +777,6 @@ def test_no_advice_that_the_record_does_not_support() -> None:
     assert exact.verdict == [
         "The errors are the gradients of the loss: there is nothing to choose."
     ]
-    one = follow(nn.Sequential(nn.Linear(5, 6)).double(), *case[1:], "Strict")
-    assert "One layer" in one.verdict[0] and one.stable_eta is None
-    one = follow(nn.Sequential(nn.Linear(5, 6)).double(), *case[1:], "FixedPred")
-    assert one.stable_eta is None and one.outlook is None
     # A latent that stays where it is still has its prior.
     still = follower(case, "Latent")(0.0, 2)
     assert str(still).splitlines()[2].split()[:2] == ["0", "latent"]
@@ -749,6 +790,16 @@ def test_no_advice_that_the_record_does_not_support() -> None:
     assert "No error has reached layers 1 and 2: they do not learn." in short.verdict
     assert any("The update of layer 3 is less than half" in said for said in short.verdict)
     assert short.size[-1, 1] == short.size[-1, 2] == 0 < short.size[-1, 3]
+
+
+@pytest.mark.parametrize("ErrType", ERR_TYPES)
+def test_one_layer_has_no_steps(ErrType: str) -> None:
+    X, Y = torch.ones(4, 5).double(), torch.zeros(4, 6).double()
+    one = follow(nn.Sequential(nn.Linear(5, 6)).double(), squared_error, X, Y, ErrType, n=2)
+    assert one.stable_eta is None and one.outlook is None and one.falls is None
+    assert one.n == {"Exact": 1, "Equilibrium": 0}.get(ErrType, 2)
+    assert one.resolved == [1, 1] and not one.distance.any()
+    assert ("One layer has no beliefs" in one.verdict[0]) == (ErrType != "Exact")
 
 
 def test_what_is_said_of_the_updates() -> None:
@@ -914,7 +965,8 @@ def test_what_is_unknown_is_no_number_to_log() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ErrType", "eta"), [*[(ErrType, 0.1) for ErrType in [*ERR_TYPES, "Latent"]], ("Strict", 50.0)]
+    ("ErrType", "eta"),
+    [("Exact", 0.1), ("FixedPred", 0.1), ("Strict", 50.0), ("Equilibrium", 0.1), ("Latent", 0.1)],
 )
 def test_plots(ErrType: str, eta: float) -> None:
     case = network("tanh", 0)

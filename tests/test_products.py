@@ -15,7 +15,9 @@ from tests.cases import Case, needs_compiler
 from tests.test_compiled import infer_compiled
 
 pytest.importorskip("torch._inductor.custom_graph_pass", reason="this PyTorch has no compiler")
-from torch2pc.compiled import graphs, products
+from torch._inductor.decomposition import select_decomp_table
+
+from torch2pc.compiled import products, rewrites
 
 # PyTorch's compiler uses deprecated parts of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -59,7 +61,7 @@ def test_small_products_are_sums(
         return torch.mm(first, c)
 
     graph, expected = make_fx(function)(*given), function(*given)
-    graphs.sum_small_products(graph.graph)
+    rewrites.sum_small_products(graph.graph)
     graph.recompile()
     assert products_in(graph) == 0
     torch.testing.assert_close(graph(*given), expected)
@@ -86,14 +88,28 @@ def test_other_products_are_left_to_the_libraries(
     kind: Any = dict(dtype=dtype, device=device)
     given = [torch.ones(n, **kind), torch.ones(m, k, **kind), torch.ones(k, n, **kind)]
     graph = make_fx(lambda c, a, b: torch.addmm(c, a, b, **options))(*given)
-    graphs.sum_small_products(graph.graph)
+    rewrites.sum_small_products(graph.graph)
     assert products_in(graph) == 1
+
+
+@pytest.mark.parametrize("kind", ["fake", "symbolic"])
+def test_products_of_zeros_are_zeros(kind: str) -> None:
+    def function(a: Tensor, b: Tensor) -> list[Tensor]:
+        zeros, ones = torch.zeros_like(a), torch.ones_like(b)
+        return [zeros @ b, a @ torch.zeros_like(b.t()).t() - 1, a @ ones, zeros.t() @ a, a @ b]
+
+    given = [torch.randn(2, 3), torch.randn(3, 4)]
+    graph = make_fx(function, select_decomp_table(), tracing_mode=kind)(*given)
+    rewrites.drop_products_of_zeros(graph.graph)
+    graph.recompile()
+    assert products_in(graph) == (2 if kind == "fake" else 5)
+    torch.testing.assert_close(graph(*given), function(*given))
 
 
 def test_a_product_of_any_number_of_rows_is_left_to_the_libraries() -> None:
     given = [torch.ones(3, 2), torch.ones(2, 2)]
     graph = make_fx(torch.mm, tracing_mode="symbolic")(*given)
-    graphs.sum_small_products(graph.graph)
+    rewrites.sum_small_products(graph.graph)
     assert products_in(graph) == 1
 
 

@@ -401,6 +401,21 @@ def test_a_rule_of_ones_own() -> None:
     assert_close(found.epsilon[1:], epsilon[1:])
 
 
+class Own(steps.Rule):
+    def move(self, i: int, parts: Any) -> None: ...
+
+
+def test_a_rule_of_ones_own_says_how_to_move_and_need_say_no_more() -> None:
+    case = tanh_chain()
+    with pytest.raises(NotImplementedError):
+        case.infer("Strict", eta=steps.Rule(), n=1)
+    with pytest.raises(NotImplementedError):
+        steps.Rule().noise(case.X)
+    still = case.infer("Strict", eta=Own(), n=3)
+    assert_close(still.v, still.vhat, tolerance=0)
+    assert repr(Own()) == "Own()" and Own().eta is None
+
+
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: steps.Descent("auto"), TypeError, "eta must be a finite number, got str"),  # type: ignore[arg-type]
     (lambda: steps.Descent(float("inf")), ValueError, "eta must be a finite number, got inf"),

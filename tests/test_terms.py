@@ -222,6 +222,38 @@ def test_a_nudge_is_off_by_its_square() -> None:
     assert off[1] / off[2] == pytest.approx(4, rel=0.1)
 
 
+class Switching(nn.Module):
+    """Uses one of two parameters, by the sign of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.ones(()).double()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.up if x.sum() > 0 else self.down)
+
+
+@pytest.mark.parametrize("ErrType", ["Strict", "ErrorBased"])
+def test_a_parameter_that_one_side_of_a_nudge_uses_gets_the_slope_too(ErrType: str) -> None:
+    """As if its update were 0 on the other side."""
+    model = nn.Sequential(nn.Linear(2, 1), Switching(), nn.Linear(1, 1)).double()
+    X = torch.randn(1, 2).double()
+    with torch.no_grad():
+        model[0].bias -= model[0](X)[0]  # the belief starts at 0, and moves to either side
+    case = Case(model, squared_error, X, torch.ones(1, 1).double())
+    sides = []
+    for beta in (0.3, -0.3):
+        case._replace(LossFun=scaled(squared_error, beta)).infer(ErrType, n=3)
+        sides.append(case.gradients())
+    used = [{name for name, g in side.items() if g is not None and g.any()} for side in sides]
+    assert used[0] ^ used[1] == {"1.up", "1.down"}
+    zero = torch.zeros(()).double()
+    case.infer(ErrType, n=3, nudge=0.3)
+    for name, g in case.gradients().items():
+        above, below = (zero if side[name] is None else side[name] for side in sides)
+        assert_close(g, (above - below) / 0.6)
+
+
 def test_a_nudge_has_the_effects_of_one_forward_pass() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -180,6 +180,11 @@ class Held:
                 return Place(k, _layout(tensor)[:3])
         return self.add(tensor)
 
+    def whole(self, tensor: Tensor) -> Place:
+        """Where ``tensor`` is found outside the graphs, too, which alone know the sizes of a trace."""
+        place = self.place(tensor)
+        return place if place.is_fixed else self.add(tensor)
+
     def add(self, tensor: Tensor) -> Place:
         """The place of a tensor that is new."""
         self._by_storage.setdefault(storage(tensor), []).append(len(self.tensors))
@@ -273,7 +278,7 @@ def split(
     for node in nodes[:-1]:
         if any([before in late for before in node.all_input_nodes]):
             late.add(node)
-    # What is used of the rest is handed on, and views of it are made again.
+    # What is used of the rest is handed on; views of it, and its sizes, are made again.
     waiting = [before for node in late for before in node.all_input_nodes]
     waiting += [node for node in results[handed_on:] if node not in late]
     again: set[fx.Node] = set()
@@ -282,8 +287,10 @@ def split(
         node = waiting.pop()
         if node not in late and node not in again and node not in cut:
             is_view = getattr(node.target, "is_view", False) or node.op == "get_attr"
-            (again if is_view else cut).add(node)
-            waiting += node.all_input_nodes if is_view else []
+            is_size = node.op != "placeholder" and isinstance(node.meta.get("val"), torch.SymInt)
+            is_made_again = is_view or is_size
+            (again if is_made_again else cut).add(node)
+            waiting += node.all_input_nodes if is_made_again else []
     rest = fx.Graph()
     handed = [node for node in nodes if node in cut]
     values = {node: rest.placeholder(node.name) for node in [*handed, *placeholders[inputs:]]}

@@ -22,8 +22,9 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import tracing
 
-from torch2pc.compiled.graphs import Graphed, clean, collected_apart, compiled, inputs_of, traced
+from torch2pc.compiled.graphs import Graphed, collected_apart, compiled, traced
 from torch2pc.compiled.parts import Held, OwnEnergy, Parts, Place, Watched, find, split
+from torch2pc.compiled.rewrites import clean, inputs_of
 from torch2pc.displacement.lines import Displacement
 from torch2pc.displacement.recorder import Recorder, Uncovered
 from torch2pc.displacement.rules import storage
@@ -268,7 +269,7 @@ class Traced(Network):
 
     def found(self, place: Place) -> Any:
         """What is held at this place."""
-        if place in self._known:
+        if place.is_fixed:
             return self._known[place]
         return find({place.k: self._known[Place(place.k, None)]}, place)
 
@@ -305,7 +306,12 @@ class Traced(Network):
     def resumed(self, moved: Collection[int] | None = None) -> tuple[Energy, Rule]:
         """The energy and the rule, at the state, where these beliefs have moved or else all have."""
         energy, program = self.energy(), self._program
-        rule, x = self._rule(energy), [x_i.clone() for x_i in self.state]
+        rule = self._rule(energy)
+        # What has not moved is known to be 0, so that nothing has to be multiplied by it.
+        is_new = [moved is not None and i not in moved for i in program.asked.free]
+        like = [torch.zeros_like if new else torch.clone for new in is_new]
+        like += [torch.clone] * (len(self.state) - len(like))
+        x = [make(x_i) for make, x_i in zip(like, self.state, strict=True)]
         rule.x = energy.x
         for name, value in program.attributes.items():
             setattr(rule, name, energy if value is Energy else copy(value))
@@ -769,10 +775,10 @@ class Program:
     def _hold(self, vhat: Sequence[Tensor], Loss: Tensor, dLdy: Tensor) -> None:
         """Hold what a feed-forward pass has found, and what the captured call returns."""
         held, parts = self._held, self.parts
-        self.vhat = [held.place(x) for x in vhat]
-        self.Loss, self.dLdy = held.place(Loss.detach().clone()), held.place(dLdy.detach())
+        self.vhat = [held.whole(x) for x in vhat]
+        self.Loss, self.dLdy = held.whole(Loss.detach().clone()), held.whole(dLdy.detach())
         self.results = [
-            self.Loss if result in parts.marks else held.place(parts.kept[result])
+            self.Loss if result in parts.marks else held.whole(parts.kept[result])
             for result in parts.results
         ]
 

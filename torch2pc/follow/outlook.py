@@ -83,14 +83,14 @@ class Landscape:
     @torch.no_grad()
     def gradient(self, x: Sequence[Tensor]) -> list[Tensor]:
         """F's gradient there."""
-        self._energy.stand_at([x_i.clone() for x_i in x])
+        self._energy.stand_at(x)
         return self._energy.gradient()
 
     @torch.no_grad()
     def look(self, x: Sequence[Tensor]) -> Point:
         """Waits for the device."""
         energy = self._energy
-        energy.stand_at([x_i.clone() for x_i in x])
+        energy.stand_at(x)
         here = look(energy)
         terms = [here.Loss, *here.energies]
         if here.prior is not None:

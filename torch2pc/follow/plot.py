@@ -18,6 +18,11 @@ from torch import Tensor
 from torch2pc.graph.picture import centres
 
 MOST_IN_LEGEND = 12
+# Grey stands for what there is none of.
+COLOURS = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
+
+GUIDE: dict[str, Any] = dict(color="0.6", linewidth=0.8, zorder=0)
+SMALL: dict[str, Any] = dict(fontsize=8, frameon=False)
 
 Numbers = NDArray[np.float64]
 
@@ -42,28 +47,25 @@ def draw(record: Drawn, figure: Figure) -> None:
     _draw_distance(record, axes[3], hidden)
     _draw_lines(axes[4], "cosine of the update to backprop's", record.cosine, layers)
     _draw_lines(axes[5], "size of the update / backprop's", record.size, layers, True)
-    axes[5].axhline(1, color="0.6", linewidth=0.8, zorder=0)
-    for panel in axes[0 if is_chain else 1 :]:
-        panel.set_xlabel("evaluation" if record.ErrType == "Equilibrium" else "iteration")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if panel is not axes[0]:
-            panel.set_xlim(0, max(record.n, 1))
+    axes[5].axhline(1, **GUIDE)
+    for panel in axes:
         panel.title.set_fontsize(9)
         panel.xaxis.label.set_fontsize(9)
         panel.tick_params(labelsize=8)
-    if 1 < record.L <= MOST_IN_LEGEND:
-        handles, labels = axes[5].get_legend_handles_labels()
-        if handles:
-            legend = figure.legend(handles, labels, loc="outside right center", title="layer")
-            legend.get_title().set_fontsize(8)
-            for text in legend.get_texts():
-                text.set_fontsize(8)
-                if not is_chain:
-                    text.set_text(record.names[int(text.get_text())])
+        if panel is not axes[0]:
+            panel.set_xlim(0, max(record.n, 1))
+        if is_chain or panel is not axes[0]:
+            panel.set_xlabel("evaluation" if record.ErrType == "Equilibrium" else "iteration")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = axes[5].get_legend_handles_labels()
+    if handles and 1 < record.L <= MOST_IN_LEGEND:
+        labels = labels if is_chain else [record.names[int(l)] for l in labels]
+        head: dict[str, Any] = dict(title="layer", title_fontsize=8)
+        figure.legend(handles, labels, loc="outside right center", **head, **SMALL)
 
 
 def _draw_graph(record: Drawn, axes: Axes, figure: Figure) -> None:
-    axes.set_title("energies at the end", fontsize=9)
+    axes.set_title("energies at the end")
     axes.set_axis_off()
     places = centres(record.parents)
     for l, parents in enumerate(record.parents, start=1):
@@ -71,28 +73,23 @@ def _draw_graph(record: Drawn, axes: Axes, figure: Figure) -> None:
             is_skip = places[l][1] - places[p][1] > 1
             style = dict(arrowstyle="->", color="0.6", linewidth=0.8, shrinkA=7, shrinkB=7)
             bend = "arc3,rad=0.4" if is_skip else "arc3"
-            axes.annotate(
-                "", places[l], places[p], arrowprops={**style, "connectionstyle": bend}, zorder=1
-            )
-    shown = _drawable(record.energies[-1].numpy().copy(), True)
+            axes.annotate("", places[l], places[p], arrowprops={**style, "connectionstyle": bend})
+    shown = _drawable(record.energies[-1].numpy(), True)
     shown[[0, -1]] = np.nan  # those of the prior and of the loss
     seen = shown[np.isfinite(shown)]
-    scale = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
-    norm = LogNorm(seen.min(), max(seen.max(), seen.min() * 1.0001)) if len(seen) else None
+    norm = LogNorm(*_ends(seen)) if len(seen) else LogNorm(1, 10)
     for name, (x, y), energy in zip(record.names, places, shown, strict=True):
-        colour = scale(norm(energy)) if norm is not None and np.isfinite(energy) else "0.92"
-        is_dark = norm is not None and np.isfinite(energy) and norm(energy) < 0.6
+        colour, is_dark = COLOURS(norm(energy)), bool(norm(energy) < 0.6)
         box = dict(boxstyle="round", facecolor=colour, edgecolor="0.4")
         axes.text(
-            *(x, y, name), ha="center", va="center", bbox=box, fontsize=7, zorder=2,
+            *(x, y, name), ha="center", va="center", bbox=box, fontsize=7,
             color="white" if is_dark else "black",
         )  # fmt: skip
     across, up = zip(*places, strict=True)
     axes.set_xlim(min(across) - 0.6, max(across) + 1.2)
     axes.set_ylim(-0.5, max(up) + 0.5)
-    if norm is not None:
-        image = ScalarMappable(norm, scale)
-        figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
+    if len(seen):
+        _draw_scale(figure, ScalarMappable(norm, COLOURS), axes)
 
 
 def _draw_map(record: Drawn, axes: Axes, figure: Figure, hidden: list[int]) -> None:
@@ -103,14 +100,22 @@ def _draw_map(record: Drawn, axes: Axes, figure: Figure, hidden: list[int]) -> N
         axes.text(0.5, 0.5, "no energy", ha="center", va="center", transform=axes.transAxes)
         return
     # What is less than a hundred-millionth of the largest would make all the rest look alike.
-    norm = LogNorm(max(seen.min(), 1e-8 * seen.max()), max(seen.max(), seen.min() * 1.0001))
-    shown = np.ma.masked_invalid(energies)
-    scale = matplotlib.colormaps["viridis"].with_extremes(bad="0.92")
+    least, largest = _ends(seen)
+    norm, shown = LogNorm(max(least, 1e-8 * largest), largest), np.ma.masked_invalid(energies)
     edges = (-0.5, record.n + 0.5, hidden[0] - 0.5, hidden[-1] + 0.5)
-    image = axes.imshow(shown, aspect="auto", origin="lower", extent=edges, norm=norm, cmap=scale)
+    image = axes.imshow(shown, aspect="auto", origin="lower", extent=edges, norm=norm, cmap=COLOURS)
     axes.set_ylabel("layer")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
+    _draw_scale(figure, image, axes)
+
+
+def _ends(seen: Numbers) -> tuple[float, float]:
+    """The least and the largest; one number alone has a scale of its own, too."""
+    return seen.min(), max(seen.max(), seen.min() * 1.0001)
+
+
+def _draw_scale(figure: Figure, colours: ScalarMappable, axes: Axes) -> None:
+    figure.colorbar(colours, ax=axes).ax.tick_params(labelsize=7)
 
 
 def _draw_lines(
@@ -138,7 +143,7 @@ def _draw_energy(record: Drawn, axes: Axes) -> None:
         top, bottom = np.nanmax(_drawable(F)), np.nanmin(_drawable(F))
         if bottom > 0 and top > 100 * bottom:
             axes.set_yscale("log")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(**SMALL)
 
 
 def _draw_distance(record: Drawn, axes: Axes, hidden: list[int]) -> None:
@@ -149,12 +154,12 @@ def _draw_distance(record: Drawn, axes: Axes, hidden: list[int]) -> None:
     axes.plot(
         _drawable(record.distance.numpy(), True), color="k", linewidth=1.8, label="all layers"
     )
-    axes.axhline(0.01, color="0.6", linewidth=0.8, zorder=0)
+    axes.axhline(0.01, **GUIDE)
     if bool((record.distance > 0).any()):
         axes.set_yscale("log")
         lowest = record.distance[record.distance > 0].min().item()
         axes.set_ylim(min(0.005, lowest / 2), 3)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(**SMALL)
 
 
 def _drawable(values: Numbers, is_log: bool = False) -> Numbers:
@@ -164,4 +169,4 @@ def _drawable(values: Numbers, is_log: bool = False) -> Numbers:
 
 
 def _colour(l: int, L: int) -> tuple[float, ...]:
-    return matplotlib.colormaps["viridis"](0.9 * (l - 1) / max(L - 1, 1))
+    return COLOURS(0.9 * (l - 1) / max(L - 1, 1))

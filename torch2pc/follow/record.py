@@ -195,16 +195,12 @@ class Record:
     def _of_convergence(self) -> list[str]:
         if self.L == 1:
             return ["One layer has no beliefs to infer: its errors are the gradients."]
-        off = self.distance[-1].item()
-        at = f"{100 * off:.2g} %"
-        if self.converged:
-            said = f"Converged: {at} from equilibrium"
-            if self.ErrType == "Equilibrium":
-                return [f"{said} after {self.n} evaluations."]
-            return [f"{said}; 1 % was reached at n = {self.n_reached}."]
-        said = f"Not converged: {at} from equilibrium"
+        how = "Converged" if self.converged else "Not converged"
+        said = f"{how}: {100 * self.distance[-1].item():.2g} % from equilibrium"
         if self.ErrType == "Equilibrium":
             return [f"{said} after {self.n} evaluations."]
+        if self.converged:
+            return [f"{said}; 1 % was reached at n = {self.n_reached}."]
         advice = []
         if (needed := self.n_needed) is not None:
             advice.append(f"n = {needed} with this eta")
@@ -248,7 +244,7 @@ class Record:
                 f"The update of {_layers(turned)} has another direction than backprop's"
                 f"{_at(least, turned)}: cosine {cosines[least]:.2g}."
             )
-        if self.n > 0 and not said:
+        if not said:
             known = [c for c in cosines[1:] if not math.isnan(c)]
             if known:
                 said.append(f"Updates are backprop's to within cosines of {min(known):.4g}.")
@@ -257,7 +253,7 @@ class Record:
     def _of_precision(self) -> list[str]:
         if not self.descends:
             return []
-        lost = [l for l in self.differences if self.resolved[l] < RESOLVED and l < self.L]
+        lost = [l for l in self.differences if self.resolved[l] < RESOLVED]
         if not lost:
             return []
         least = min(lost, key=lambda l: self.resolved[l])
@@ -274,22 +270,23 @@ class Record:
         )
 
     def _head(self) -> str:
-        eta = "" if self.eta is None else f"eta = {self.eta:.4g}, "
-        eta = eta if self.rule is None else f"{self.rule}, "
-        count = "evaluations" if self.ErrType == "Equilibrium" else "n"
-        head = f"{self.ErrType}, {eta}{count} = {self.n}, {self.L} layer{'s' * (self.L > 1)}"
-        return head.replace("evaluations = ", "evaluations: ")
+        step = "" if self.eta is None else f"eta = {self.eta:.4g}, "
+        step = step if self.rule is None else f"{self.rule}, "
+        count = "evaluations: " if self.ErrType == "Equilibrium" else "n = "
+        return f"{self.ErrType}, {step}{count}{self.n}, {self.L} layer{'s' * (self.L > 1)}"
 
     def _table(self) -> list[list[str]]:
         """The end of the inference, layer by layer."""
         table = [["layer", "", "energy", "distance", "cosine", "size", "float32"]]
-        first = 0 if bool(self.moves[:, 0].any()) or bool(self.prior.any()) else 1
+        # The input counts where it is inferred, or predicted from above.
+        is_latent = self.ErrType == "Latent"
+        first = 0 if is_latent or bool(self.prior.any()) else 1
         for l in range(first, self.L + 1):
             is_hidden = l < self.L
             table.append(
                 [
                     str(l),
-                    self.names[l] if l else "latent",
+                    "latent" if l == 0 and is_latent else self.names[l],
                     f"{self.energies[-1, l].item():.3g}",
                     f"{self.distances[-1, l].item():.1%}" if is_hidden else "",
                     _number(self.cosine[-1, l].item(), ".4f"),
@@ -409,8 +406,6 @@ class Record:
 
 def _rounded(eta: float) -> str:
     """Two digits, downwards."""
-    if not (0 < eta < math.inf):
-        return f"{eta:.2g}"
     unit = 10.0 ** (math.floor(math.log10(eta)) - 1)
     return f"{math.floor(eta / unit * (1 + 1e-12)) * unit:.2g}"
 

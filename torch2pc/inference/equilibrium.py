@@ -107,7 +107,7 @@ class Search(Relaxation):
         # In half precision that is what limits the gradient, whatever the errors are held in.
         self._eps = torch.finfo(self.vhat[-1].dtype).eps
         of_all = [*errors, *[factor.error for factor in energy.above]]
-        sizes = {len(e) if e.dim() else 1 for e in of_all}
+        sizes = {e.shape[:1].numel() for e in of_all}  # (1 of a tensor without dimensions)
         self._rows = max(sizes.pop(), 1) if len(sizes) == 1 else 1
         self.distance: Tensor = errors[-1].new_zeros(self._rows)
         """For each row the gradient's size at the last evaluation, in units of the errors."""
