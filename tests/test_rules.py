@@ -291,6 +291,16 @@ def heads(x: Tensor, project: nn.Module, **options: Any) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, **options)
 
 
+def spectral(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """A function of a sequence's frequencies (2, 5, 5), and of complex weights (5, 5)."""
+
+    def in_frequencies(x: Tensor) -> Tensor:
+        weights = torch.linspace(-1.0, 2.0, 50).to(x).sin().view(5, 5, 2)
+        return torch.fft.irfft(function(torch.fft.rfft(x), torch.view_as_complex(weights)))
+
+    return lambda: Function(in_frequencies)
+
+
 VECTOR, SEQUENCE, IMAGE, VOLUME = (4, 6), (2, 5, 8), (3, 4, 8, 8), (2, 2, 4, 4, 4)
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(6, 3), VECTOR),
@@ -326,7 +336,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Function(lambda x: functional.max_pool2d(x.relu(), 3, 1, 1) * x.relu()),
         IMAGE,
     ),
+    "MaxPool2d, one number": (lambda: nn.MaxPool2d((2,)), IMAGE),
     "MaxPool3d": (lambda: nn.MaxPool3d(2), VOLUME),
+    "MaxPool3d, one number": (lambda: nn.MaxPool3d((3,), (2,), (1,)), VOLUME),
     "AdaptiveMaxPool1d": (lambda: nn.AdaptiveMaxPool1d(3), SEQUENCE),
     "AdaptiveMaxPool2d": (lambda: nn.AdaptiveMaxPool2d(3), IMAGE),
     "AdaptiveMaxPool3d": (lambda: nn.AdaptiveMaxPool3d(2), VOLUME),
@@ -442,6 +454,14 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Function(lambda x: x * 0.8 + 0.6 * torch.cat([-x[..., 4:], x[..., :4]], -1)),
         SEQUENCE,
     ),
+    "Fourier mixing": (lambda: Function(lambda x: torch.fft.fft2(x).real), SEQUENCE),
+    "frequencies by a matrix": (spectral(lambda z, w: z @ w), SEQUENCE),
+    "frequencies of the first, by a matrix": (spectral(lambda z, w: z[0] @ w), SEQUENCE),
+    "frequencies by a matrix on the left": (spectral(lambda z, w: w @ z), SEQUENCE),
+    "frequencies by rows": (spectral(lambda z, w: functional.linear(z, w, w[0])), SEQUENCE),
+    "frequencies, multiplied": (spectral(lambda z, w: z @ z.mT @ (z + z)), SEQUENCE),
+    "frequencies, weighted": (spectral(lambda z, w: w * z / w.T * 1j), SEQUENCE),
+    "frequencies, joined": (spectral(lambda z, w: torch.cat([z, w[None], z - z.mT])), SEQUENCE),
     "attention": (lambda: Function(attention, nn.Linear(8, 24)), SEQUENCE),
     "causal attention": (
         lambda: Function(lambda x, f: attention(x, f, is_causal=True), nn.Linear(8, 24)),
@@ -551,7 +571,8 @@ def test_broken_inputs_stay_visible(name: str, dtype: torch.dtype) -> None:
 
 
 # PyTorch has these in no half precision on a CPU.
-HALF = [name for name in MODULES if name not in ("AvgPool3d", "LocalResponseNorm")]
+NO_HALF = ("AvgPool3d", "LocalResponseNorm", "Fourier", "frequencies")
+HALF = [name for name in MODULES if not name.startswith(NO_HALF)]
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -758,3 +779,30 @@ def test_what_no_one_else_needs_is_written_into() -> None:
     conv = nn.Conv2d(4, 4, 1)
     assert written(nn.ReLU(), conv, nn.ReLU(), conv) == [False, False, True, False]
     assert not any(written(nn.Flatten(), nn.ReLU(), nn.Flatten()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_in_half_precision_moves_in_float32(dtype: torch.dtype) -> None:
+    recorded = displacement_of(lambda x: x.sum(1, dtype=dtype), torch.randn(4, 6))
+    d = 1e-3 * torch.randn(4, 6)
+    found, _ = recorded.forward(d.clone())
+    assert found.dtype == torch.float32
+    assert_close(found, d.sum(1), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.cat([x.square(), x > 0], 1),
+        lambda x: (x > 0).sum(1, dtype=x.dtype),
+        lambda x: torch.complex(x, x).mul(x > 0).real,
+        lambda x: torch.complex(x, x).add(x > 0).real,
+        lambda x: (x > 0) / torch.complex(x.detach() * 0 + 1, torch.ones(())),
+        lambda x: (x > 0).to(torch.complex64).real,
+    ],
+)
+def test_flags_among_numbers(function: Callable[[Tensor], Tensor]) -> None:
+    """Of a flag its new value is known, which is no displacement."""
+    a, d = torch.randn(4, 6), torch.randn(4, 6)
+    found, _ = displacement_of(function, a).forward(d.clone())
+    assert_close(found, function(a + d) - function(a), 1e-6)

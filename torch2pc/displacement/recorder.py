@@ -35,7 +35,14 @@ from torch2pc.displacement.rules import (
     pooled_before_relu,
     storage,
 )
-from torch2pc.displacement.rules.core import DIFFERENCE, WRITES_ASIDE, operations, tensors_in
+from torch2pc.displacement.rules.core import (
+    DIFFERENCE,
+    WRITES_ASIDE,
+    all_arguments,
+    is_float,
+    operations,
+    tensors_in,
+)
 from torch2pc.displacement.rules.decisions import (
     GENERIC,
     JUMP,
@@ -43,7 +50,6 @@ from torch2pc.displacement.rules.decisions import (
     VALUE,
     Noted,
     decides,
-    is_float,
     kinds_of,
 )
 from torch2pc.displacement.rules.kinks import RELU
@@ -109,14 +115,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.dispatch(func, kind, args, kwargs or {})
 
     def _note_written(
-        self, func: Any, places: dict[str, int], args: Any, kwargs: dict[str, Any]
+        self, func: Any, places: tuple[int, ...], args: Any, kwargs: dict[str, Any]
     ) -> None:
-        if func in _STATISTICS and not (*args, *[False] * 8)[_STATISTICS[func]]:
+        given = all_arguments(func, args, kwargs)
+        if func in _STATISTICS and not given[_STATISTICS[func]]:
             return  # read, not written
-        for name, k in places.items():
-            tensor = args[k] if k < len(args) else kwargs.get(name)
-            if isinstance(tensor, Tensor):
-                self.written.add(storage(tensor))
+        self.written.update([storage(given[k]) for k in places if isinstance(given[k], Tensor)])
 
     def dispatch(self, func: Any, kind: Kind, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation."""
@@ -577,8 +581,8 @@ class Kind(NamedTuple):
 
     may_draw: bool
     """Whether it draws random numbers; only PyTorch's own say so."""
-    written: dict[str, int]
-    """The names and places of the arguments that it writes into."""
+    written: tuple[int, ...]
+    """The places of the arguments that it writes into."""
     writes: bool
     """Whether it writes into an argument that is part of what it returns."""
     is_of_shape_alone: bool
@@ -592,15 +596,15 @@ def kind_of(func: Any) -> Kind:
     """What is to be known of an operation. (To look for one by itself takes as long as for all.)"""
     schema, tags = getattr(func, "_schema", None), getattr(func, "tags", ())
     is_known = isinstance(func, torch._ops.OpOverload) and func.namespace in ("aten", "prim")
-    written = {
-        argument.name: k
+    written = [
+        k
         for k, argument in enumerate(getattr(schema, "arguments", ()))
         if (argument.alias_info is not None and argument.alias_info.is_write)
         or (func in _STATISTICS and argument.name in ("running_mean", "running_var"))
-    }
+    ]
     return Kind(
         not is_known or torch.Tag.nondeterministic_seeded in tags,
-        written,
+        tuple(written),
         schema is not None and schema.is_mutable and func not in WRITES_ASIDE,
         func in _OF_SHAPE_ALONE,
         torch.Tag.dynamic_output_shape in tags,

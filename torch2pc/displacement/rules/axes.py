@@ -91,11 +91,12 @@ LOG_SUM_EXP = Rule(_log_sum_exp, _log_sum_exp_back)
 
 @prepares(aten.logsumexp.default)
 def _(call: Call) -> Step:
-    a, keepdim = base(call.args[0]), call.argument(2, "keepdim", False)
-    dim = tuple([k % a.dim() for k in call.args[1]])
+    x, dim, keepdim = call.arguments
+    a = base(x)
+    dim = tuple([k % a.dim() for k in dim])
     before = base(call.output)
     p = torch.exp(a - (before if keepdim else unsqueezed(before, dim)))
-    return Step(LOG_SUM_EXP, (call.args[0],), (a, p, before), (dim, keepdim))
+    return Step(LOG_SUM_EXP, (x,), (a, p, before), (dim, keepdim))
 
 
 class SoftmaxMoved(torch.autograd.Function):
@@ -176,8 +177,7 @@ def of_channels(values: Tensor, x: Tensor) -> Tensor:
 def _(call: Call) -> Step | None:
     if not only_first_moves(call):
         return None
-    names = [argument.name for argument in call.func._schema.arguments]
-    given = {name: call.argument(k, name) for k, name in enumerate(names)}
+    given = call.named
     x, weight = call.args[0], given["weight"]
     training = given.get("training", call.func is aten._batch_norm_with_update.default)
     eps = given["eps"] if "eps" in given else given["epsilon"]
@@ -226,8 +226,7 @@ ROOT_MEAN_SQUARE = Rule(_root_mean_square, _root_mean_square_back)
 
 
 def _rms_norm(call: Call) -> Step | None:
-    x, shape = call.args[:2]
-    weight, eps = call.argument(2, "weight"), call.argument(3, "eps")
+    x, shape, weight, eps = call.arguments
     if not only_first_moves(call):
         return None
     axes = tuple(range(x.dim() - len(shape), x.dim()))
@@ -263,10 +262,10 @@ LENGTH = Rule(_length, _length_back)
 
 @prepares(aten.linalg_vector_norm.default)
 def _(call: Call) -> Step | None:
-    x, order, dim = call.args[0], call.argument(1, "ord", 2), call.argument(2, "dim")
+    x, order, dim, keepdim, _ = call.arguments
     if order != 2 or not dim:
         return None
-    dim, keepdim = tuple([k % x.dim() for k in dim]), call.argument(3, "keepdim", False)
+    dim = tuple([k % x.dim() for k in dim])
     before = base(call.output)
     before = before if keepdim else unsqueezed(before, dim)
     return Step(LENGTH, (x,), (base(x), before), (dim, keepdim))
@@ -294,9 +293,8 @@ SPREAD = Rule(_spread)
 
 @prepares(aten.var.correction, aten.std.correction)
 def _(call: Call) -> Step | None:
-    x, dim = call.args[0], call.argument(1, "dim")
+    x, dim, correction, keepdim = call.arguments
     dims = tuple(range(x.dim())) if not dim else tuple(dim)
-    correction, keepdim = call.argument(2, "correction"), call.argument(3, "keepdim", False)
     static = (dims, 1 if correction is None else correction, keepdim)
     if call.func is aten.var.correction:
         return Step(VARIANCE, (x,), (base(x),), static)
@@ -335,8 +333,7 @@ _ATTENTIONS = [
 
 @prepares(*_ATTENTIONS)
 def _(call: Call) -> Step | None:
-    names = [argument.name for argument in call.func._schema.arguments]
-    given = {name: call.argument(k, name) for k, name in enumerate(names)}
+    given = call.named
     tensors = call.args[:3]
     mask = given.get("attn_mask", given.get("attn_bias"))
     q, k, v = [base(tensor) for tensor in tensors]

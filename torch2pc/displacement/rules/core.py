@@ -6,6 +6,7 @@ are computed in the operation's own type there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,9 +87,29 @@ class Call(NamedTuple):
         """Whether ``value`` is a tensor that depends on the layer's input."""
         return isinstance(value, Tensor) and id(value) in self.place
 
-    def argument(self, k: int, name: str, default: Any = None) -> Any:
-        """The argument at place ``k``, or of this name."""
-        return self.args[k] if len(self.args) > k else self.kwargs.get(name, default)
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """All arguments in the operation's order, with the default of each that is not given."""
+        return all_arguments(self.func, self.args, self.kwargs)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arguments by their names."""
+        return dict(
+            zip([name for name, _ in parameters_of(self.func)], self.arguments, strict=True)
+        )
+
+
+@functools.cache
+def parameters_of(func: Any) -> tuple[tuple[str, Any], ...]:
+    """The names of an operation's arguments, and their defaults. (A schema takes long to read.)"""
+    return tuple([(argument.name, argument.default_value) for argument in func._schema.arguments])
+
+
+def all_arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments of an operation in its order, with the default of each that is not given."""
+    rest = parameters_of(func)[len(args) :]
+    return (*args, *[kwargs.get(name, default) for name, default in rest])
 
 
 PREPARED: dict[Any, Callable[[Any], Step | None]] = {}
@@ -121,6 +142,11 @@ def unit_of(d: Tensor, largest: int = 120) -> Tensor:
         return d.new_ones(())
     _, exponent = torch.frexp(torch.linalg.vector_norm(d, torch.inf))
     return torch.pow(2.0, exponent.clamp(-120, largest))
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether there are displacements of such a tensor."""
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 def storage(tensor: Tensor) -> int:
@@ -217,6 +243,8 @@ LINEAR = Rule(_linear)
 def linear_step(call: Call, item: int | None = None) -> Step:
     """The step of an operation that is linear in the tensors that move, and has no constant term."""
     moving, constant, shape = template(call, linear=len(call.args) > 0 and _is_list(call.args[0]))
+    if not all(map(is_float, moving)):
+        return difference_step(call, item)  # of a flag or an index its new value is at hand
     output = call.output if item is None else call.output[item]
     return Step(LINEAR, tuple(moving), tuple(constant), (*shape, item, belief_dtype(output.dtype)))
 
@@ -238,7 +266,7 @@ def _difference(*given: Any) -> Tensor:
     ]
     found = evaluate([*moved, *constant], func, args, names, values)
     found = found if item is None else found[item]
-    if not found.dtype.is_floating_point and not found.dtype.is_complex:
+    if not is_float(found):
         return found
     dtype = belief_dtype(before.dtype)
     return found.to(dtype) - before.to(dtype)
@@ -256,7 +284,7 @@ def difference_step(call: Call, item: int | None = None) -> Step:
     moving, constant, shape = template(call)
     output = call.output if item is None else call.output[item]
     bases = [a.detach() for a in moving]
-    kinds = tuple([a.dtype.is_floating_point or a.dtype.is_complex for a in moving])
+    kinds = tuple(map(is_float, moving))
     tensors = (*bases, output.detach(), *constant)
     return Step(DIFFERENCE, tuple(moving), tensors, (*shape, item, len(moving), kinds))
 

@@ -22,6 +22,7 @@ from torch2pc.displacement.rules.core import (
     Rule,
     belief_dtype,
     evaluate,
+    is_float,
     operations,
     template,
 )
@@ -58,11 +59,6 @@ GENERIC = {
 def decides(func: Any, output: Tensor) -> bool:
     """Whether what an operation returns jumps."""
     return not is_float(output) or func in _JUMPS
-
-
-def is_float(tensor: Tensor) -> bool:
-    """Whether there are displacements of such a tensor."""
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 class Again(NamedTuple):

@@ -105,12 +105,9 @@ def clamp_bases(a: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Ten
 
 @prepares(aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 def _(call: Call) -> Step | None:
-    x = call.args[0]
-    low, high = call.argument(1, "min"), call.argument(2, "max")
-    if call.func is aten.hardtanh.default:
-        low, high = call.argument(1, "min_val", -1.0), call.argument(2, "max_val", 1.0)
-    elif call.func is aten.clamp_max.default:
-        low, high = None, call.args[1]
+    x, low, high = (*call.arguments, None)[:3]
+    if call.func is aten.clamp_max.default:
+        low, high = None, low
     if not x.dtype.is_floating_point:
         return None
     low, high = -math.inf if low is None else low, math.inf if high is None else high
@@ -177,8 +174,8 @@ LEAKY_RELU = Rule(_leaky, _leaky_back)
 
 @prepares(aten.leaky_relu.default)
 def _(call: Call) -> Step | None:
-    slope = call.argument(1, "negative_slope", 0.01)
-    return Step(LEAKY_RELU, (call.args[0],), relu_bases(call.args[0]), (slope,))
+    x, slope = call.arguments
+    return Step(LEAKY_RELU, (x,), relu_bases(x), (slope,))
 
 
 @prepares(aten._prelu_kernel.default)
@@ -189,14 +186,14 @@ def _(call: Call) -> Step | None:
 
 @prepares(aten.rrelu_with_noise.default)
 def _(call: Call) -> Step | None:
-    x, noise = call.args[:2]
-    low, high = call.argument(2, "lower", 1 / 8), call.argument(3, "upper", 1 / 3)
-    slope = base(noise)
-    if not call.argument(4, "training", False):
+    x, noise, low, high, training, _ = call.arguments
+    if not training:
         return Step(LEAKY_RELU, (x,), relu_bases(x), ((low + high) / 2,))
     # No slope was drawn for a unit that was above zero: the mean one is its, should it sink below.
     return Step(
-        LEAKY_RELU, (x,), (*relu_bases(x), torch.where(x > 0, (low + high) / 2, slope).detach())
+        LEAKY_RELU,
+        (x,),
+        (*relu_bases(x), torch.where(x > 0, (low + high) / 2, base(noise)).detach()),
     )
 
 
@@ -239,8 +236,8 @@ HARD_SHRINK = Rule(_hard_shrink, _masked_back)
 
 @prepares(aten.hardshrink.default)
 def _(call: Call) -> Step:
-    x = call.args[0]
-    return Step(HARD_SHRINK, (x,), (base(x), base(call.output)), (call.argument(1, "lambd", 0.5),))
+    x, lambd = call.arguments
+    return Step(HARD_SHRINK, (x,), (base(x), base(call.output)), (lambd,))
 
 
 def _soft_shrink(d: Tensor, beyond: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,7 +251,7 @@ SOFT_SHRINK = Rule(_soft_shrink, lambda e, flat, *bases: e.masked_fill(flat, 0))
 
 @prepares(aten.softshrink.default)
 def _(call: Call) -> Step:
-    x, lambd = call.args[0], call.argument(1, "lambd", 0.5)
+    x, lambd = call.arguments
     return Step(SOFT_SHRINK, (x,), clamp_bases(x, -lambd, lambd))
 
 

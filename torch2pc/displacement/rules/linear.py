@@ -48,11 +48,10 @@ def _(call: Call) -> Step | None:
         return None  # the place to gather from moves, say
     if call.func is aten.constant_pad_nd.default:
         call = call._replace(args=call.args[:2])  # pads with zeros
-    step = linear_step(call)
-    # The sum of a half-precision tensor is meant to be taken in half precision; its displacement's
-    # is taken, as all of it is, in float32.
-    is_cast = call.kwargs.get("dtype") in (torch.bfloat16, torch.float16)
-    return None if is_cast or not step.inputs[0].dtype.is_floating_point else step
+    dtype = call.kwargs.get("dtype")
+    if dtype is not None:  # a sum in half precision; its displacement's is taken in float32
+        call = call._replace(kwargs={"dtype": belief_dtype(dtype)})
+    return linear_step(call)
 
 
 def _joined(*given: Any) -> tuple[Tensor, list[int]]:
@@ -64,12 +63,10 @@ JOINED = Rule(_joined, lambda e, sizes, dim: e.split(sizes, dim))
 
 
 @prepares(aten.cat.default)
-def _(call: Call) -> Step | None:
-    tensors, like = call.args[0], (call.output.dim(), call.output.dtype)
-    if not like[1].is_floating_point:
-        return None
+def _(call: Call) -> Step:
+    (tensors, dim), like = call.arguments, (call.output.dim(), call.output.dtype)
     if all([call.moves(x) and (x.dim(), x.dtype) == like for x in tensors]):
-        return Step(JOINED, tuple(tensors), (), (call.argument(1, "dim", 0),))
+        return Step(JOINED, tuple(tensors), (), (dim,))
     return linear_step(call)
 
 
@@ -96,10 +93,10 @@ AS_DTYPE = Rule(_as_dtype, lambda e, before, dtype: e.to(before))
 
 
 @prepares(aten._to_copy.default, aten.to.dtype)
-def _(call: Call) -> Step | None:
+def _(call: Call) -> Step:
     before, after = call.args[0].dtype, call.output.dtype
     if not (before.is_floating_point and after.is_floating_point):
-        return None
+        return linear_step(call)  # between real and complex numbers
     if belief_dtype(before) == belief_dtype(after):
         return Step(SAME, (call.args[0],))
     return Step(AS_DTYPE, (call.args[0],), (), (belief_dtype(after),))
@@ -193,11 +190,11 @@ ONE = (1,)  # that 1 is added is noted, for softsign
 
 @prepares(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
 def _(call: Call) -> Step | None:
-    x, y = call.args[:2]
-    sign = -1 if call.func in (aten.sub.Tensor, aten.sub.Scalar) else 1
-    alpha = sign * call.argument(2, "alpha", 1)
+    x, y, alpha = call.arguments
+    if call.func in (aten.sub.Tensor, aten.sub.Scalar):
+        alpha = -alpha
     if not all_float(call):
-        return None
+        return linear_step(call) if call.moves(x) and call.moves(y) else None
     if call.moves(x) and call.moves(y):
         return Step(SUMMED, (x, y), (), (alpha,))
     moving, factor = (x, 1) if call.moves(x) else (y, alpha)
@@ -210,7 +207,8 @@ def _(call: Call) -> Step | None:
 
 @prepares(aten.rsub.Scalar)
 def _(call: Call) -> Step | None:
-    return Step(SCALED, (call.args[0],), (), (-call.argument(2, "alpha", 1),))
+    x, _, alpha = call.arguments
+    return Step(SCALED, (x,), (), (-alpha,))
 
 
 @prepares(aten.mul.Scalar, aten.div.Scalar)
@@ -248,6 +246,8 @@ PRODUCT = Rule(_product, _product_back)
 @prepares(aten.mul.Tensor)
 def _(call: Call) -> Step | None:
     x, y = call.args
+    if call.output.is_complex():
+        return None if call.moves(x) and call.moves(y) else linear_step(call)
     if not all_float(call):
         return masked_step(call)
     if call.moves(x) and call.moves(y):
@@ -289,7 +289,7 @@ RATIO = Rule(_ratio, _ratio_back)
 def _(call: Call) -> Step | None:
     x, y = call.args
     if not all_float(call):
-        return None
+        return None if call.moves(y) else linear_step(call)
     if not call.moves(y):
         if not isinstance(y, Tensor):
             return Step(SCALED, (x,), (), (1 / y,))
@@ -321,7 +321,7 @@ def _by_matrix(d: Tensor, w: Tensor) -> tuple[Tensor, torch.dtype]:
 
 
 def _by_matrix_back(e: Tensor, dtype: torch.dtype, w: Tensor) -> Tensor:
-    return with_half(lambda e: torch.matmul(e, w.mT), e, w).to(dtype)
+    return with_half(lambda e: torch.matmul(e, w.mH), e, w).to(dtype)
 
 
 def _by_float_matrix(d: Tensor, w: Tensor) -> tuple[Tensor, None]:
@@ -346,7 +346,7 @@ def _from_left(d: Tensor, w: Tensor) -> tuple[Tensor, torch.dtype]:
 
 
 def _from_left_back(e: Tensor, dtype: torch.dtype, w: Tensor) -> Tensor:
-    return with_half(lambda e: torch.matmul(w.mT, e), e, w).to(dtype)
+    return with_half(lambda e: torch.matmul(w.mH, e), e, w).to(dtype)
 
 
 FROM_LEFT = Rule(_from_left, _from_left_back)
@@ -362,8 +362,8 @@ def _matrix_product(d: Tensor, other: Tensor, a: Tensor, b: Tensor) -> tuple[Ten
 def _matrix_product_back(e: Tensor, saved: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     x, y, dtype = saved
     return (
-        with_half(lambda e: torch.matmul(e, y.mT), e, y).to(dtype),
-        with_half(lambda e: torch.matmul(x.mT, e), e, x).to(dtype),
+        with_half(lambda e: torch.matmul(e, y.mH), e, y).to(dtype),
+        with_half(lambda e: torch.matmul(x.mH, e), e, x).to(dtype),
     )
 
 
@@ -404,8 +404,7 @@ def _is_small(x: Tensor, w: Tensor) -> bool:
 def _(call: Call) -> Step | None:
     *added, x, y = call.args[: 3 if call.func in (aten.addmm.default, aten.baddbmm.default) else 2]
     if call.kwargs or any(call.moves(tensor) for tensor in added):
-        factors = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
-        return _sum_of_product_step(call, torch.matmul, *factors) if added else None
+        return _sum_of_product_step(call, torch.matmul, *call.arguments[3:]) if added else None
     if call.moves(x) and call.moves(y):
         return Step(MATRIX_PRODUCT, (x, y), (x.detach(), y.detach()))
     if call.moves(y):
@@ -413,13 +412,14 @@ def _(call: Call) -> Step | None:
     w = y.detach()
     if w.dim() == 2 and w.device.type == "cpu" and _is_small(x, w):
         w = base(w)
-    rule = BY_FLOAT_MATRIX if w.dim() == 2 and belief_dtype(w.dtype) == w.dtype else BY_MATRIX
+    is_float32 = w.dtype.is_floating_point and belief_dtype(w.dtype) == w.dtype
+    rule = BY_FLOAT_MATRIX if w.dim() == 2 and is_float32 else BY_MATRIX
     return Step(rule, (x,), (w,))
 
 
 @prepares(aten.addcmul.default)
 def _(call: Call) -> Step | None:
-    return _sum_of_product_step(call, torch.mul, 1, call.kwargs.get("value", 1))
+    return _sum_of_product_step(call, torch.mul, 1, call.arguments[3])
 
 
 def _mixed(*given: Any) -> Tensor:
@@ -449,7 +449,7 @@ def _by_rows(d: Tensor, w: Tensor) -> tuple[Tensor, torch.dtype]:
 
 
 def _by_rows_back(e: Tensor, dtype: torch.dtype, w: Tensor) -> Tensor:
-    return with_half(lambda e: torch.matmul(e, w), e, w).to(dtype)
+    return with_half(lambda e: torch.matmul(e, w.conj()), e, w).to(dtype)
 
 
 BY_ROWS = Rule(_by_rows, _by_rows_back)
@@ -490,8 +490,8 @@ def _(call: Call) -> Step | None:
 
 @prepares(aten.native_dropout.default)
 def _(call: Call) -> Step:
-    x, p = call.args[:2]
-    kept = 0.0 if p == 1 else 1 / (1 - p)
-    if call.argument(2, "train") is False:
+    x, p, train = call.arguments
+    if train is False:
         return Step(SAME, (x,))
+    kept = 0.0 if p == 1 else 1 / (1 - p)
     return Step(TIMES, (x,), (base(call.output[1].to(x.dtype)) * kept,))

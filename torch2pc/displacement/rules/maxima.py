@@ -78,10 +78,11 @@ def _pool_step(call: Call) -> Step:
     kernel = tuple(call.args[1])
     how: tuple[Any, ...] = ()
     if "adaptive" not in call.func._schema.name:
-        stride, padding = call.argument(2, "stride"), call.argument(3, "padding", 0)
-        how = stride or kernel, padding, call.argument(4, "dilation", 1)
-        how = tuple([tuple(v) if isinstance(v, list | tuple) else (v,) * axes for v in how])
-        how = *how, call.argument(5, "ceil_mode", False)
+        _, _, stride, padding, dilation, ceil_mode = call.arguments
+        # One number stands for every axis.
+        sizes = kernel, stride or kernel, padding, dilation
+        kernel, stride, padding, dilation = [(*size,) * (axes // len(size)) for size in sizes]
+        how = stride, padding, dilation, ceil_mode
         if how[:3] == (kernel, (0,) * axes, (1,) * axes):
             short = _short_of_maximum(base(x), base(call.output[0]), kernel)
             return Step(TILED_MAX_POOL, (x,), (short,), (call.func, back, kernel, *how))
@@ -135,9 +136,9 @@ EXTREME = Rule(_extreme)
 
 @prepares(aten.max.dim, aten.min.dim)
 def _(call: Call) -> Step:
-    x, dim = call.args[:2]
-    static = (dim, call.argument(2, "keepdim", False), 1 if call.func is aten.max.dim else -1)
-    return Step(EXTREME, (x,), (base(x), base(call.output[0])), static)
+    x, dim, keepdim = call.arguments
+    sign = 1 if call.func is aten.max.dim else -1
+    return Step(EXTREME, (x,), (base(x), base(call.output[0])), (dim, keepdim, sign))
 
 
 def _highest(
@@ -166,13 +167,13 @@ HIGHEST = Rule(_highest, _highest_back)
 
 @prepares(aten.amax.default, aten.amin.default)
 def _(call: Call) -> Step:
-    a = base(call.args[0])
-    dim = tuple([k % a.dim() for k in call.argument(1, "dim", ())]) or tuple(range(a.dim()))
-    keepdim = call.argument(2, "keepdim", False)
+    x, dim, keepdim = call.arguments
+    a = base(x)
+    dim = tuple([k % a.dim() for k in dim]) or tuple(range(a.dim()))
     before = base(call.output)
     before = before if keepdim else unsqueezed(before, dim)
     sign = 1 if call.func is aten.amax.default else -1
-    return Step(HIGHEST, (call.args[0],), (a, before), (dim, keepdim, sign))
+    return Step(HIGHEST, (x,), (a, before), (dim, keepdim, sign))
 
 
 def _larger(d: Tensor, other: Tensor, a: Tensor, b: Tensor, before: Tensor, sign: int) -> Tensor:

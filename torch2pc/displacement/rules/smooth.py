@@ -344,13 +344,6 @@ SMOOTH: dict[Any, Smooth] = {
     ),
 }
 _SMOOTH_RULES = {operation: smooth_rule(f) for operation, f in SMOOTH.items()}
-# The arguments after the input, with their defaults.
-_SMOOTH_ARGUMENTS: dict[Any, tuple[tuple[str, Any], ...]] = {
-    aten.softplus.default: (("beta", 1.0), ("threshold", 20.0)),
-    aten.elu.default: (("alpha", 1.0), ("scale", 1.0), ("input_scale", 1.0)),
-    aten.gelu.default: (("approximate", "none"),),
-    aten.pow.Tensor_Scalar: (("exponent", 2),),
-}
 
 
 def smooth_step(x: Tensor, y: Tensor, operation: Any, static: tuple[Any, ...]) -> Step:
@@ -362,21 +355,19 @@ def smooth_step(x: Tensor, y: Tensor, operation: Any, static: tuple[Any, ...]) -
 
 @prepares(*SMOOTH)
 def _(call: Call) -> Step | None:
-    x = call.args[0]
+    x, *static = call.arguments
     y = call.output[0] if isinstance(call.output, tuple) else call.output
     if not x.dtype.is_floating_point:
         return None
-    named = _SMOOTH_ARGUMENTS.get(call.func, ())
-    static = tuple([call.argument(k, *name) for k, name in enumerate(named, start=1)])
     if call.func is aten.softplus.default and static[1] < 20:
         return None  # it is cut where it is not straight yet
-    return smooth_step(x, y, call.func, static)
+    return smooth_step(x, y, call.func, tuple(static))
 
 
 @prepares(aten.celu.default)
 def _(call: Call) -> Step:
-    alpha = call.argument(1, "alpha", 1.0)
-    return smooth_step(call.args[0], call.output, aten.elu.default, (alpha, 1.0, 1 / alpha))
+    x, alpha = call.arguments
+    return smooth_step(x, call.output, aten.elu.default, (alpha, 1.0, 1 / alpha))
 
 
 def _glu(d: Tensor, a: Tensor, gate: Tensor, *rest: Any) -> tuple[Tensor, Any]:
@@ -392,9 +383,10 @@ GLU = Rule(_glu, lambda e, x, *rest: aten.glu_backward.default(e, x, rest[-1]))
 
 @prepares(aten.glu.default)
 def _(call: Call) -> Step:
-    a, dim = base(call.args[0]), call.argument(1, "dim", -1)
+    x, dim = call.arguments
+    a = base(x)
     y = a.chunk(2, dim)[1]
-    return Step(GLU, (call.args[0],), (a, torch.sigmoid(y), *sigmoid_bases(y)), (dim,))
+    return Step(GLU, (x,), (a, torch.sigmoid(y), *sigmoid_bases(y)), (dim,))
 
 
 # Two that PyTorch makes of other operations, whose rules would subtract nearly equal numbers.
