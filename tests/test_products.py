@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,17 +120,22 @@ LIKE = ((2, 3), (3, 4), (4, 1), 0, 1)
 def test_the_faster_one_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is oneDNN only if it takes clearly less."""
     asked: list[torch.Size] = []
+    now = 0.0
 
-    def taking(times: int) -> Callable[..., Tensor]:
+    def taking(seconds: float) -> Callable[..., Tensor]:
         def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+            nonlocal now
             asked.append(a.shape)
-            for _ in range(times):
-                a = a + 0
+            # Some runs are disturbed.
+            now += seconds * (1 + len(asked) % 3)
             return a @ b
 
         return multiply
 
-    for by_mkl, by_onednn, expected in ((300, 0, True), (0, 300, False), (100, 100, False)):
+    monkeypatch.setattr(products, "time", SimpleNamespace(perf_counter=lambda: now))
+    cases = [(3.0, 1.0, True), (1.0, 3.0, False), (2.0, 2.0, False)]
+    cases += [(2.0, 2.0 * products.MARGIN + d, d < 0) for d in (-0.01, 0.01)]
+    for by_mkl, by_onednn, expected in cases:
         monkeypatch.setattr(products, "by_mkl", taking(by_mkl))
         monkeypatch.setattr(products, "by_onednn", taking(by_onednn))
         products.is_onednn_faster.cache_clear()
