@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from tests.cases import run_as_traced
 
 graphs = pytest.importorskip("torch2pc.compiled.graphs", reason="no compiler")
 rewrites = pytest.importorskip("torch2pc.compiled.rewrites", reason="no compiler")
@@ -142,6 +145,41 @@ def test_without_writes_a_graph_computes_the_same(function: Callable[..., Result
     found_given, expected_given = fresh(), fresh()
     found, expected = graph(*found_given), function(*expected_given)
     torch.testing.assert_close([*found, *found_given], [*expected, *expected_given])
+
+
+def zeros_filled_in_part(a: Tensor, b: Tensor) -> Results:
+    x = torch.zeros_like(a)
+    x[:, :2] = b[:, 1:]
+    return [x @ b, x.t() @ a]
+
+
+def zeros_filled_and_emptied(a: Tensor, b: Tensor) -> Results:
+    x = torch.zeros_like(a)
+    x.t().copy_(b)
+    return [x.zero_() + b, x @ b]
+
+
+def zeros_that_stay(a: Tensor, b: Tensor) -> Results:
+    x, y = torch.empty_like(a).zero_(), torch.ones_like(a)
+    return [x @ b, a @ y.zero_(), a @ b]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [zeros_filled_in_part, zeros_filled_and_emptied, zeros_that_stay],
+    ids=lambda f: f.__name__,
+)
+def test_what_begins_as_zeros_may_be_filled(
+    function: Callable[..., Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_as_traced(monkeypatch)
+    torch.manual_seed(0)
+    given = [torch.randn(3, 3), torch.randn(3, 3)]
+    with FakeTensorMode() as mode:
+        like = [mode.from_tensor(x) for x in given]
+        graph = graphs.traced(function, like, {})
+        run = graphs.compiled(graph, like, {}, torch.device("cpu"))
+    torch.testing.assert_close(run(given), function(*given))
 
 
 def writes_in(graph: fx.GraphModule) -> list[Any]:

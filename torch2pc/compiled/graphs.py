@@ -27,6 +27,7 @@ from torch2pc.compiled.rewrites import (
     sum_small_products,
     taken_apart,
     without_writes,
+    writes,
 )
 from torch2pc.displacement.rules import aten
 from torch2pc.graph.autograd import outside_autocast
@@ -72,6 +73,11 @@ def compiled(
 ) -> Graphed:
     """``graph``, which was traced with what is ``given``, compiled."""
     clean(graph)
+    with config.patch(options):
+        if without_writes(graph.graph):
+            drop_products_of_zeros(graph.graph)
+    hold_units(graph.graph)
+    sum_small_products(graph.graph)
     # Numbers are kept: sizes are expressed by them.
     unused = [
         k
@@ -81,9 +87,6 @@ def compiled(
     for node in [inputs_of(graph)[k] for k in unused]:
         graph.graph.erase_node(node)
     used = [k for k in range(len(given)) if k not in unused]
-    drop_products_of_zeros(graph.graph)
-    hold_units(graph.graph)
-    sum_small_products(graph.graph)
     graph.recompile()
     called = [node for node in graph.graph.nodes if node.op == "call_function"]
     if all([node.target in _CREATES for node in called]):
@@ -107,10 +110,9 @@ def compiled_graph(
     """
     is_cpu = all([x.device.type == "cpu" for x in given if isinstance(x, Tensor)])
     with config.patch(options):
-        if not is_cpu or not without_writes(graph.graph) or not _is_plain(graph.graph):
+        if not is_cpu or not _is_plain(graph.graph):
             whole: Any = compile_fx(graph, given)
             return partial(_unpacked, whole)
-        graph.recompile()
         fake_mode: Any = detect_fake_mode(given)
         results = list(graph.graph.nodes)[-1]
         # The results' strides are to be what they are.
@@ -126,10 +128,11 @@ def _unpacked(function: Callable[..., Any], given: list[Any]) -> Any:
 
 
 def _is_plain(graph: fx.Graph) -> bool:
-    """Whether all results are tensors that it computes, each once."""
+    """Whether all results are tensors that it computes, each once, and nothing is written into."""
     (results,) = list(graph.nodes)[-1].args
     own = {x for x in results if isinstance(x, fx.Node) and x.op == "call_function"}
-    return len(own) == len(results) and not any([node.op == "get_attr" for node in graph.nodes])
+    others = [node.op == "get_attr" or writes(node) for node in graph.nodes]
+    return len(own) == len(results) and not any(others)
 
 
 # The same by shorter names; the operations themselves are called by way of Python.

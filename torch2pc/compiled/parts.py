@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._inductor.decomposition import decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch2pc.compiled.rewrites import is_view
 from torch2pc.displacement.recorder import Uncovered
 from torch2pc.displacement.rules import aten, storage
 from torch2pc.displacement.rules.core import WRITES_ASIDE
@@ -286,9 +287,8 @@ def split(
     while waiting:
         node = waiting.pop()
         if node not in late and node not in again and node not in cut:
-            is_view = getattr(node.target, "is_view", False) or node.op == "get_attr"
             is_size = node.op != "placeholder" and isinstance(node.meta.get("val"), torch.SymInt)
-            is_made_again = is_view or is_size
+            is_made_again = is_size or is_view(node) or node.op == "get_attr"
             (again if is_made_again else cut).add(node)
             waiting += node.all_input_nodes if is_made_again else []
     rest = fx.Graph()

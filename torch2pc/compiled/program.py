@@ -306,12 +306,11 @@ class Traced(Network):
     def resumed(self, moved: Collection[int] | None = None) -> tuple[Energy, Rule]:
         """The energy and the rule, at the state, where these beliefs have moved or else all have."""
         energy, program = self.energy(), self._program
-        rule = self._rule(energy)
-        # What has not moved is known to be 0, so that nothing has to be multiplied by it.
-        is_new = [moved is not None and i not in moved for i in program.asked.free]
-        like = [torch.zeros_like if new else torch.clone for new in is_new]
-        like += [torch.clone] * (len(self.state) - len(like))
-        x = [make(x_i) for make, x_i in zip(like, self.state, strict=True)]
+        rule, x = self._rule(energy), [x_i.clone() for x_i in self.state]
+        if moved is not None:
+            # What has not moved is known to be 0, so that nothing has to be multiplied by it.
+            for k, i in enumerate(program.asked.free):
+                x[k] = x[k] if i in moved else torch.zeros_like(x[k])
         rule.x = energy.x
         for name, value in program.attributes.items():
             setattr(rule, name, energy if value is Energy else copy(value))

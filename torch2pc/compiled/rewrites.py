@@ -26,7 +26,9 @@ from torch2pc.displacement.rules import aten
 def taken_apart(function: Callable[..., Any], given: Sequence[Any]) -> fx.GraphModule:
     """What ``function`` does, as a graph of operations that PyTorch's compiler takes no further apart."""
     table = {**select_decomp_table()}
-    del table[aten.zero_.default]  # to copies of zeros, but ``clean`` takes most of them away
+    del table[
+        aten.zero_.default
+    ]  # as zeros that are copied; ``without_writes`` makes zeros alone of it
     graph: fx.GraphModule = make_fx(function, table)(*given)
     return graph
 
@@ -35,11 +37,7 @@ def clean(graph: fx.GraphModule) -> None:
     """Take away what makes no difference to the values."""
     for node in graph.graph.nodes:
         # What only autograd knew apart is the same; then much is used no more.
-        if node.target in (aten.detach.default, aten.alias.default) or (
-            node.target is aten.zero_.default
-            and node.args[0].target is aten.full.default
-            and node.args[0].args[1] == 0
-        ):
+        if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
@@ -69,12 +67,23 @@ def sum_small_products(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _is_small(a: Tensor, b: Tensor) -> bool:
+    is_exact = a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64)
+    if a.device.type != "cpu" or not is_exact or not _is_fixed(a, b):
+        return False
+    return a.shape[0] * b.numel() <= FEW
+
+
+def _is_fixed(*tensors: Tensor) -> bool:
+    """Whether all sizes are known: that of a batch may be any, once there was another one."""
+    return all([isinstance(size, int) for x in tensors for size in x.shape])
+
+
 def drop_products_of_zeros(graph: fx.Graph) -> None:
-    """Let products of zeros be zeros."""
+    """Let products of zeros be zeros, in a graph that writes nothing: what begins as zeros may be filled."""
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
         value = node.meta["val"]
-        is_fixed = not any([isinstance(size, torch.SymInt) for size in value.shape])
-        if is_fixed and any(map(_is_zeros, node.all_input_nodes)):
+        if _is_fixed(value) and any(map(_is_zeros, node.all_input_nodes)):
             kind = dict(dtype=value.dtype, device=value.device, pin_memory=False)
             with graph.inserting_before(node):
                 zeros = graph.call_function(aten.full.default, (list(value.shape), 0), kind)
@@ -84,16 +93,9 @@ def drop_products_of_zeros(graph: fx.Graph) -> None:
 
 
 def _is_zeros(node: Any) -> bool:
-    while getattr(node.target, "is_view", False) or node.target is aten.clone.default:
+    while is_view(node) or node.target is aten.clone.default:
         node = node.args[0]
     return node.target is aten.full.default and bool(node.args[1] == 0)
-
-
-def _is_small(a: Tensor, b: Tensor) -> bool:
-    # (The size of a batch may be any, once there was another one.)
-    is_known = all([isinstance(size, int) for size in (*a.shape, *b.shape)])
-    is_exact = a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64)
-    return a.device.type == "cpu" and is_known and is_exact and a.shape[0] * b.numel() <= FEW
 
 
 def hold_units(graph: fx.Graph) -> None:
@@ -104,7 +106,6 @@ def hold_units(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.pow.Scalar):
         with graph.inserting_after(node):
             held = graph.call_function(torch.ops._inductor_test.realize.default, (node,))
-        held.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(held, delete_user_cb=partial(_is_other, held))
 
 
@@ -122,9 +123,8 @@ def without_writes(graph: fx.Graph) -> bool:
         same[node] = {node}
         if node.op != "call_function":
             continue
-        if not _writes(node):
-            maker: Any = node.args[0] if node.target is getitem else node
-            if getattr(maker.target, "is_view", False):
+        if not writes(node):
+            if is_view(node.args[0] if node.target is getitem else node):
                 for source in node.all_input_nodes:
                     same[node] |= same[source]
                 for other in same[node]:
@@ -134,12 +134,9 @@ def without_writes(graph: fx.Graph) -> bool:
         written = node.args[0] if out is None else node.kwargs[out]
         others = same[written] - {written}
         kwargs = {name: x for name, x in node.kwargs.items() if name != out}
-        is_known = function is not None and not any(
-            [isinstance(x, fx.Node) for x in kwargs.values()]
-        )
-        if not is_known or written.op != "call_function":
+        if function is None or any([isinstance(x, fx.Node) for x in kwargs.values()]):
             return False
-        if not all([_is_read_before(node, x) for x in others]):
+        if written.op != "call_function" or not all([_is_read_before(node, x) for x in others]):
             return False
         with graph.inserting_before(node):
             found = _call(graph, partial(function, **kwargs), node.args)
@@ -162,8 +159,7 @@ def _call(graph: fx.Graph, function: Any, args: Any) -> fx.Node:
     part = taken_apart(function, fx.map_arg(args, _value))
     given = dict(zip(inputs_of(part), tree_leaves(args), strict=True))
     copied: Any = graph.graph_copy(part.graph, given)
-    result: fx.Node = copied
-    return result
+    return copied
 
 
 def _is_read_before(node: fx.Node, x: fx.Node) -> bool:
@@ -179,7 +175,12 @@ def _is_after(node: fx.Node, user: fx.Node) -> bool:
     return user > node
 
 
-def _writes(node: fx.Node) -> bool:
+def is_view(node: Any) -> bool:
+    """Whether it is another view of the memory of what it is given."""
+    return getattr(node.target, "is_view", False)
+
+
+def writes(node: fx.Node) -> bool:
     """Whether it may write into what it is given."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
@@ -196,14 +197,15 @@ def _writing_nothing(operation: Any) -> tuple[Any, str | None]:
         return None, None
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     out = [a.name for a in schema.arguments if a.is_out]
+    if len(written) != 1 or written not in (out, [schema.arguments[0].name]):
+        return None, None
     table = select_decomp_table()
     packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"))
     given = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
     for other in [getattr(packet, name) for name in packet.overloads()]:
         same = [(a.name, str(a.type)) for a in other._schema.arguments] == given
         if same and not other._schema.is_mutable and (other in lowerings or other in table):
-            is_one = len(written) == 1 and written in (out, [schema.arguments[0].name])
-            return other if is_one else None, next(iter(out), None)
+            return other, next(iter(out), None)
     return None, None
 
 
