@@ -17,7 +17,7 @@ from mpmath import mpf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.cases import assert_close
+from tests.cases import Does, assert_close
 from torch2pc.displacement.lines import Displacement
 from torch2pc.displacement.recorder import Recorder
 from torch2pc.displacement.rules.axes import ROOT_MEAN_SQUARE
@@ -257,17 +257,6 @@ def test_a_maximum_over_infinity_less_infinity_is_no_number(pool: nn.Module) -> 
 # All others.
 
 
-class Function(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[..., Tensor], *modules: nn.Module) -> None:
-        super().__init__()
-        self.function, self.parts = function, nn.ModuleList(modules)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.parts)
-
-
 def attention(x: Tensor, project: nn.Module, **options: Any) -> Tensor:
     q, k, v = project(x).chunk(3, -1)
     return functional.scaled_dot_product_attention(q, k, v, **options)
@@ -298,7 +287,7 @@ def spectral(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Mo
         weights = torch.linspace(-1.0, 2.0, 50).to(x).sin().view(5, 5, 2)
         return torch.fft.irfft(function(torch.fft.rfft(x), torch.view_as_complex(weights)))
 
-    return lambda: Function(in_frequencies)
+    return lambda: Does(in_frequencies)
 
 
 VECTOR, SEQUENCE, IMAGE, VOLUME = (4, 6), (2, 5, 8), (3, 4, 8, 8), (2, 2, 4, 4, 4)
@@ -315,7 +304,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Flatten": (nn.Flatten, IMAGE),
     "Unflatten": (lambda: nn.Unflatten(1, (2, 3)), VECTOR),
     "Identity": (nn.Identity, VECTOR),
-    "another type": (lambda: Function(lambda x: x.double().sin().to(x.dtype)), VECTOR),
+    "another type": (lambda: Does(lambda x: x.double().sin().to(x.dtype)), VECTOR),
     "MaxPool1d": (lambda: nn.MaxPool1d(2), SEQUENCE),
     "MaxPool2d": (lambda: nn.MaxPool2d(2), IMAGE),
     "MaxPool2d overlapping": (lambda: nn.MaxPool2d(3, 2, 1), IMAGE),
@@ -333,7 +322,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         IMAGE,
     ),
     "ReLU, twice used": (
-        lambda: Function(lambda x: functional.max_pool2d(x.relu(), 3, 1, 1) * x.relu()),
+        lambda: Does(lambda x: functional.max_pool2d(x.relu(), 3, 1, 1) * x.relu()),
         IMAGE,
     ),
     "MaxPool2d, one number": (lambda: nn.MaxPool2d((2,)), IMAGE),
@@ -350,9 +339,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "global pooling": (lambda: nn.AdaptiveAvgPool2d(1), IMAGE),
     "AdaptiveAvgPool3d": (lambda: nn.AdaptiveAvgPool3d(2), VOLUME),
     "Dropout": (nn.Dropout, VECTOR),
-    "dropout in one": (lambda: Function(lambda x: torch.native_dropout(x, 0.4, True)[0]), VECTOR),
+    "dropout in one": (lambda: Does(lambda x: torch.native_dropout(x, 0.4, True)[0]), VECTOR),
     "dropout in one, eval": (
-        lambda: Function(lambda x: torch.native_dropout(x, 0.4, False)[0]),
+        lambda: Does(lambda x: torch.native_dropout(x, 0.4, False)[0]),
         VECTOR,
     ),
     "Dropout1d": (nn.Dropout1d, SEQUENCE),
@@ -393,68 +382,68 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 4))),
         VECTOR,
     ),
-    "in place": (lambda: Function(in_place), VECTOR),
-    "residual": (lambda: Function(lambda x, f: x + f(x).tanh(), nn.Linear(6, 6)), VECTOR),
-    "concatenation": (lambda: Function(lambda x: torch.cat([x, x * x, x.tanh()], -1)), SEQUENCE),
-    "product": (lambda: Function(lambda x: x.sin() * x.exp()), VECTOR),
-    "quotient": (lambda: Function(lambda x: x / (1 + x * x)), VECTOR),
+    "in place": (lambda: Does(in_place), VECTOR),
+    "residual": (lambda: Does(lambda x, f: x + f(x).tanh(), nn.Linear(6, 6)), VECTOR),
+    "concatenation": (lambda: Does(lambda x: torch.cat([x, x * x, x.tanh()], -1)), SEQUENCE),
+    "product": (lambda: Does(lambda x: x.sin() * x.exp()), VECTOR),
+    "quotient": (lambda: Does(lambda x: x / (1 + x * x)), VECTOR),
     "gate": (
-        lambda: Function(
+        lambda: Does(
             lambda x, f: x * f(x.mean((2, 3))).sigmoid()[:, :, None, None], nn.Linear(4, 4)
         ),
         IMAGE,
     ),
-    "matrix product": (lambda: Function(lambda x: x @ x.mT), SEQUENCE),
-    "einsum": (lambda: Function(lambda x: torch.einsum("bij,bkj->bik", x, x)), SEQUENCE),
-    "standardised": (lambda: Function(lambda x: (x - x.mean(0)) / (x.std(0) + 0.1)), VECTOR),
-    "normalize": (lambda: Function(lambda x: functional.normalize(x, dim=-1)), SEQUENCE),
-    "max": (lambda: Function(lambda x: x.max(1)[0]), SEQUENCE),
-    "max of ReLU": (lambda: Function(lambda x: x.relu().max(1)[0]), SEQUENCE),
-    "min": (lambda: Function(lambda x: x.min(1, keepdim=True)[0] * x), SEQUENCE),
-    "amin": (lambda: Function(lambda x: x.amin(1, keepdim=True) * x), SEQUENCE),
-    "amax": (lambda: Function(lambda x: x.amax((1, 2))), SEQUENCE),
-    "logsumexp": (lambda: Function(lambda x: x.logsumexp(1)), SEQUENCE),
-    "maximum": (lambda: Function(lambda x: torch.maximum(x, x.sin())), VECTOR),
-    "minimum": (lambda: Function(lambda x: torch.minimum(x, x.exp() - 1.5)), VECTOR),
+    "matrix product": (lambda: Does(lambda x: x @ x.mT), SEQUENCE),
+    "einsum": (lambda: Does(lambda x: torch.einsum("bij,bkj->bik", x, x)), SEQUENCE),
+    "standardised": (lambda: Does(lambda x: (x - x.mean(0)) / (x.std(0) + 0.1)), VECTOR),
+    "normalize": (lambda: Does(lambda x: functional.normalize(x, dim=-1)), SEQUENCE),
+    "max": (lambda: Does(lambda x: x.max(1)[0]), SEQUENCE),
+    "max of ReLU": (lambda: Does(lambda x: x.relu().max(1)[0]), SEQUENCE),
+    "min": (lambda: Does(lambda x: x.min(1, keepdim=True)[0] * x), SEQUENCE),
+    "amin": (lambda: Does(lambda x: x.amin(1, keepdim=True) * x), SEQUENCE),
+    "amax": (lambda: Does(lambda x: x.amax((1, 2))), SEQUENCE),
+    "logsumexp": (lambda: Does(lambda x: x.logsumexp(1)), SEQUENCE),
+    "maximum": (lambda: Does(lambda x: torch.maximum(x, x.sin())), VECTOR),
+    "minimum": (lambda: Does(lambda x: torch.minimum(x, x.exp() - 1.5)), VECTOR),
     "one divisor for several": (
-        lambda: Function(lambda x: torch.arange(1.0, 7.0).to(x) / (1 + x[:, :1].square())),
+        lambda: Does(lambda x: torch.arange(1.0, 7.0).to(x) / (1 + x[:, :1].square())),
         VECTOR,
     ),
-    "masked_fill": (lambda: Function(lambda x: x.masked_fill(torch.arange(6) > 2, 2.0)), VECTOR),
-    "ratio": (lambda: Function(lambda x: torch.arange(1.0, 7.0) / (x * x + 1)), VECTOR),
-    "numbers": (lambda: Function(lambda x: 3 - (2 / (x.exp() + 1) - 1) / 4 * 5), VECTOR),
-    "softsign of another": (lambda: Function(lambda x: x / (1 + x.sin().abs())), VECTOR),
-    "transposed": (lambda: Function(lambda x: x.t() * x.sum()), VECTOR),
-    "matrix on the left": (lambda: Function(lambda x: torch.ones(3, 4).tril().to(x) @ x), VECTOR),
+    "masked_fill": (lambda: Does(lambda x: x.masked_fill(torch.arange(6) > 2, 2.0)), VECTOR),
+    "ratio": (lambda: Does(lambda x: torch.arange(1.0, 7.0) / (x * x + 1)), VECTOR),
+    "numbers": (lambda: Does(lambda x: 3 - (2 / (x.exp() + 1) - 1) / 4 * 5), VECTOR),
+    "softsign of another": (lambda: Does(lambda x: x / (1 + x.sin().abs())), VECTOR),
+    "transposed": (lambda: Does(lambda x: x.t() * x.sum()), VECTOR),
+    "matrix on the left": (lambda: Does(lambda x: torch.ones(3, 4).tril().to(x) @ x), VECTOR),
     "matrices on the left": (
-        lambda: Function(lambda x: torch.ones(2, 3, 5).tril().to(x) @ x),
+        lambda: Does(lambda x: torch.ones(2, 3, 5).tril().to(x) @ x),
         SEQUENCE,
     ),
-    "addmm": (lambda: Function(lambda x: torch.addmm(x, x[:, :4], x)), VECTOR),
+    "addmm": (lambda: Does(lambda x: torch.addmm(x, x[:, :4], x)), VECTOR),
     "addmm, weighted": (
-        lambda: Function(lambda x: torch.addmm(x, torch.ones(4, 4).to(x), x, beta=0.5, alpha=2)),
+        lambda: Does(lambda x: torch.addmm(x, torch.ones(4, 4).to(x), x, beta=0.5, alpha=2)),
         VECTOR,
     ),
     "baddbmm": (
-        lambda: Function(lambda x: torch.baddbmm(torch.ones(5, 8).to(x), x[..., :5], x, beta=3)),
+        lambda: Does(lambda x: torch.baddbmm(torch.ones(5, 8).to(x), x[..., :5], x, beta=3)),
         SEQUENCE,
     ),
-    "addcmul": (lambda: Function(lambda x: torch.addcmul(x, x, x.cos(), value=0.5)), VECTOR),
-    "var": (lambda: Function(lambda x: x.var(-1, correction=2, keepdim=True) * x), SEQUENCE),
-    "std of all": (lambda: Function(lambda x: x + x.std()), SEQUENCE),
-    "cosine": (lambda: Function(lambda x: x.cos() + x.pow(3.0)), VECTOR),
-    "where": (lambda: Function(lambda x: torch.where(x > 0, x, 0.1 * x * x)), VECTOR),
-    "indexing": (lambda: Function(lambda x: x[:, [0, 2, 2]] + x[:, 1:4]), VECTOR),
-    "lerp": (lambda: Function(lambda x: torch.lerp(x, x * x, 0.3)), VECTOR),
+    "addcmul": (lambda: Does(lambda x: torch.addcmul(x, x, x.cos(), value=0.5)), VECTOR),
+    "var": (lambda: Does(lambda x: x.var(-1, correction=2, keepdim=True) * x), SEQUENCE),
+    "std of all": (lambda: Does(lambda x: x + x.std()), SEQUENCE),
+    "cosine": (lambda: Does(lambda x: x.cos() + x.pow(3.0)), VECTOR),
+    "where": (lambda: Does(lambda x: torch.where(x > 0, x, 0.1 * x * x)), VECTOR),
+    "indexing": (lambda: Does(lambda x: x[:, [0, 2, 2]] + x[:, 1:4]), VECTOR),
+    "lerp": (lambda: Does(lambda x: torch.lerp(x, x * x, 0.3)), VECTOR),
     "lerp by a tensor": (
-        lambda: Function(lambda x: torch.lerp(x, x * x, torch.linspace(0.1, 0.6, 6).to(x))),
+        lambda: Does(lambda x: torch.lerp(x, x * x, torch.linspace(0.1, 0.6, 6).to(x))),
         VECTOR,
     ),
     "rotary": (
-        lambda: Function(lambda x: x * 0.8 + 0.6 * torch.cat([-x[..., 4:], x[..., :4]], -1)),
+        lambda: Does(lambda x: x * 0.8 + 0.6 * torch.cat([-x[..., 4:], x[..., :4]], -1)),
         SEQUENCE,
     ),
-    "Fourier mixing": (lambda: Function(lambda x: torch.fft.fft2(x).real), SEQUENCE),
+    "Fourier mixing": (lambda: Does(lambda x: torch.fft.fft2(x).real), SEQUENCE),
     "frequencies by a matrix": (spectral(lambda z, w: z @ w), SEQUENCE),
     "frequencies of the first, by a matrix": (spectral(lambda z, w: z[0] @ w), SEQUENCE),
     "frequencies by a matrix on the left": (spectral(lambda z, w: w @ z), SEQUENCE),
@@ -462,29 +451,29 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "frequencies, multiplied": (spectral(lambda z, w: z @ z.mT @ (z + z)), SEQUENCE),
     "frequencies, weighted": (spectral(lambda z, w: w * z / w.T * 1j), SEQUENCE),
     "frequencies, joined": (spectral(lambda z, w: torch.cat([z, w[None], z - z.mT])), SEQUENCE),
-    "attention": (lambda: Function(attention, nn.Linear(8, 24)), SEQUENCE),
+    "attention": (lambda: Does(attention, nn.Linear(8, 24)), SEQUENCE),
     "causal attention": (
-        lambda: Function(lambda x, f: attention(x, f, is_causal=True), nn.Linear(8, 24)),
+        lambda: Does(lambda x, f: attention(x, f, is_causal=True), nn.Linear(8, 24)),
         SEQUENCE,
     ),
     "masked attention": (
-        lambda: Function(
+        lambda: Does(
             lambda x, f: attention(x, f, attn_mask=torch.tensor([[True] * 3 + [False] * 2] * 5)),
             nn.Linear(8, 24),
         ),
         SEQUENCE,
     ),
-    "attention of heads": (lambda: Function(heads, nn.Linear(8, 24)), SEQUENCE),
+    "attention of heads": (lambda: Does(heads, nn.Linear(8, 24)), SEQUENCE),
     "causal attention of heads": (
-        lambda: Function(lambda x, f: heads(x, f, is_causal=True, scale=0.3), nn.Linear(8, 24)),
+        lambda: Does(lambda x, f: heads(x, f, is_causal=True, scale=0.3), nn.Linear(8, 24)),
         SEQUENCE,
     ),
     "masked attention of heads": (
-        lambda: Function(lambda x, f: heads(x, f, attn_mask=torch.eye(5)), nn.Linear(8, 24)),
+        lambda: Does(lambda x, f: heads(x, f, attn_mask=torch.eye(5)), nn.Linear(8, 24)),
         SEQUENCE,
     ),
     "MultiheadAttention": (
-        lambda: Function(lambda x, f: f(x, x, x)[0], nn.MultiheadAttention(8, 2, batch_first=True)),
+        lambda: Does(lambda x, f: f(x, x, x)[0], nn.MultiheadAttention(8, 2, batch_first=True)),
         SEQUENCE,
     ),
     "TransformerEncoderLayer": (encoder_layer, SEQUENCE),
